@@ -1,0 +1,202 @@
+"""The artifact that training writes, export extends and the server reads: weights plus their sampling contract.
+
+A bundle is a diffusers pipeline folder (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, `controlnet/`,
+`model_index.json`) with a `bundle.json` that holds the `SamplerSpec` and a SHA-256 of every file that was there when it
+was sealed. Only safetensors and JSON are read: loading never runs code from the folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BundleError, SpecError
+from .spec import SamplerSpec
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+    from .networks import ControlNet, Decoder, DenoiserNet, Encoder, TextEncoder
+
+BUNDLE_VERSION = 1
+REFERENCE = Path(__file__).parent / "reference"
+_CODE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".so"}
+_UNSEALED = {"bundle.json", "engines"}
+"""Not covered by the digests: the seal itself, and engines, which carry digests of their own."""
+
+
+class Bundle:
+    """An opened, checked bundle. Networks are loaded when first asked for, in float32, ready for evaluation."""
+
+    def __init__(self, root: Path, name: str, spec: SamplerSpec) -> None:
+        self.root = root
+        self.name = name
+        self.spec = spec
+
+    def has(self, component: str) -> bool:
+        return (self.root / component / "config.json").is_file()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """One SHA-256 over the weights' digests: what an engine was made from."""
+        files = json.loads((self.root / "bundle.json").read_text())["files"]
+        parts = sorted(f"{name}:{digest}" for name, digest in files.items() if name.endswith(".safetensors"))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.root / "tokenizer", local_files_only=True)
+
+    def denoiser_net(self) -> "DenoiserNet":
+        from .networks import DenoiserNet
+
+        return DenoiserNet(self.load("unet")).eval()
+
+    def denoiser(self, *, control: bool = False) -> "Denoiser":
+        from .denoiser import Denoiser
+        from .networks import as_network
+
+        net = as_network(self.denoiser_net(), self.controlnet() if control else None)
+        return Denoiser(net, self.spec.path, self.spec.prediction)
+
+    def controlnet(self) -> "ControlNet":
+        from .networks import ControlNet
+
+        return ControlNet(self.load("controlnet")).eval()
+
+    def decoder(self) -> "Decoder":
+        from .networks import Decoder
+
+        return Decoder(self.load("vae")).eval()
+
+    def encoder(self) -> "Encoder":
+        from .networks import Encoder
+
+        return Encoder(self.load("vae")).eval()
+
+    def text_encoder(self) -> "TextEncoder":
+        from .networks import TextEncoder
+
+        return TextEncoder(self.load("text_encoder")).eval()
+
+    def load(self, component: str) -> Any:
+        """A component as its diffusers or transformers class, float32, with every weight present.
+
+        Errors: `BundleError` where the component is absent, its class unknown, or a weight missing or unexpected.
+        """
+        folder = self.root / component
+        if not self.has(component):
+            raise BundleError(f"{self.root} has no {component}/config.json; this bundle cannot do what was asked")
+        import diffusers
+        import torch
+        import transformers
+
+        config = json.loads((folder / "config.json").read_text())
+        name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
+        if cls is None:
+            raise BundleError(f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it")
+        try:
+            model, report = cls.from_pretrained(
+                folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except OSError as error:
+            raise BundleError(f"{folder} cannot be loaded: {error}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := report.get(problem):
+                raise BundleError(f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew")
+        return model.requires_grad_(False).eval()
+
+
+def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
+    """Open a bundle folder, or a shipped bundle by its short name (`scenes-lcm`).
+
+    Errors: `BundleError` naming the missing file, the changed file, the unknown version, or the file that holds code;
+    `SpecError` naming the field of the spec.
+    """
+    root = find_bundle(where)
+    try:
+        data = json.loads((root / "bundle.json").read_text())
+    except FileNotFoundError:
+        raise BundleError(f"{root} has no bundle.json; make a bundle with `fewstep import` or `fewstep distill`") from None
+    except ValueError as error:
+        raise BundleError(f"{root}/bundle.json is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{root}/bundle.json must hold an object")
+    if data.get("version") != BUNDLE_VERSION:
+        raise BundleError(
+            f"{root}/bundle.json has version {data.get('version')!r}; this release reads {BUNDLE_VERSION}: upgrade fewstep"
+        )
+    for key in ("name", "spec", "files"):
+        if key not in data:
+            raise BundleError(f"{root}/bundle.json has no field {key!r}")
+    _refuse_code(root)
+    _check_files(root, data["files"], check_digests)
+    try:
+        spec = SamplerSpec.from_json(data["spec"])
+    except SpecError as error:
+        raise SpecError(f"{root}/bundle.json: spec.{error}") from error
+    return Bundle(root, str(data["name"]), spec)
+
+
+def find_bundle(where: str | Path) -> Path:
+    """The folder of a path or of a shipped short name; a path that exists wins."""
+    path = Path(where)
+    if path.is_dir():
+        return path
+    if path.name == str(where) and (REFERENCE / path.name).is_dir():
+        return REFERENCE / path.name
+    shipped = sorted(p.name for p in REFERENCE.iterdir() if p.is_dir()) if REFERENCE.is_dir() else []
+    raise BundleError(f"{where} is not a folder; shipped bundles are {', '.join(shipped) or '(none)'}")
+
+
+def seal_bundle(root: Path, name: str, spec: SamplerSpec) -> Bundle:
+    """Write `bundle.json` over a folder whose files are final, and open it."""
+    _refuse_code(root)
+    files = {f: _digest(root / f) for f in _sealed_files(root)}
+    data = {"version": BUNDLE_VERSION, "name": name, "spec": spec.to_json(), "files": files}
+    (root / "bundle.json").write_text(json.dumps(data, indent=1) + "\n")
+    return load_bundle(root)
+
+
+def reseal(bundle: Bundle, **changes: Any) -> Bundle:
+    """The same folder with fields of its spec replaced (quality, golden cases)."""
+    return seal_bundle(bundle.root, bundle.name, replace(bundle.spec, **changes))
+
+
+def _sealed_files(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.is_file() and relative.parts[0] not in _UNSEALED:
+            yield relative.as_posix()
+
+
+def _refuse_code(root: Path) -> None:
+    for path in sorted(root.rglob("*")):
+        if path.suffix in _CODE_SUFFIXES and path.relative_to(root).parts[0] != "engines":
+            raise BundleError(
+                f"{path} may hold code; a bundle holds only safetensors and JSON. Convert the weights and delete it"
+            )
+
+
+def _check_files(root: Path, files: dict[str, str], check_digests: bool) -> None:
+    for name, digest in files.items():
+        path = root / name
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise BundleError(f"{root}/bundle.json lists {name!r}, which lies outside the bundle")
+        if not path.is_file():
+            raise BundleError(f"{root} lacks {name}, which bundle.json lists; copy the bundle again")
+        if check_digests and _digest(path) != digest:
+            raise BundleError(f"{path} changed since the bundle was sealed (wrong SHA-256); copy the bundle again")
+    for name in _sealed_files(root):
+        if name.endswith(".safetensors") and name not in files:
+            raise BundleError(f"{root}/{name} is not listed in bundle.json; seal the bundle again")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

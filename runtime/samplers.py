@@ -1,0 +1,131 @@
+"""Few-step samplers as coefficients. Each step of each method is `x_next = A x + B F + C z`, z fresh standard noise.
+
+A sampler here is a function from one step (its time, where it lands, and what the network's output means) to (A, B, C).
+Nothing is evaluated: plans hold the numbers, and one fused update applies them to rows of any mix (`runtime.step`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fewstep.models.paths import Path
+from fewstep.models.predictions import Affine, estimates
+from fewstep.models.spec import SamplerSpec
+
+
+@dataclass(frozen=True)
+class Update:
+    """Coefficients of one row's update."""
+
+    a: float
+    b: float
+    c: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: from time t to time `to` (None: to clean data), `last` where no noise may follow."""
+
+    t: float
+    to: float | None
+    last: bool
+    path: Path
+    out: Affine
+
+    def land(self) -> tuple[float, float]:
+        """(alpha, sigma) where the step lands."""
+        return (1.0, 0.0) if self.to is None else (self.path.alpha(self.to), self.path.sigma(self.to))
+
+
+def ddim(step: Step, spec: SamplerSpec) -> Update:
+    """Deterministic: `a' x0 + s' eps`. DDIM (Song et al. 2020), Euler on flow paths, PCM's phase chain, flow maps."""
+    alpha, sigma = step.land()
+    out = step.out
+    return Update(alpha * out.x0_x + sigma * out.eps_x, alpha * out.x0_f + sigma * out.eps_f, 0.0)
+
+
+def lcm(step: Step, spec: SamplerSpec) -> Update:
+    """Multistep consistency sampling (Luo et al. 2023): denoise with boundary scalings, then fresh noise at `to`."""
+    skip, out = 0.0, 1.0
+    if spec.boundary is not None:
+        scaled = spec.boundary.timestep_scaling * step.t
+        square = spec.boundary.sigma_data**2
+        skip, out = square / (scaled**2 + square), scaled / math.sqrt(scaled**2 + square)
+    alpha, sigma = (1.0, 0.0) if step.last else step.land()
+    return Update(alpha * (skip + out * step.out.x0_x), alpha * out * step.out.x0_f, sigma)
+
+
+def tcd(step: Step, spec: SamplerSpec) -> Update:
+    """Strategic stochastic sampling (Zheng et al. 2024): hop below `to` by gamma, then noise back up to it."""
+    gamma = spec.gamma or 0.0
+    alpha, sigma = step.land()
+    if step.to is None:
+        return ddim(step, spec)
+    below = (1.0 - gamma) * step.to
+    below = float(math.floor(below)) if step.path.kind == "vp" else below
+    alpha_u, sigma_u = step.path.alpha(below), step.path.sigma(below)
+    ratio = alpha / alpha_u
+    a = ratio * (alpha_u * step.out.x0_x + sigma_u * step.out.eps_x)
+    b = ratio * (alpha_u * step.out.x0_f + sigma_u * step.out.eps_f)
+    c = 0.0 if step.last else math.sqrt(max(0.0, sigma**2 - (ratio * sigma_u) ** 2))
+    return Update(a, b, c)
+
+
+def trig(step: Step, spec: SamplerSpec) -> Update:
+    """sCM on TrigFlow (Lu & Song 2024): denoise, then fresh noise at `to`: `cos t' x0 + sin t' sigma_data z`."""
+    alpha, sigma = (1.0, 0.0) if step.last else step.land()
+    return Update(alpha * step.out.x0_x, alpha * step.out.x0_f, sigma)
+
+
+def edm(step: Step, spec: SamplerSpec) -> Update:
+    """Consistency models (Song et al. 2023): `x0 + sqrt(t'^2 - sigma_min^2) z`."""
+    if step.last or step.to is None:
+        return Update(step.out.x0_x, step.out.x0_f, 0.0)
+    floor = getattr(step.path, "sigma_min", 0.0)
+    return Update(step.out.x0_x, step.out.x0_f, math.sqrt(max(0.0, step.to**2 - floor**2)))
+
+
+SAMPLERS: dict[str, Callable[[Step, SamplerSpec], Update]] = {
+    "ddim": ddim,
+    "euler": ddim,
+    "phased": ddim,
+    "lcm": lcm,
+    "tcd": tcd,
+    "trig": trig,
+    "edm": edm,
+}
+
+
+def time_pairs(spec: SamplerSpec, steps: int) -> list[tuple[float, float | None]]:
+    """(t, where the step lands) for each step; None lands on clean data."""
+    end = None if spec.final_alpha_one else spec.path.end
+    if steps in spec.grids:
+        grid = spec.grids[steps]
+        return list(zip(grid, [*grid[1:], end], strict=True))
+    if spec.spacing is None:
+        raise ValueError(f"no grid of {steps} steps")
+    total = int(spec.path.start) + 1
+    stride = total // steps
+    if spec.spacing.kind == "trailing":
+        times = [round(total - k * total / steps) - 1 for k in range(steps)]
+    else:
+        times = [k * stride + spec.spacing.offset for k in reversed(range(steps))]
+    # diffusers' DDIM lands `total // steps` below each time, whatever the next time is
+    landings = [t - stride for t in times]
+    return [(float(t), float(to) if to >= 0 else end) for t, to in zip(times, landings, strict=True)]
+
+
+def updates(spec: SamplerSpec, steps: int) -> list[tuple[float, Update]]:
+    """(t, coefficients) of each step of the spec's sampler."""
+    rule = SAMPLERS[spec.sampler]
+    pairs = time_pairs(spec, steps)
+    out = []
+    for k, (t, to) in enumerate(pairs):
+        last = k == len(pairs) - 1
+        out.append((t, rule(Step(t, to, last, spec.path, estimates(spec.prediction, spec.path, t)), spec)))
+    return out
+
+
+def start_scale(path: Path) -> float:
+    """What standard noise is multiplied by to begin: sigma at the start for EDM and TrigFlow, else 1 as in diffusers."""
+    return float(path.sigma(path.start)) if path.kind in ("edm", "trig") else 1.0

@@ -1,0 +1,38 @@
+"""Guard against testing another checkout, and the tiny bundles most tests share."""
+
+import pathlib
+import sys
+
+import pytest
+
+import fewstep.runtime
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for `import tiny`; the repository root itself must stay off the path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    found = pathlib.Path(fewstep.runtime.__file__).resolve()
+    if not found.is_relative_to(ROOT):
+        raise pytest.UsageError(f"tests of {ROOT} would import {found}; reinstall with pip install -e .")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    from tiny import make_tiny_bundle
+
+    return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "teacher", kind="teacher")
+
+
+@pytest.fixture(scope="session")
+def tiny_lcm(tmp_path_factory):
+    from tiny import make_tiny_bundle
+
+    return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "lcm", kind="lcm")
+
+
+@pytest.fixture(scope="session")
+def tiny_dmd2(tmp_path_factory):
+    from tiny import make_tiny_bundle
+
+    return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "dmd2", kind="dmd2")
