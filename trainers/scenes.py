@@ -106,10 +106,16 @@ def sample(rng: random.Random) -> Sample:
     objects = _place(claims, relation, rng)
     background = rng.choice(tuple(BACKGROUNDS))
     jitter = tuple(tuple(rng.randint(-6, 6) for _ in range(3)) for _ in range(len(objects) + 1))
-    said = _unsay_sizes(claims, rng)
-    said_background = background if rng.random() < 0.7 else None
-    text = describe(said, relation, said_background, rng)
-    return Sample(Scene(objects, background, jitter), Caption(text, said, relation, said_background))
+    scene = Scene(objects, background, jitter)
+    return Sample(scene, caption(scene, relation, rng))
+
+
+def caption(scene: Scene, relation: str | None, rng: random.Random) -> Caption:
+    """Say something of a scene: sizes and background may go unsaid, the phrasing is drawn afresh."""
+    objects = tuple(ObjectClaim(o.shape, o.colour, o.size) for o in scene.objects)
+    said = _unsay_sizes(objects, rng)
+    background = scene.background if rng.random() < 0.7 else None
+    return Caption(describe(said, relation, background, rng), said, relation, background)
 
 
 def describe(
