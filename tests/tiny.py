@@ -45,10 +45,12 @@ def make_tiny_bundle(folder: Path, *, kind: str = "teacher", control: bool = Tru
     )  # fmt: skip
     unet.save_pretrained(folder / "unet")
     if control:
-        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-        with torch.no_grad():  # a fresh ControlNet's outputs are zero; random ones make it visible
-            for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
-                block.weight.normal_(std=0.2)
+        net = ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(8, 16), load_weights_from_unet=kind != "lcm"
+        )  # diffusers cannot copy the weights of a network with a guidance embedding
+        with torch.no_grad():  # a fresh ControlNet's outputs are zero, and blind to the edges; random ones are not
+            for layer in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
+                layer.weight.normal_(std=0.2)
         net.save_pretrained(folder / "controlnet")
     table = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     table |= {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True}
