@@ -12,7 +12,10 @@ be compiled without torch and trainers can use whole batches. The meeting point 
 | `TrigFlow` | cos t | sigma_data sin t | 0 .. pi/2 | sigma_data cos t eps - sin t x0 |
 """
 
+# mypy: disable-error-code="no-any-return"
+
 import bisect
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     Number = TypeVar("Number", float, torch.Tensor)
 else:
     Number = TypeVar("Number")
+
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 class Path(Protocol):
@@ -55,6 +61,11 @@ def _call(name: str, t: Any) -> Any:
     return getattr(math, name)(t) if isinstance(t, float) else getattr(t, name)()
 
 
+def _check_range(start: float, end: float, noisiest: float) -> None:
+    if not 0.0 <= end < start <= noisiest:
+        raise SpecError(f"path.end {end} and path.start {start} must rise between 0 and {noisiest}")
+
+
 @dataclass(frozen=True)
 class RectifiedFlow:
     """Straight paths from data (t=0) to noise (t=1): Liu et al. 2022, Lipman et al. 2022."""
@@ -62,6 +73,9 @@ class RectifiedFlow:
     kind: ClassVar[str] = "flow"
     start: float = 1.0
     end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.start, self.end, 1.0)
 
     def alpha(self, t: Number) -> Number:
         return 1.0 - _f64(t)
@@ -90,6 +104,14 @@ class EDM:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sigma_min < self.sigma_max:
+            raise SpecError(
+                f"path.sigma_min {self.sigma_min} must be below path.sigma_max {self.sigma_max}, both from 0 up"
+            )
+        if not self.sigma_data > 0.0:
+            raise SpecError(f"path.sigma_data is {self.sigma_data}; it must be above 0")
 
     @property
     def start(self) -> float:
@@ -127,6 +149,11 @@ class TrigFlow:
     start: float = math.pi / 2
     end: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_range(self.start, self.end, math.pi / 2)
+        if not self.sigma_data > 0.0:
+            raise SpecError(f"path.sigma_data is {self.sigma_data}; it must be above 0")
+
     def alpha(self, t: Number) -> Number:
         return _call("cos", _f64(t))
 
@@ -161,6 +188,14 @@ class VP:
     beta_schedule: str = "scaled_linear"
     _tables: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2:
+            raise SpecError(f"path.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise SpecError(f"path.beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1")
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise SpecError(f"path.beta_schedule is {self.beta_schedule!r}; use one of {', '.join(BETA_SCHEDULES)}")
+
     @property
     def start(self) -> float:
         return float(self.num_train_timesteps - 1)
@@ -181,15 +216,11 @@ class VP:
         elif self.beta_schedule == "scaled_linear":
             root = _linspace32(self.beta_start**0.5, self.beta_end**0.5, n)
             betas = root * root
-        elif self.beta_schedule == "squaredcos_cap_v2":
-            bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-            betas = np.asarray([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)], dtype=np.float32)
         else:
-            raise SpecError(
-                f"path.beta_schedule is {self.beta_schedule!r}; use 'linear', 'scaled_linear' or 'squaredcos_cap_v2'"
-            )
+            bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+            betas = np.asarray([min(1 - b / a, 0.999) for a, b in itertools.pairwise(bar)], dtype=np.float32)
         kept = np.float32(1.0) - betas
-        bars = np.cumprod(kept, dtype=np.float32)
+        bars = np.cumprod(kept.astype(np.float64)).astype(np.float32)  # torch accumulates float32 products in float64
         return tuple(float(b) for b in bars)
 
     @cached_property
@@ -203,22 +234,23 @@ class VP:
             a, b = self._log_levels[low], self._log_levels[low + 1]
             return a + (b - a) * (t - low)
         table = self._table(t)
-        low = t.floor().clamp(0, self.num_train_timesteps - 2)
-        a, b = table[low.long()], table[low.long() + 1]
-        return a + (b - a) * (t - low)
+        below = t.floor().clamp(0, self.num_train_timesteps - 2)
+        first, second = table[below.long()], table[below.long() + 1]
+        return first + (second - first) * (t - below)
 
     def _table(self, like: "torch.Tensor") -> "torch.Tensor":
         key = str(like.device)
         if key not in self._tables:
             self._tables[key] = like.new_tensor(self._log_levels)
-        table: torch.Tensor = self._tables[key]
-        return table
+        return self._tables[key]
 
     def _slope(self, t: Any) -> Any:
         """d log(sigma/alpha) / dt, piecewise constant."""
         t = _f64(t)
-        low = min(max(math.floor(t), 0), self.num_train_timesteps - 2) if isinstance(t, float) else t.floor().clamp(
-            0, self.num_train_timesteps - 2
+        low = (
+            min(max(math.floor(t), 0), self.num_train_timesteps - 2)
+            if isinstance(t, float)
+            else t.floor().clamp(0, self.num_train_timesteps - 2)
         )
         return self._log_level(low + 1) - self._log_level(low)
 
@@ -252,14 +284,17 @@ class VP:
 
 
 def _linspace32(start: float, stop: float, n: int) -> Any:
-    """float32 linspace with torch's two-sided rounding, so tables agree with diffusers'."""
+    """float32 linspace as torch computes it: from both ends, each entry one fused multiply-add of a float32 step.
+
+    A float64 product and sum rounded once stands in for the fused operation, which numpy lacks.
+    """
     import numpy as np
 
-    step = np.float32((np.float32(stop) - np.float32(start)) / np.float32(n - 1))
-    i = np.arange(n, dtype=np.float32)
-    left = np.float32(start) + step * i
-    right = np.float32(stop) - step * (np.float32(n - 1) - i)
-    return np.where(np.arange(n) < n // 2, left, right).astype(np.float32)
+    step = np.float64(np.float32((np.float32(stop) - np.float32(start)) / np.float32(n - 1)))
+    i = np.arange(n, dtype=np.float64)
+    left = np.float64(np.float32(start)) + step * i
+    right = np.float64(np.float32(stop)) - step * (n - 1 - i)
+    return np.where(i < n // 2, left, right).astype(np.float32)
 
 
 PATHS: dict[str, Any] = {cls.kind: cls for cls in (VP, EDM, RectifiedFlow, TrigFlow)}
@@ -273,7 +308,7 @@ def path_to_json(path: Path) -> dict[str, Any]:
 def path_from_json(data: Mapping[str, Any]) -> Path:
     """Read a path's settings.
 
-    Errors: `SpecError` naming an unknown kind or setting.
+    Errors: `SpecError` naming an unknown kind, an unknown setting, or one of a wrong type or range.
     """
     kind = data.get("kind")
     if kind not in PATHS:
@@ -283,5 +318,10 @@ def path_from_json(data: Mapping[str, Any]) -> Path:
     known = {k for k in cls.__dataclass_fields__ if not k.startswith("_") and k != "kind"}
     if unknown := sorted(set(settings) - known):
         raise SpecError(f"path.{unknown[0]} is not a setting of a {kind!r} path; it has {', '.join(sorted(known))}")
+    for name, value in settings.items():
+        default = cls.__dataclass_fields__[name].default
+        fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
+        if not fits or isinstance(value, bool):
+            raise SpecError(f"path.{name} is {value!r}; it must be {type(default).__name__}")
     path: Path = cls(**settings)
     return path
