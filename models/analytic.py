@@ -128,9 +128,7 @@ def exact(data: Mixture, path: Path, prediction: str, *, takes_w: bool = False) 
     return Denoiser(net, path, prediction)
 
 
-def jumper(
-    data: Mixture, path: Path, prediction: str, to: Landing | None = None, *, takes_w: bool = False
-) -> Denoiser:
+def jumper(data: Mixture, path: Path, prediction: str, to: Landing | None = None, *, takes_w: bool = False) -> Denoiser:
     """The perfect few-step student: `jump(x, t, to(t))` follows the flow map exactly, in one evaluation.
 
     `to=None` jumps to clean data, so `x0` is the consistency function.
@@ -153,9 +151,7 @@ def jumper(
     return Denoiser(net, path, prediction)
 
 
-def consistency(
-    data: Mixture, path: Path, prediction: str, boundary: Boundary, *, takes_w: bool = False
-) -> Denoiser:
+def consistency(data: Mixture, path: Path, prediction: str, boundary: Boundary, *, takes_w: bool = False) -> Denoiser:
     """The perfect student behind LCM's boundary scalings: `c_skip x + c_out x0` is the flow map to the path's end.
 
     There c_skip = 1 and the map is the identity, as it must be. Where c_out = 0 the network's output plays no part.
@@ -230,9 +226,7 @@ def _log_parts(data: Mixture, apart: Tensor, var: Tensor) -> Tensor:
     return data.weights.log() - 0.5 * (apart**2 / var + var.log()).flatten(2).sum(2)
 
 
-def _runge_kutta(
-    data: Mixture, x: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
-) -> Tensor:
+def _runge_kutta(data: Mixture, x: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> Tensor:
     """Integrate in the angle of the noise, where every path is `cos x0 + sin eps` and nothing is infinite."""
     angle, last = torch.atan2(start[1], start[0]), torch.atan2(end[1], end[0])
     h = (last - angle) / RK4_STEPS

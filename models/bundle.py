@@ -99,16 +99,24 @@ class Bundle:
         name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
         cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
         if cls is None:
-            raise BundleError(f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it")
+            raise BundleError(
+                f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it"
+            )
         try:
             model, report = cls.from_pretrained(
                 folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # absent or unreadable weights, or weights of another shape
             raise BundleError(f"{folder} cannot be loaded: {error}") from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := report.get(problem):
-                raise BundleError(f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew")
+                raise BundleError(
+                    f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew"
+                )
         return model.requires_grad_(False).eval()
 
 
@@ -122,7 +130,9 @@ def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
     try:
         data = json.loads((root / "bundle.json").read_text())
     except FileNotFoundError:
-        raise BundleError(f"{root} has no bundle.json; make a bundle with `fewstep import` or `fewstep distill`") from None
+        raise BundleError(
+            f"{root} has no bundle.json; make a bundle with `fewstep import` or `fewstep distill`"
+        ) from None
     except ValueError as error:
         raise BundleError(f"{root}/bundle.json is not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -134,6 +144,8 @@ def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
     for key in ("name", "spec", "files"):
         if key not in data:
             raise BundleError(f"{root}/bundle.json has no field {key!r}")
+    if not isinstance(data["files"], dict) or not all(isinstance(digest, str) for digest in data["files"].values()):
+        raise BundleError(f"{root}/bundle.json: files must map each file's name to its SHA-256; seal the bundle again")
     _refuse_code(root)
     _check_files(root, data["files"], check_digests)
     try:
@@ -177,7 +189,7 @@ def _sealed_files(root: Path) -> Iterator[str]:
 
 def _refuse_code(root: Path) -> None:
     for path in sorted(root.rglob("*")):
-        if path.suffix in _CODE_SUFFIXES and path.relative_to(root).parts[0] != "engines":
+        if path.suffix.lower() in _CODE_SUFFIXES and path.relative_to(root).parts[0] != "engines":
             raise BundleError(
                 f"{path} may hold code; a bundle holds only safetensors and JSON. Convert the weights and delete it"
             )
@@ -193,7 +205,7 @@ def _check_files(root: Path, files: dict[str, str], check_digests: bool) -> None
         if check_digests and _digest(path) != digest:
             raise BundleError(f"{path} changed since the bundle was sealed (wrong SHA-256); copy the bundle again")
     for name in _sealed_files(root):
-        if name.endswith(".safetensors") and name not in files:
+        if ".safetensors" in name and name not in files:
             raise BundleError(f"{root}/{name} is not listed in bundle.json; seal the bundle again")
 
 

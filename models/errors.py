@@ -1,8 +1,8 @@
 """Errors of the bottom room. The runtime's tree (`fewstep.runtime.errors`) grows from the same root.
 
-    FewstepError
-    ├── BundleError          a bundle folder cannot be used; the message names the file or field
-    └── SpecError            a sampling contract is incomplete or inconsistent; the message names the field
+FewstepError
+├── BundleError          a bundle folder cannot be used; the message names the file or field
+└── SpecError            a sampling contract is incomplete or inconsistent; the message names the field
 """
 
 

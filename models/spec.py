@@ -4,6 +4,7 @@
 `u + w (c - u)` (w = 1 means none). Times are in the path's native unit.
 """
 
+import itertools
 import math
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from .predictions import check_prediction
 
 SPEC_VERSION = 1
 SAMPLERS = ("lcm", "ddim", "tcd", "euler", "trig", "edm", "phased")
+STOCHASTIC = ("lcm", "trig", "edm")
+"""Samplers that draw noise between steps; "tcd" does unless its gamma is 0, the others never do."""
 GUIDANCE_MODES = ("none", "embedded", "cfg")
 SPACINGS = ("trailing", "leading")
 
@@ -126,16 +129,21 @@ class SamplerSpec:
         low, high = self.guidance.range
         if not low <= self.guidance.default <= high:
             raise SpecError(f"guidance.default is {self.guidance.default}; it must lie in guidance.range {[low, high]}")
+        if self.guidance.mode == "none" and (low, high) != (1.0, 1.0):
+            raise SpecError(f"guidance.range is {[low, high]}; a model of guidance.mode 'none' takes only [1.0, 1.0]")
         if not self.grids and self.spacing is None:
             raise SpecError("grids is empty; give the time grid of at least one step count, or a spacing rule")
         for steps, grid in self.grids.items():
             self._check_grid(steps, grid)
         if self.spacing is not None:
-            _one_of("spacing.kind", self.spacing.kind, SPACINGS)
+            self._check_spacing(self.spacing)
         if self.sampler == "tcd" and self.gamma is None:
             raise SpecError("gamma is missing; the 'tcd' sampler needs it (0 is deterministic, 0.3 is TCD's default)")
         if self.sampler == "phased" and not self.phases:
             raise SpecError("phases is missing; the 'phased' sampler needs the number of trained phases")
+        if self.stochastic != (self.sampler in STOCHASTIC or (self.sampler == "tcd" and self.gamma != 0.0)):
+            raise SpecError(f"stochastic is {self.stochastic}; that is not so of the {self.sampler!r} sampler")
+        self._check_numbers()
         if not self.sizes:
             raise SpecError("sizes is empty; name at least one [width, height] in pixels")
         for size in self.sizes:
@@ -143,12 +151,34 @@ class SamplerSpec:
                 raise SpecError(f"sizes holds {list(size)}; each side must be a multiple of {self.latent.factor}")
 
     def _check_grid(self, steps: int, grid: tuple[float, ...]) -> None:
+        if steps < 1:
+            raise SpecError(f"grids.{steps} is for {steps} steps; step counts start at 1")
         if steps != len(grid):
             raise SpecError(f"grids.{steps} has {len(grid)} times; a grid of {steps} steps needs exactly {steps}")
-        if any(b >= a for a, b in zip(grid, grid[1:], strict=False)):
+        if any(b >= a for a, b in itertools.pairwise(grid)):
             raise SpecError(f"grids.{steps} is {list(grid)}; times must fall strictly, noisiest first")
         if not all(math.isfinite(t) and self.path.end <= t <= self.path.start for t in grid):
             raise SpecError(f"grids.{steps} is {list(grid)}; times lie between {self.path.end} and {self.path.start}")
+
+    def _check_numbers(self) -> None:
+        above_zero = {"clip": self.clip, "phases": self.phases}
+        for part in ("latent", "boundary"):
+            above_zero |= {f"{part}.{k}": v for k, v in _plain(getattr(self, part) or {}).items() if k != "shift"}
+        for name, value in above_zero.items():
+            if value is not None and not value > 0:
+                raise SpecError(f"{name} is {value}; it must be above 0")
+        if self.gamma is not None and not 0.0 <= self.gamma <= 1.0:
+            raise SpecError(f"gamma is {self.gamma}; use 0 (deterministic) to 1 (as stochastic as LCM)")
+
+    def _check_spacing(self, spacing: Spacing) -> None:
+        _one_of("spacing.kind", spacing.kind, SPACINGS)
+        if self.path.kind != "vp":
+            raise SpecError(f"spacing is defined on the 'vp' path, not on {self.path.kind!r}; give grids instead")
+        most = int(self.path.start) + 1
+        if not 1 <= spacing.max_steps <= most:
+            raise SpecError(f"spacing.max_steps is {spacing.max_steps}; it must be 1 to {most}")
+        if not 0 <= spacing.offset < most // spacing.max_steps:
+            raise SpecError(f"spacing.offset is {spacing.offset}; it must be 0 to {most // spacing.max_steps - 1}")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -170,13 +200,20 @@ class SamplerSpec:
 
         Errors: `SpecError` naming the unknown, missing or impossible field.
         """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"spec is {data!r}; it must be an object")
         settings = dict(data)
         if settings.get("version", SPEC_VERSION) != SPEC_VERSION:
             raise SpecError(f"version is {settings['version']!r}; this release reads version {SPEC_VERSION}")
-        if isinstance(settings.get("path"), Mapping):
+        for name in ("path", "grids"):
+            if name in settings and not isinstance(settings[name], Mapping):
+                raise SpecError(f"{name} is {settings[name]!r}; it must be an object")
+        if "path" in settings:
             settings["path"] = path_from_json(settings["path"])
-        if isinstance(settings.get("grids"), Mapping):
-            settings["grids"] = {_count(k): tuple(float(t) for t in v) for k, v in settings["grids"].items()}
+        if "grids" in settings:
+            settings["grids"] = {
+                _count(k): _convert(tuple[float, ...], v, f"grids.{k}") for k, v in settings["grids"].items()
+            }
         spec: SamplerSpec = _read(SamplerSpec, settings, "")
         return spec
 
@@ -229,12 +266,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise SpecError(f"{where} has {len(value)} entries; it must have {len(kinds)}")
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if hasattr(hint, "__dataclass_fields__") and isinstance(value, Mapping):
+    if hasattr(hint, "__dataclass_fields__"):
+        if not isinstance(value, Mapping):
+            raise SpecError(f"{where} is {value!r}; it must be an object")
         return _read(hint, value, where + ".")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise SpecError(f"{where} is {value!r}; it must be a finite number")
         return float(value)
     if hint in (int, float, str, bool) and (type(value) is not hint):
         raise SpecError(f"{where} is {value!r}; it must be {hint.__name__}")
     return value
-
-

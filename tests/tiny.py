@@ -21,7 +21,9 @@ def make_tiny_bundle(folder: Path, *, kind: str = "teacher", control: bool = Tru
     """A 32x32 text-to-image bundle with 4-channel 16x16 latents. kind: "teacher" (DDIM, CFG), "lcm" (embedded w), "dmd2"."""
     torch.manual_seed({"teacher": 0, "lcm": 1, "dmd2": 2}[kind])
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {c: i for i, c in enumerate([*_LETTERS, *(c + "</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"])}
+    vocab = {
+        c: i for i, c in enumerate([*_LETTERS, *(c + "</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"])
+    }
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
     tokenizer.save_pretrained(folder / "tokenizer")
     text = CLIPTextModel(
@@ -49,11 +51,16 @@ def make_tiny_bundle(folder: Path, *, kind: str = "teacher", control: bool = Tru
             unet, conditioning_embedding_out_channels=(8, 16), load_weights_from_unet=kind != "lcm"
         )  # diffusers cannot copy the weights of a network with a guidance embedding
         with torch.no_grad():  # a fresh ControlNet's outputs are zero, and blind to the edges; random ones are not
-            for layer in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
+            for layer in [
+                *net.controlnet_down_blocks,
+                net.controlnet_mid_block,
+                net.controlnet_cond_embedding.conv_out,
+            ]:
                 layer.weight.normal_(std=0.2)
         net.save_pretrained(folder / "controlnet")
     table = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     table |= {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": True}
+    table |= {"steps_offset": 1}  # asked for by diffusers' pipelines; neither trailing spacing nor LCM uses it
     if kind == "teacher":
         DDIMScheduler(**table, timestep_spacing="trailing").save_pretrained(folder / "scheduler")
     else:
