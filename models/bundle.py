@@ -139,7 +139,7 @@ def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
         raise BundleError(f"{root}/bundle.json must hold an object")
     if data.get("version") != BUNDLE_VERSION:
         raise BundleError(
-            f"{root}/bundle.json has version {data.get('version')!r}; this release reads {BUNDLE_VERSION}: upgrade fewstep"
+            f"{root}/bundle.json has version {data.get('version')!r}; this reads {BUNDLE_VERSION}: upgrade fewstep"
         )
     for key in ("name", "spec", "files"):
         if key not in data:

@@ -71,7 +71,7 @@ class Denoiser:
         return expand(self.path.dalpha(t), x) * x0 + expand(self.path.dsigma(t), x) * eps
 
     def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """One step from time t to time s, with both estimates frozen (DDIM, Song et al. 2020; Euler in EDM and flow)."""
+        """One step from time t to time s, with both estimates frozen (DDIM, Song et al. 2020; Euler on EDM, flow)."""
         x0, eps = self.both(x, t, cond)
         return self.mix(x0, eps, s)
 
@@ -89,7 +89,7 @@ class Denoiser:
 
 
 def renoise(path: Path, x: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Exact forward transition from time s to a noisier time t: `(a_t/a_s) x + sqrt(sig_t^2 - (a_t/a_s)^2 sig_s^2) n`."""
+    """Exact forward step from time s to a noisier time t: `(a_t/a_s) x + sqrt(sig_t^2 - (a_t/a_s)^2 sig_s^2) n`."""
     ratio = path.alpha(t) / path.alpha(s)
     spread = (path.sigma(t) ** 2 - ratio**2 * path.sigma(s) ** 2).clamp(min=0).sqrt()
     return expand(ratio, x) * x + expand(spread, x) * noise

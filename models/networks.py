@@ -1,7 +1,7 @@
 """Networks of diffusers' classes behind flat tensor signatures, the same for sampling, training and export.
 
-Shapes: x [B, C, h, w]; t [B] float; ctx [B, L, D]; w [B] guidance scale (1 means none); picture [B, 3, H, W] in [-1, 1];
-edge [B, 3, H, W] in [0, 1]; scale [B] ControlNet strength.
+Shapes: x [B, C, h, w]; t [B] float; ctx [B, L, D]; w [B] guidance scale (1 means none);
+picture [B, 3, H, W] in [-1, 1]; edge [B, 3, H, W] in [0, 1]; scale [B] ControlNet strength.
 """
 
 from typing import Any

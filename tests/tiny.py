@@ -18,7 +18,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz,"
 
 
 def make_tiny_bundle(folder: Path, *, kind: str = "teacher", control: bool = True) -> Bundle:
-    """A 32x32 text-to-image bundle with 4-channel 16x16 latents. kind: "teacher" (DDIM, CFG), "lcm" (embedded w), "dmd2"."""
+    """A 32x32 text-to-image bundle, latents [4, 16, 16]. kind: "teacher" (DDIM, CFG), "lcm" (embedded w) or "dmd2"."""
     torch.manual_seed({"teacher": 0, "lcm": 1, "dmd2": 2}[kind])
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {
