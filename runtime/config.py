@@ -1,0 +1,31 @@
+"""Settings of a runtime that are not part of a request and not part of a model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """See each field; all have working defaults.
+
+    threads: CPU threads of the engines; None leaves the library's own choice.
+    text_cache: how many prompts' embeddings are kept per model.
+    max_batch: upper bound on network evaluations per engine call, below the engine's own.
+    calibration_budget_s: time spent per model at start to warm the engine and to measure what batching costs. None
+        means 1 second for engines opened by the runtime and nothing for injected ones. 0 is off: no warm-up, and rows
+        are not batched before the measurements of live calls say that it pays.
+    """
+
+    threads: int | None = None
+    text_cache: int = 512
+    max_batch: int | None = None
+    calibration_budget_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or None")
+        if self.text_cache < 0:
+            raise ValueError(f"text_cache is {self.text_cache}; it must be 0 or more")
+        if self.calibration_budget_s is not None and self.calibration_budget_s < 0:
+            raise ValueError(f"calibration_budget_s is {self.calibration_budget_s}; it must be 0 or more seconds")

@@ -1,0 +1,66 @@
+"""What engine calls cost, measured, and the batch size that follows from it. Pure: seconds come in as numbers."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+Key = tuple[str, str]
+"""(model, engine role)."""
+
+GUESS_S = 0.01
+_KEPT = 9
+CONSIDERED = 64
+"""Candidates looked at for one call."""
+
+
+class Costs:
+    """Seconds per call by role and batch size: the median of the latest measurements of that size.
+
+    Between measured sizes the cost is interpolated; beyond the largest it grows in proportion, so an unmeasured batch
+    never looks cheaper than what is known.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, dict[int, deque[float]]] = {}
+        self._medians: dict[Key, list[tuple[int, float]]] = {}
+
+    def record(self, key: Key, size: int, seconds: float) -> None:
+        sizes = self._kept.setdefault(key, {})
+        sizes.setdefault(size, deque(maxlen=_KEPT)).append(seconds)
+        self._medians[key] = sorted((n, median(values)) for n, values in sizes.items())
+
+    def measured(self, key: Key) -> bool:
+        return key in self._medians
+
+    def seconds(self, key: Key, size: int) -> float:
+        """Expected seconds of one call of `size`; `GUESS_S` each where nothing was measured."""
+        known = self._medians.get(key)
+        if not known:
+            return GUESS_S * size
+        below = [(n, s) for n, s in known if n <= size]
+        above = [(n, s) for n, s in known if n >= size]
+        if not below:
+            return above[0][1]
+        n0, s0 = below[-1]
+        if not above:
+            return s0 * size / n0
+        n1, s1 = above[0]
+        return s0 if n1 == n0 else s0 + (s1 - s0) * (size - n0) / (n1 - n0)
+
+
+def best_count(ready: int, most: int, cost: Callable[[int], float]) -> int:
+    """How many of `ready` items to put into the next call so that the items' mean finish time is least.
+
+    Serving in batches of k, batch j ends after j calls. At equal means the smaller batch wins, so nothing is batched
+    unless the cost table says that it pays. `cost(k)` is the seconds of one call on the first k items.
+    """
+    ready = min(ready, CONSIDERED)
+    best, best_total = 1, math.inf
+    for k in range(1, min(ready, most) + 1):
+        whole, rest = divmod(ready, k)
+        each = cost(k)
+        total = k * each * whole * (whole + 1) / 2 + (rest * (whole * each + cost(rest)) if rest else 0.0)
+        if total < best_total * (1 - 1e-9):
+            best, best_total = k, total
+    return best

@@ -1,0 +1,151 @@
+"""One step of any mix of pictures: one denoiser call for all rows, then one fused update `a x + b F + c z` in float32.
+
+Shapes: a row's latent is [C, ...] without batch, its ctx [L, D], its edge [3, H, W]. Rows may come from different
+requests, samplers, step counts and step indices; a row's result does not depend on its neighbours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import expand, guide
+from fewstep.models.predictions import estimates
+from fewstep.models.spec import SamplerSpec
+
+from .engine import CONTROLNET, DENOISER, DENOISER_CONTROL, Engine
+from .errors import EngineFailed
+from .plan import Row
+from .rng import NoiseStream
+
+
+@dataclass(frozen=True)
+class RowState:
+    """Everything one row's step needs. `uncond` is needed where `row.pair`, `edge` where `row.control` is not 0."""
+
+    row: Row
+    x: Tensor
+    ctx: Tensor
+    noise: NoiseStream
+    uncond: Tensor | None = None
+    edge: Tensor | None = None
+
+
+@torch.inference_mode()
+def advance(engine: Engine, states: Sequence[RowState], spec: SamplerSpec) -> list[Tensor | EngineFailed]:
+    """Each row's next latent, or `EngineFailed` for a row whose network output is not finite.
+
+    Noise is drawn from a row's own stream, after the engine call and only where the row is stochastic, so a call that
+    raises may be repeated.
+
+    Errors: whatever the engine raises.
+    """
+    x = torch.stack([state.x for state in states])
+    f = evaluate(engine, states, x)
+    if spec.clip is not None:
+        f = _clip(x, f, states, spec)
+    finite = torch.isfinite(f).flatten(1).all(dim=1).tolist()
+    rows = [state.row for state in states]
+    a, b = (_column([getattr(row, name) for row in rows], x) for name in ("a", "b"))
+    out = torch.addcmul(a * x, b, f)
+    if any(row.c for row in rows):
+        z = torch.stack([_noise(state, ok) for state, ok in zip(states, finite, strict=True)])
+        out = torch.addcmul(out, _column([row.c for row in rows], x), z.to(x.device))
+    return [
+        latent if ok else EngineFailed(f"engine {engine.name} gave a non-finite output at step {row.index + 1}")
+        for latent, ok, row in zip(out.unbind(), finite, rows, strict=True)
+    ]
+
+
+def evaluate(engine: Engine, states: Sequence[RowState], x: Tensor) -> Tensor:
+    """Guided raw outputs F, [B, C, ...]. A row under classifier-free guidance is two rows of the one engine call."""
+    rows = [state.row for state in states]
+    pairs = [i for i, row in enumerate(rows) if row.pair]
+    order = [*range(len(rows)), *pairs]
+    contexts = [state.ctx for state in states] + [_present(states[i].uncond, "uncond", rows[i]) for i in pairs]
+    feeds = {
+        "x": torch.cat([x, x[pairs]]) if pairs else x,
+        "t": _vector([rows[i].t for i in order], x),
+        "ctx": torch.stack(contexts),
+    }
+    role = DENOISER
+    residuals = _residuals(engine, states, order, feeds)
+    if residuals:
+        role = DENOISER_CONTROL
+    if engine.capabilities.takes_w:
+        feeds["w"] = _vector([rows[i].w for i in order], x)
+    feeds.update({f"residual_{k}": residual for k, residual in enumerate(residuals)})
+    (out,) = run_batch(engine, role, feeds)
+    if not pairs:
+        return out
+    f = out[: len(rows)].clone()
+    f[pairs] = guide(out[len(rows) :], f[pairs], _vector([rows[i].w for i in pairs], x))
+    return f
+
+
+def run_batch(engine: Engine, role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Run a role on any number of rows: split above the engine's largest batch, padded to a size that it has."""
+    able = engine.capabilities
+    total = next(iter(feeds.values())).shape[0]
+    if total <= able.max_batch and (not able.batch_sizes or total in able.batch_sizes):
+        return engine.run(role, feeds)
+    parts = []
+    for start in range(0, total, able.max_batch):
+        part = {name: value[start : start + able.max_batch] for name, value in feeds.items()}
+        count = next(iter(part.values())).shape[0]
+        size = min((s for s in able.batch_sizes if s >= count), default=count)
+        if size > count:
+            part = {n: torch.cat([v, v[-1:].expand(size - count, *v.shape[1:])]) for n, v in part.items()}
+        parts.append(tuple(out[:count].clone() for out in engine.run(role, part)))  # the engine may reuse its outputs
+    return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
+
+
+def _residuals(
+    engine: Engine, states: Sequence[RowState], order: list[int], feeds: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """ControlNet residuals for the whole call, zero in rows without control; empty where no row has any."""
+    steered = [k for k, i in enumerate(order) if states[i].row.control]
+    if not steered:
+        return ()
+    sub = {name: value if len(steered) == len(order) else value[steered] for name, value in feeds.items()}
+    sub["edge"] = torch.stack([_present(states[order[k]].edge, "edge", states[order[k]].row) for k in steered])
+    sub["scale"] = _vector([states[order[k]].row.control for k in steered], feeds["x"])
+    found = run_batch(engine, CONTROLNET, sub)
+    if len(steered) == len(order):
+        return found
+    filled = []
+    for residual in found:
+        whole = residual.new_zeros((len(order), *residual.shape[1:]))
+        whole[steered] = residual
+        filled.append(whole)
+    return tuple(filled)
+
+
+def _clip(x: Tensor, f: Tensor, states: Sequence[RowState], spec: SamplerSpec) -> Tensor:
+    """F changed so that its clean estimate lies within `spec.clip`; the noise estimate follows the clipped one."""
+    bound = spec.clip
+    out = estimates(spec.prediction, spec.path, torch.tensor([s.row.t for s in states], dtype=torch.float64))
+    x0 = expand(out.x0_x, x) * x + expand(out.x0_f, x) * f
+    clipped = (x0.clamp(-bound, bound) - expand(out.x0_x, x) * x) / expand(out.x0_f, x)  # type: ignore[operator]
+    return torch.where(x0 == x0.clamp(-bound, bound), f, clipped)  # type: ignore[operator]
+
+
+def _noise(state: RowState, ok: bool) -> Tensor:
+    if ok and state.row.c:
+        return state.noise.draw(tuple(state.x.shape))
+    return torch.zeros(state.x.shape)
+
+
+def _present(value: Tensor | None, name: str, row: Row) -> Tensor:
+    if value is None:
+        raise ValueError(f"row {row.index} needs {name}")
+    return value
+
+
+def _vector(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def _column(values: list[float], x: Tensor) -> Tensor:
+    return _vector(values, x).reshape(-1, *([1] * (x.ndim - 1)))

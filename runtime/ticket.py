@@ -1,0 +1,73 @@
+"""A caller's hold on an accepted request."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from .events import Event, Failed, Finished, Progress, Result
+
+_log = logging.getLogger(__name__)
+
+
+class Ticket:
+    """An accepted request. Its events end with exactly one `Finished` or `Failed`."""
+
+    def __init__(self, ticket_id: str) -> None:
+        self.id = ticket_id
+        self._events: list[Event] = []
+        self._listeners: list[Callable[[Event], None]] = []
+        self._changed = threading.Condition(threading.RLock())
+
+    @property
+    def done(self) -> bool:
+        return bool(self._events) and not isinstance(self._events[-1], Progress)
+
+    def events(self) -> Iterator[Event]:
+        """Every event from the first on, waiting for those to come; ends after the final one."""
+        seen = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._events) > seen)  # noqa: B023
+                event = self._events[seen]
+            seen += 1
+            yield event
+            if not isinstance(event, Progress):
+                return
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Wait for the end.
+
+        Errors: the `FewstepError` the request failed with; `TimeoutError` where it has not ended in time (it goes on).
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout_s):
+                raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s")
+            last = self._events[-1]
+        if isinstance(last, Failed):
+            raise last.error
+        assert isinstance(last, Finished)
+        return last.result
+
+    def listen(self, callback: Callable[[Event], None]) -> None:
+        """Call back for every event in order: past ones at once, then from the runtime's thread. Be quick there."""
+        with self._changed:
+            self._listeners.append(callback)
+            for event in self._events:
+                _call(callback, event)
+
+    def publish(self, event: Event) -> None:
+        """For the runtime. Whatever comes after a final event is dropped."""
+        with self._changed:
+            if self.done:
+                return
+            self._events.append(event)
+            self._changed.notify_all()
+            for callback in self._listeners:
+                _call(callback, event)
+
+
+def _call(callback: Callable[[Event], None], event: Event) -> None:
+    try:
+        callback(event)
+    except Exception:
+        _log.exception("a listener raised on %s", type(event).__name__)

@@ -1,0 +1,172 @@
+"""Shares of work on checked requests: encode texts, advance rows, decode pictures, each in one engine call.
+
+Both loops are made of these: the dull one (`runtime.loop`) gives them one picture at a time, the scheduled one
+(`runtime.local`) whatever the scheduler put together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fewstep.models.spec import SamplerSpec
+
+from .engine import CONTROLNET, DECODER, DENOISER_CONTROL, TEXT, Engine
+from .errors import EngineFailed, FewstepError
+from .events import Picture
+from .plan import Plan
+from .request import GenerateRequest
+from .rng import NoiseStream
+from .scheduler import DENOISE, Item, Work
+from .step import RowState, advance, run_batch
+from .text import Prompts
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that can be asked: its contract, its engine, its prompts."""
+
+    name: str
+    spec: SamplerSpec
+    engine: Engine
+    prompts: Prompts
+
+    @property
+    def has_control(self) -> bool:
+        return {CONTROLNET, DENOISER_CONTROL} <= self.engine.capabilities.roles
+
+
+@dataclass
+class Canvas:
+    """One picture on its way: its noise, its latent [C, h, w] after `step` steps, at last its pixels."""
+
+    seed: int
+    noise: NoiseStream
+    x: Tensor
+    step: int = 0
+    picture: Picture | None = None
+
+
+@dataclass
+class Live:
+    """A checked request on its way. `texts` are the prompts it needs: its own and, under guidance, the negative one."""
+
+    model: Served
+    request: GenerateRequest
+    plan: Plan
+    texts: tuple[str, ...]
+    notes: tuple[str, ...]
+    edge: Tensor | None
+    canvases: list[Canvas]
+    embedded: dict[str, Tensor]
+    begun_s: float
+    started_s: float | None = None
+    spent_s: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
+
+    @property
+    def missing(self) -> list[str]:
+        """Texts without an embedding yet."""
+        return [text for text in self.texts if text not in self.embedded]
+
+
+@torch.inference_mode()
+def encode_texts(model: Served, lives: Sequence[Live]) -> int:
+    """Give each request its embeddings, encoding every text once; returns how many were encoded."""
+    fresh = {text: model.prompts.embeddings.peek(text) for live in lives for text in live.missing}
+    wanted = [text for text, value in fresh.items() if value is None]
+    if wanted:
+        ids = torch.tensor([model.prompts.tokens(text).ids for text in wanted], device=model.engine.capabilities.device)
+        (out,) = run_batch(model.engine, TEXT, {"ids": ids})
+        bad = [text for text, ok in zip(wanted, _finite(out), strict=True) if not ok]
+        if bad:
+            raise EngineFailed(f"engine {model.engine.name} gave a non-finite text embedding of {bad[0]!r}")
+        for text, ctx in zip(wanted, out.clone(), strict=True):  # the engine may reuse its outputs
+            fresh[text] = ctx
+            model.prompts.embeddings.put(text, ctx)
+    for live in lives:
+        live.embedded.update({text: fresh[text] for text in live.missing})
+    return len(wanted)
+
+
+def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
+    """Advance each picture by one step, in one denoiser call. A picture that failed keeps its latent."""
+    outcomes = advance(model.engine, [_row_state(live, canvas) for live, canvas in rows], model.spec)
+    errors: list[EngineFailed | None] = []
+    for (_, canvas), outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, EngineFailed):
+            errors.append(outcome)
+            continue
+        canvas.x = outcome
+        canvas.step += 1
+        errors.append(None)
+    return errors
+
+
+def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
+    """Decode each picture's latent into its pixels, in one decoder call."""
+    found = decode(model.engine, torch.stack([canvas.x for _, canvas in rows]))
+    errors: list[EngineFailed | None] = []
+    for (_, canvas), picture in zip(rows, found, strict=True):
+        if isinstance(picture, EngineFailed):
+            errors.append(picture)
+            continue
+        canvas.picture = picture
+        errors.append(None)
+    return errors
+
+
+@torch.inference_mode()
+def decode(engine: Engine, latents: Tensor) -> list[Picture | EngineFailed]:
+    """Latents [B, C, h, w] as the denoiser sees them -> pictures [H, W, 3] uint8, rounded as diffusers does."""
+    (out,) = run_batch(engine, DECODER, {"latent": latents})
+    finite = _finite(out)
+    pixels = (out * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    return [
+        picture.numpy() if ok else EngineFailed(f"engine {engine.name} decoded a non-finite picture")
+        for picture, ok in zip(pixels, finite, strict=True)
+    ]
+
+
+def execute(model: Served, work: Work, lives: Sequence[Live]) -> tuple[list[FewstepError | None], int, bool]:
+    """Run one call; (error or None per item, what was run, whether it went through at once).
+
+    A call that breaks is repeated item by item, so that only the request at fault fails.
+    """
+    try:
+        errors, size = _attempt(model, work.kind, work.items, lives)
+        return errors, size or work.size * (work.kind != TEXT), True
+    except Exception as error:
+        if len(work.items) == 1:
+            return [as_engine_error(error, model.engine)], work.size, False
+    errors = []
+    for item, live in zip(work.items, lives, strict=True):
+        try:
+            errors += _attempt(model, work.kind, [item], [live])[0]
+        except Exception as error:
+            errors.append(as_engine_error(error, model.engine))
+    return errors, work.size, False
+
+
+def _attempt(
+    model: Served, kind: str, items: Sequence[Item], lives: Sequence[Live]
+) -> tuple[list[FewstepError | None], int]:
+    if kind == TEXT:
+        return [None] * len(items), encode_texts(model, lives)
+    rows = [(live, live.canvases[item.picture]) for item, live in zip(items, lives, strict=True)]
+    return list(step_rows(model, rows) if kind == DENOISE else decode_rows(model, rows)), 0
+
+
+def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
+    return error if isinstance(error, FewstepError) else EngineFailed(f"engine {engine.name} broke: {error!r}")
+
+
+def _row_state(live: Live, canvas: Canvas) -> RowState:
+    row = live.plan.rows[canvas.step]
+    uncond = live.embedded[live.texts[1]] if row.pair else None
+    return RowState(row, canvas.x, live.embedded[live.texts[0]], canvas.noise, uncond, live.edge)
+
+
+def _finite(x: Tensor) -> list[bool]:
+    found: list[bool] = torch.isfinite(x).flatten(1).all(dim=1).tolist()
+    return found
