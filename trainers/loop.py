@@ -1,0 +1,175 @@
+"""The one training loop. It knows players and losses, and no method.
+
+Order of one step: each player whose turn it is, in the method's order, sees the same batch and random draws of its own.
+Batches and draws are functions of (seed, step), so a resumed run equals an unbroken one bit for bit.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .errors import CheckpointError, TrainingDiverged
+from .objective import Batch, Metrics, Turn
+from .player import Player
+
+
+class Method(Protocol):
+    """Who trains, and each one's loss. Further networks it needs are its own business."""
+
+    @property
+    def players(self) -> Sequence[Player]: ...
+
+    def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]: ...
+
+
+class Source(Protocol):
+    """Batches as a pure function of the step."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """A run's length and habits. `max_seconds` ends it early and counts as progress, so the cooldown still happens."""
+
+    steps: int
+    seed: int = 0
+    bf16: bool = True
+    max_seconds: float | None = None
+    checkpoint_every: int = 500
+    picture_every: int = 0
+    max_bad_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    steps: int
+    seconds: float
+    skipped: int
+
+
+def train(
+    method: Method,
+    source: Source,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    label: str = "train",
+    device: torch.device | str = "cpu",
+    on_picture: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Run to `settings.steps` or `settings.max_seconds`; leaves checkpoint.pt, metrics.jsonl and loss.png in `folder`.
+
+    Errors: `TrainingDiverged` after `max_bad_steps` non-finite losses in a row; `CheckpointError` on a resume of
+    something that is not there or has other players.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = _Place(0, 0.0, 0)
+    if resume:
+        place = _restore(folder / "checkpoint.pt", method.players)
+    _cut_metrics(folder / "metrics.jsonl", place.step)
+    started = time.monotonic() - place.seconds
+    bad_in_a_row = 0
+    with (
+        (folder / "metrics.jsonl").open("a") as log,
+        tqdm(total=settings.steps, initial=place.step, desc=label, dynamic_ncols=True) as bar,
+    ):
+        while place.step < settings.steps:
+            seconds = time.monotonic() - started
+            progress = _progress(place.step, seconds, settings)
+            if progress >= 1.0:
+                break
+            batch = source.batch(place.step)
+            good = True
+            for player in method.players:
+                if player.acts(place.step):
+                    turn = Turn.of(settings.seed, place.step, settings.steps, player.name, device)
+                    row = _play(method, player, batch, turn, progress, settings, device)
+                    good &= row["skipped"] == 0.0
+                    log.write(
+                        json.dumps({"step": place.step, "player": player.name, "seconds": round(seconds, 2), **row})
+                    )
+                    log.write("\n")
+                    bar.set_postfix({f"{player.name} loss": f"{row['loss']:.4g}"}, refresh=False)
+            bad_in_a_row = 0 if good else bad_in_a_row + 1
+            place = _Place(place.step + 1, time.monotonic() - started, place.skipped + (not good))
+            bar.update()
+            if bad_in_a_row >= settings.max_bad_steps:
+                raise TrainingDiverged(
+                    f"the loss was not finite for {bad_in_a_row} steps up to step {place.step}; "
+                    f"lower lr, or look at {folder / 'metrics.jsonl'}"
+                )
+            if settings.checkpoint_every and place.step % settings.checkpoint_every == 0:
+                log.flush()
+                _keep(folder, method.players, place)
+            if on_picture is not None and settings.picture_every and place.step % settings.picture_every == 0:
+                on_picture(place.step)
+    _keep(folder, method.players, place)
+    return Outcome(place.step, place.seconds, place.skipped)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is: steps done, seconds spent over all its sittings, updates skipped."""
+
+    step: int
+    seconds: float
+    skipped: int
+
+
+def _play(
+    method: Method, player: Player, batch: Batch, turn: Turn, progress: float, settings: LoopSettings, device: Any
+) -> dict[str, float]:
+    for other in method.players:
+        other.gradients(other is player)
+    turn.share_dropout()
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16) if settings.bf16 else contextlib.nullcontext():
+        loss, metrics = method.loss(player.name, batch, turn)
+    value = float(loss.detach())
+    norm = player.update(loss, progress) if math.isfinite(value) else math.nan
+    for other in method.players:
+        other.gradients(True)
+    skipped = float(not math.isfinite(norm))
+    return {"loss": value, "norm": norm, "lr": player.rate(progress), "skipped": skipped, **metrics}
+
+
+def _progress(step: int, seconds: float, settings: LoopSettings) -> float:
+    share = step / settings.steps
+    return share if settings.max_seconds is None else max(share, seconds / settings.max_seconds)
+
+
+def _keep(folder: Path, players: Sequence[Player], place: _Place) -> None:
+    state = {"step": place.step, "seconds": place.seconds, "skipped": place.skipped}
+    save_checkpoint(folder / "checkpoint.pt", {**state, "players": {p.name: p.state() for p in players}})
+    from .plot import plot_losses
+
+    plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+
+
+def _restore(path: Path, players: Sequence[Player]) -> _Place:
+    state = load_checkpoint(path)
+    names = [player.name for player in players]
+    if sorted(state["players"]) != sorted(names):
+        raise CheckpointError(f"{path} holds the players {sorted(state['players'])}, this run has {sorted(names)}")
+    for player in players:
+        player.load(state["players"][player.name])
+    return _Place(int(state["step"]), float(state["seconds"]), int(state["skipped"]))
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop rows written after the checkpoint that a run resumes from."""
+    if path.is_file():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
+        path.write_text("".join(row + "\n" for row in rows))

@@ -1,0 +1,97 @@
+"""One set of weights that trains: its optimiser, its turn in the order of steps, and its running averages."""
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayerSettings:
+    """How one player learns.
+
+    every: it acts in the last of each `every` steps, so N steps hold floor(N / every) of its own. warmup: own steps
+    over which the rate rises. cooldown: last fraction of the run over which it falls to zero. ema: name -> decay of a
+    running average of the weights, stepped on own steps only.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    every: int = 1
+    warmup: int = 0
+    cooldown: float = 0.0
+    ema: Mapping[str, float] = field(default_factory=dict)
+
+
+class Player:
+    """A module that trains, with its optimiser state and averages. Only weights that ask for gradients train."""
+
+    def __init__(self, name: str, module: nn.Module, settings: PlayerSettings) -> None:
+        self.name = name
+        self.module = module
+        self.settings = settings
+        self.weights = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.averages = {name: deepcopy(module).requires_grad_(False) for name in settings.ema}
+        self.own_steps = 0
+
+    def acts(self, step: int) -> bool:
+        return (step + 1) % self.settings.every == 0
+
+    def gradients(self, wanted: bool) -> None:
+        """Let losses reach these weights or not: one player's turn must leave no gradient in another's weights."""
+        for weight in self.weights:
+            weight.requires_grad_(wanted)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate now; progress is the share of the run that is done, 0 .. 1."""
+        s = self.settings
+        rise = min(1.0, (self.own_steps + 1) / s.warmup) if s.warmup else 1.0
+        left = min(1.0, max(0.0, (1.0 - progress) / s.cooldown)) if s.cooldown else 1.0
+        return s.lr * rise * left
+
+    def update(self, loss: Tensor, progress: float) -> float:
+        """Backward and one optimiser step; returns the gradient norm. Non-finite gradients change nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(progress)
+            self.optimizer.step()
+            self.own_steps += 1
+            self._average()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """`a <- d a + (1 - d) theta` with d = min(decay, (1 + n) / (10 + n)) at own step n, so it forgets the start."""
+        n = self.own_steps
+        for name, decay in self.settings.ema.items():
+            d = min(decay, (1 + n) / (10 + n))
+            kept, now = dict(self.averages[name].named_parameters()), dict(self.module.named_parameters())
+            torch._foreach_lerp_([*kept.values()], [now[key].data for key in kept], 1 - d)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "own_steps": self.own_steps,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name])
+        self.own_steps = int(state["own_steps"])

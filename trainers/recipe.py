@@ -1,0 +1,165 @@
+"""A recipe is a function that returns a whole run as a frozen value, named after its paper.
+
+Its parameters are what `--set key=value` may change; everything that follows from them (grids, stages, the sampling
+contract) is derived inside the function, so no setting can contradict another.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from fewstep.models.spec import Boundary
+
+from .errors import RecipeError
+from .objective import Objective
+from .player import PlayerSettings
+from .student import Student
+from .times import Grids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method needs beside a student."""
+
+    teacher: bool = True
+    data: bool = True
+    critic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the student is sold: the fields of its `SamplerSpec` that training decides.
+
+    sampler, stochastic, guidance, boundary: as in the spec. grids: the rule that makes its time grids on a path.
+    """
+
+    sampler: str
+    grids: Grids
+    stochastic: bool
+    guidance_mode: str
+    guidance_default: float
+    guidance_range: tuple[float, float]
+    boundary: Boundary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One optimisation from start to end. `teacher` and `start` name who they are: "teacher", "init" or "previous".
+
+    "init" is the bundle that `--set init=DIR` names, and the teacher where none is named. `player_settings` has an
+    entry for each of the objective's players. `average` names the student's running average that is kept, None for its
+    weights themselves.
+    """
+
+    name: str
+    objective: Objective
+    player_settings: Mapping[str, PlayerSettings]
+    steps: int
+    teacher: str = "teacher"
+    start: str = "init"
+    average: str | None = "kept"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every run has, whatever its method.
+
+    data: a folder of one's own pictures; None draws `scenes` samples of the built-in set. latents: a file that keeps
+    the encoded data between runs. init: a bundle to start from in place of the teacher.
+    """
+
+    batch: int = 64
+    seed: int = 0
+    bf16: bool = True
+    scenes: int = 16384
+    data: str | None = None
+    latents: str | None = None
+    init: str | None = None
+    checkpoint_every: int = 500
+    picture_every: int = 250
+    max_bad_steps: int = 20
+    fp16_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole configuration. `stages` run in order; most methods have one."""
+
+    name: str
+    family: str
+    paper: str
+    needs: Needs
+    student: Student
+    stages: tuple[Stage, ...]
+    sampling: Sampling
+    run: Run = field(default_factory=Run)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the last stage, which is the method's own."""
+        return self.stages[-1].objective
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.sampling.grids.counts
+
+
+RecipeFunction = Callable[..., Recipe]
+
+
+def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
+    """Call a recipe with changed settings; those of `Run` are replaced in its result.
+
+    Errors: `RecipeError` naming an unknown setting with its nearest neighbour, or a value of the wrong type.
+    """
+    own = inspect.signature(function).parameters
+    common = {f.name: f.type for f in fields(Run)}
+    known = {**common, **{name: parameter.annotation for name, parameter in own.items()}}
+    mine, shared = {}, {}
+    for name, value in settings.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RecipeError(f"{function.__name__} has no setting {name!r}; {hint}It has {', '.join(sorted(known))}")
+        (mine if name in own else shared)[name] = check_setting(name, known[name], value)
+    recipe = function(**mine)
+    return replace(recipe, run=replace(recipe.run, **shared))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`key=value` -> (key, value); the value is JSON where it parses, else text.
+
+    Errors: `RecipeError` where there is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set takes key=value, not {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def check_setting(name: str, hint: Any, value: Any) -> Any:
+    """The value as its annotated type: int, float, bool, str, tuple of one of these, or None where allowed."""
+    text = hint if isinstance(hint, str) else getattr(hint, "__name__", None) or str(hint)
+    text = text if not hasattr(hint, "__args__") else str(hint)
+    if value is None and "None" in text:
+        return None
+    kinds = {"bool": bool, "int": int, "float": float, "str": str}
+    item = next((kind for word, kind in kinds.items() if word in text), None)
+    if text.startswith("tuple"):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_as(name, item, v) for v in values)
+    return _as(name, item, value)
+
+
+def _as(name: str, kind: Any, value: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is None or type(value) is not kind:
+        raise RecipeError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', 'a known type')}")
+    return value

@@ -1,0 +1,177 @@
+"""The recipes. Defaults suit the built-in family (3 million weights, 8x8 latents, one to two CPU cores, minutes).
+
+Guidance scales follow u + w (c - u); a paper's omega of the form c + omega (c - u) is w = 1 + omega.
+"""
+
+from fewstep.models.spec import Boundary
+
+from .consistency import ConsistencyDistillation
+from .discriminator import Adversary
+from .distances import PseudoHuber, Squared, snr_plus_one, truncated_snr, unweighted
+from .distribution import DistributionMatching
+from .jumps import LcmJump
+from .player import PlayerSettings
+from .progressive import ProgressiveHalving
+from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
+from .rollout import BackwardSimulation
+from .student import Student
+from .times import EvenGrids, GridPairs, HalvingPairs, LcmGrids, UniformScale, UniformTimes
+from .transitions import NoisedData
+
+
+def lcm(
+    *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.001, target_ema: float = 0.95,
+    guidance_low: float = 1.5, guidance_high: float = 6.0, guidance_default: float = 3.0, guidance_width: int = 256,
+) -> Recipe:  # fmt: skip
+    """Latent Consistency Models, Luo et al. 2023, algorithm 1 (arXiv 2310.04378).
+
+    `huber(f_theta(x_t, w, c, t) - f_ema(x_s, w, c, s))`, x_s one DDIM step of the guided teacher, 20 of 1000 below t;
+    w is drawn per sample and embedded. The paper: omega in [5, 15], lr 1e-4 (8e-6 for SD), target average 0.95.
+    """
+    objective = ConsistencyDistillation(
+        pairs=GridPairs(points),
+        source=NoisedData(pure_at_start=True),
+        jump=LcmJump(),
+        distance=PseudoHuber(huber_c),
+        weight=unweighted,
+        guidance=UniformScale(guidance_low, guidance_high),
+        cfg=True,
+        target="target",
+    )
+    learn = PlayerSettings(lr=lr, warmup=50, cooldown=0.4, ema={"target": target_ema, "kept": 0.99})
+    return Recipe(
+        name="lcm",
+        family="consistency",
+        paper="Luo et al. 2023, Latent Consistency Models, arXiv:2310.04378",
+        needs=Needs(),
+        student=Student(guidance_width=guidance_width),
+        stages=(Stage(name="lcm", objective=objective, player_settings={"student": learn}, steps=steps),),
+        sampling=Sampling(
+            sampler="lcm", grids=LcmGrids((1, 2, 4, 8), points), stochastic=True, boundary=Boundary(),
+            guidance_mode="embedded", guidance_default=guidance_default, guidance_range=(guidance_low, guidance_high),
+        ),
+    )  # fmt: skip
+
+
+def lcm_lora(
+    *, steps: int = 2000, lr: float = 1e-3, rank: int = 16, points: int = 50, huber_c: float = 0.001,
+    guidance: float = 3.0,
+) -> Recipe:  # fmt: skip
+    """LCM-LoRA, Luo et al. 2023 (arXiv 2311.05556): LCM's loss on low-rank updates; fixed guidance, target theta.
+
+    The update is merged when saved, and kept beside as `pytorch_lora_weights.safetensors`. The paper: rank 64.
+    """
+    objective = ConsistencyDistillation(
+        pairs=GridPairs(points),
+        source=NoisedData(pure_at_start=True),
+        jump=LcmJump(),
+        distance=PseudoHuber(huber_c),
+        weight=unweighted,
+        guidance=UniformScale(guidance, guidance),
+        cfg=True,
+        target="student",
+    )
+    learn = PlayerSettings(lr=lr, warmup=50, cooldown=0.4, ema={"kept": 0.99})
+    return Recipe(
+        name="lcm-lora",
+        family="consistency",
+        paper="Luo et al. 2023, LCM-LoRA, arXiv:2311.05556",
+        needs=Needs(),
+        student=Student(lora_rank=rank),
+        stages=(Stage(name="lcm-lora", objective=objective, player_settings={"student": learn}, steps=steps),),
+        sampling=Sampling(
+            sampler="lcm", grids=LcmGrids((1, 2, 4, 8), points), stochastic=True, boundary=Boundary(),
+            guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
+        ),
+    )  # fmt: skip
+
+
+def dmd2(
+    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
+    gan_student: float = 3e-3, gan_critic: float = 1e-2, grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0),
+) -> Recipe:  # fmt: skip
+    """DMD2, Yin et al. 2024 (arXiv 2405.14867): distribution matching, two time scales, GAN, backward simulation.
+
+    Student: `carry(x, (mu_fake - mu_real) / |x - mu_real|) + gan_student softplus(-l(x_t))` every `every` steps. Fake:
+    denoising of fresh student samples `+ gan_critic (softplus(l(x_t)) + softplus(-l(data_t)))` every step. One student
+    serves 1, 2 and 4 steps; the teacher's guidance is taken in. The paper: ratio 5 to 10, lr 5e-7 to 1e-5.
+    """
+    grids = LcmGrids((1, 2, 4))
+    objective = DistributionMatching(
+        rollout=BackwardSimulation(grids, grid_weights, LcmJump()),
+        score_times=UniformTimes(0.02, 0.98),
+        fake_times=UniformTimes(),
+        fake_weight=snr_plus_one,
+        guidance=UniformScale(guidance, guidance),
+        cfg=True,
+        adversary=Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes()),
+    )
+    players = {
+        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
+        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
+    }
+    return Recipe(
+        name="dmd2",
+        family="distribution",
+        paper="Yin et al. 2024, Improved Distribution Matching Distillation, arXiv:2405.14867",
+        needs=Needs(critic=True),
+        student=Student(),
+        stages=(Stage(name="dmd2", objective=objective, player_settings=players, steps=steps),),
+        sampling=Sampling(
+            sampler="lcm", grids=grids, stochastic=True, boundary=Boundary(),
+            guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
+        ),
+    )  # fmt: skip
+
+
+def progressive(
+    *, steps: int = 400, lr: float = 2e-4, start_steps: int = 32, final_steps: int = 1, guidance: float = 3.0,
+    keep_share: float = 0.3,
+) -> Recipe:  # fmt: skip
+    """Progressive distillation, Salimans & Ho 2022, algorithm 2 (arXiv 2202.00512): rounds that halve the steps.
+
+    `max(SNR, 1) |x~ - x_theta(x_t)|^2`, x~ the clean estimate whose one DDIM step does the teacher's two. `steps` are
+    those of each round. The first round also takes in the teacher's guidance (Meng et al. 2022). Rounds below 4 steps
+    go on practising 4 and 2, so the last student serves all of them. The paper: 50,000 steps a round.
+    """
+    counts, n = [], start_steps // 2
+    while n >= final_steps:
+        counts.append(n)
+        n //= 2
+    sold = tuple(sorted({n for n in counts if n <= 4} or {counts[-1]}))
+    learn = PlayerSettings(lr=lr, warmup=20, cooldown=0.5, ema={"kept": 0.98})
+    stages = []
+    for n in counts:
+        first = n == counts[0]
+        objective = ProgressiveHalving(
+            pairs=HalvingPairs(n, tuple(k for k in sold if k > n), keep_share),
+            source=NoisedData(pure_at_start=True),
+            distance=Squared(),
+            weight=truncated_snr,
+            guidance=UniformScale(guidance, guidance),
+            cfg=first,
+        )
+        who = {"teacher": "teacher", "start": "init"} if first else {"teacher": "previous", "start": "previous"}
+        name = f"{2 * n}-to-{n}"
+        stages.append(Stage(name=name, objective=objective, player_settings={"student": learn}, steps=steps, **who))
+    return Recipe(
+        name="progressive",
+        family="progressive",
+        paper="Salimans & Ho 2022, Progressive Distillation, arXiv:2202.00512",
+        needs=Needs(),
+        student=Student(),
+        stages=tuple(stages),
+        sampling=Sampling(
+            sampler="ddim", grids=EvenGrids(sold), stochastic=False,
+            guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
+        ),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, RecipeFunction] = {
+    "lcm": lcm,
+    "lcm-lora": lcm_lora,
+    "dmd2": dmd2,
+    "progressive": progressive,
+}
+"""Every recipe by its name. Being listed here is what enters a recipe into `fewstep recipes` and the oracle suite."""

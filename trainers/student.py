@@ -1,0 +1,114 @@
+"""Students as networks: where their weights start, the guidance input, LoRA, and taking these out again.
+
+All surgery is exact: a student with a fresh guidance input or fresh LoRA answers as the network it came from.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.models.bundle import Bundle
+from fewstep.models.networks import guidance_embedding
+
+from .errors import RecipeError
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+"""The layers LCM-LoRA adapts (diffusers' train_lcm_distill_lora_sd)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """What a recipe asks of its student. `guidance_width` is the size of the guidance embedding, None for no input."""
+
+    guidance_width: int | None = None
+    lora_rank: int | None = None
+
+
+def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
+    """A trainable U-Net that begins as `start`'s. A guidance input it does not want is folded at one w."""
+    unet = start.load("unet")
+    if plan.guidance_width is None and unet.config.time_cond_proj_dim is not None:
+        unet = fold_guidance(unet, fold_scale)
+    elif plan.guidance_width is not None:
+        unet = add_guidance(unet, plan.guidance_width)
+    return again(unet, plan)
+
+
+def again(unet: Any, plan: Student) -> Any:
+    """A trainable copy of a U-Net, with LoRA of its own where the plan asks for it."""
+    out = deepcopy(merged(unet)).requires_grad_(True)
+    if plan.lora_rank is not None:
+        add_lora(out, plan.lora_rank)
+    return out
+
+
+def add_guidance(unet: Any, width: int) -> Any:
+    """The U-Net with an input for the guidance scale, ignored at first: its projection starts at zero."""
+    if unet.config.time_cond_proj_dim == width:
+        return unet
+    if unet.config.time_cond_proj_dim is not None:
+        raise RecipeError(
+            f"the start has a guidance input of width {unet.config.time_cond_proj_dim}, the recipe asks for {width}; "
+            "set guidance_width to that of the start"
+        )
+    out = _like(unet, time_cond_proj_dim=width)
+    missing, unexpected = out.load_state_dict(unet.state_dict(), strict=False)
+    if missing != ["time_embedding.cond_proj.weight"] or unexpected:
+        raise RecipeError(f"this U-Net cannot take a guidance input: {missing} {unexpected}")
+    nn.init.zeros_(out.time_embedding.cond_proj.weight)
+    return out
+
+
+def fold_guidance(unet: Any, w: float) -> Any:
+    """The U-Net without its guidance input, answering as it did at scale w.
+
+    The projected embedding is added before `time_embedding.linear_1`, so a fixed one is a change of that layer's bias.
+    """
+    out = _like(unet, time_cond_proj_dim=None)
+    state = unet.state_dict()
+    projection = state.pop("time_embedding.cond_proj.weight")
+    shift = projection @ guidance_embedding(torch.tensor([w]), projection.shape[1])[0]
+    out.load_state_dict(state)
+    with torch.no_grad():
+        out.time_embedding.linear_1.bias += out.time_embedding.linear_1.weight @ shift
+    return out
+
+
+def add_lora(unet: Any, rank: int) -> None:
+    """Freeze the U-Net and add trainable low-rank updates (Hu et al. 2021), zero at first."""
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+
+
+def merged(unet: Any) -> Any:
+    """A copy with any LoRA added into its weights, of the plain class."""
+    if not getattr(unet, "peft_config", None):
+        return unet
+    out = deepcopy(unet)
+    out.fuse_lora()
+    out.unload_lora()
+    return out
+
+
+def save_lora(unet: Any, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` reads."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    named = {f"unet.{name}": weight.contiguous() for name, weight in layers.items()}
+    save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+
+
+def _like(unet: Any, **changes: Any) -> Any:
+    return type(unet).from_config({**unet.config, **changes})
