@@ -6,6 +6,7 @@ Both loops are made of these: the dull one (`runtime.loop`) gives them one pictu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Live:
 @torch.inference_mode()
 def encode_texts(model: Served, lives: Sequence[Live]) -> int:
     """Give each request its embeddings, encoding every text once; returns how many were encoded."""
-    fresh = {text: model.prompts.embeddings.peek(text) for live in lives for text in live.missing}
+    fresh: dict[str, Any] = {text: model.prompts.embeddings.peek(text) for live in lives for text in live.missing}
     wanted = [text for text, value in fresh.items() if value is None]
     if wanted:
         ids = torch.tensor([model.prompts.tokens(text).ids for text in wanted], device=model.engine.capabilities.device)
