@@ -62,17 +62,13 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, field: str = "image") -
     `max_pixels` (checked before unpacking, so a small file cannot fill the memory).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise InvalidRequest(
-                    field, f"{field} is {width}x{height}; at most {max_pixels} pixels: make it smaller"
-                )
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-            return np.array(image.convert("RGB"), dtype=np.uint8)
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise InvalidRequest(field, f"{field} is {width}x{height}; at most {max_pixels} pixels: make it smaller")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+        return np.array(image.convert("RGB"), dtype=np.uint8)
     except UnidentifiedImageError:
         raise InvalidRequest(field, f"{field} is not a PNG, JPEG or WebP picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
