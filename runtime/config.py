@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+DEFAULT_BUDGET_S = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -11,7 +13,7 @@ class RuntimeConfig:
     text_cache: how many prompts' embeddings are kept per model.
     max_batch: upper bound on network evaluations per engine call, below the engine's own.
     calibration_budget_s: time spent per model at start to warm the engine and to measure what batching costs. None
-        means 1 second for engines opened by the runtime and nothing for injected ones. 0 is off: no warm-up, and rows
+        means 2 seconds for engines opened by the runtime and nothing for injected ones. 0 is off: no warm-up, and rows
         are not batched before the measurements of live calls say that it pays.
     """
 

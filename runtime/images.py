@@ -62,7 +62,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, field: str = "image") -
     `max_pixels` (checked before unpacking, so a small file cannot fill the memory).
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         width, height = image.size
         if width * height > max_pixels:
             raise InvalidRequest(field, f"{field} is {width}x{height}; at most {max_pixels} pixels: make it smaller")

@@ -19,7 +19,8 @@ from typing import Self
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.spec import SamplerSpec
 
-from .config import RuntimeConfig
+from .calibrate import calibrate
+from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
 from .engine import Engine
 from .engines import open_engine
@@ -62,7 +63,7 @@ class Runtime:
     engine: "auto" (a bundle's exported and verified engine, else torch), "torch", "onnx" or "openvino". engines: ready
     engines by model name, used as they are and not closed here.
 
-    Errors: `BundleError`, `SpecError`, `EngineUnavailable`.
+    Errors: `BundleError`, `SpecError`, `EngineUnavailable`; `EngineFailed` where an engine breaks while it is warmed.
     """
 
     def __init__(
@@ -77,19 +78,24 @@ class Runtime:
         self._limits = limits
         self._own_engines: list[Engine] = []
         self._served: dict[str, Served] = {}
+        self._lanes: dict[str, Lane] = {}
         self._costs = Costs()
         given = dict(engines or {})
-        for found in bundles:
-            bundle = found if isinstance(found, Bundle) else load_bundle(found)
-            self._add(bundle, given.pop(bundle.name, None), engine, config)
-        if given or not self._served:
-            raise BundleError(f"no bundle for engine {sorted(given)[0]!r}" if given else "name at least one bundle")
+        opened = [found if isinstance(found, Bundle) else load_bundle(found) for found in bundles]
+        if not opened:
+            raise BundleError("no bundle to serve; name at least one")
+        if stray := sorted(set(given) - {bundle.name for bundle in opened}):
+            raise BundleError(f"engines holds {stray[0]!r}, but the bundles are {[bundle.name for bundle in opened]}")
+        try:
+            for bundle in opened:
+                self._add(bundle, given.get(bundle.name), engine, config)
+        except BaseException:
+            self._close_engines()
+            raise
         self.models: Mapping[str, Model] = {
             name: Model(name, s.spec, s.engine.name, s.has_control) for name, s in self._served.items()
         }
-        lanes = {name: _lane(served.engine, config) for name, served in self._served.items()}
-        self._scheduler = Scheduler(lanes, self._costs, max_queue=limits.max_queue)
-        self._lanes = lanes
+        self._scheduler = Scheduler(self._lanes, self._costs, max_queue=limits.max_queue)
         self._recorder = Recorder()
         self._live: dict[str, tuple[Live, Ticket]] = {}
         self._outbox: deque[Ended] = deque()
@@ -170,9 +176,7 @@ class Runtime:
             return
         self._thread.join(_JOIN_TIMEOUT_S)
         if not self._thread.is_alive():  # an engine that never returned is left alone
-            for engine in self._own_engines:
-                engine.close()
-            self._own_engines.clear()
+            self._close_engines()
 
     def __enter__(self) -> Self:
         return self
@@ -185,11 +189,21 @@ class Runtime:
     def _add(self, bundle: Bundle, engine: Engine | None, kind: str, config: RuntimeConfig) -> None:
         if bundle.name in self._served:
             raise BundleError(f"two bundles are named {bundle.name!r}; serve one of them")
+        budget_s = config.calibration_budget_s
         if engine is None:
             engine = open_engine(bundle, kind, threads=config.threads)
             self._own_engines.append(engine)
+            budget_s = DEFAULT_BUDGET_S if budget_s is None else budget_s
         prompts = Prompts(bundle.tokenizer, config.text_cache)
-        self._served[bundle.name] = Served(bundle.name, bundle.spec, engine, prompts)
+        served = Served(bundle.name, bundle.spec, engine, prompts)
+        lane = _lane(engine, config)
+        if budget_s:
+            calibrate(served, lane, self._costs, budget_s)
+        self._served[bundle.name], self._lanes[bundle.name] = served, lane
+
+    def _close_engines(self) -> None:
+        while self._own_engines:
+            self._own_engines.pop().close()
 
     def _pick(self, model: str | None) -> Served:
         if model is None and len(self._served) == 1:

@@ -1,0 +1,71 @@
+"""Warm an engine up and measure what its calls cost at each batch size, within a time budget."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .costs import Costs
+from .engine import DECODER, DENOISER, DENOISER_CONTROL, TEXT
+from .loop import latent_shape
+from .plan import compile_plan
+from .request import GenerateRequest, resolve
+from .rng import NoiseStream
+from .scheduler import Lane
+from .step import RowState, advance, run_batch
+from .work import Served, decode
+
+REPEATS = 3
+
+
+@torch.inference_mode()
+def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
+    """Fill `costs` for the model's roles: size 1 always, larger sizes while the role's share of the budget lasts.
+
+    The empty prompt's embedding stays in the model's cache.
+
+    Errors: `EngineFailed` where the engine breaks on its first calls.
+    """
+    engine, device = model.engine, model.engine.capabilities.device
+    request = resolve(GenerateRequest(prompt="-"), model.spec)
+    row = replace(compile_plan(request, model.spec).rows[-1], pair=False, control=0.0, c=0.0)
+    ids = torch.tensor([model.prompts.tokens("").ids], device=device)
+    ctx = run_batch(engine, TEXT, {"ids": ids})[0][0].clone()
+    model.prompts.embeddings.put("", ctx)
+    noise = NoiseStream(0)
+    x = noise.draw(latent_shape(request, model.spec)).to(device)
+    plain = RowState(row, x, ctx, noise)
+    calls: dict[str, Callable[[int], object]] = {
+        DENOISER: lambda n: advance(engine, [plain] * n, model.spec),
+        DECODER: lambda n: decode(engine, torch.stack([x] * n)),
+        TEXT: lambda n: run_batch(engine, TEXT, {"ids": ids.expand(n, -1).contiguous()}),
+    }
+    if model.has_control:
+        edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)
+        steered = replace(plain, row=replace(row, control=1.0), edge=edge)
+        calls[DENOISER_CONTROL] = lambda n: advance(engine, [steered] * n, model.spec)
+    sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
+    for role, call in calls.items():
+        share = 0.5 if role == DENOISER else 0.5 / (len(calls) - 1)
+        for size, seconds in measure(call, sizes, budget_s * share, time.perf_counter):
+            costs.record((model.name, role), size, seconds)
+
+
+def measure(
+    call: Callable[[int], object], sizes: tuple[int, ...], budget_s: float, clock: Callable[[], float]
+) -> list[tuple[int, float]]:
+    """(size, seconds) of several calls per size, after one to warm it. A size is begun only if it would fit."""
+    found: list[tuple[int, float]] = []
+    begun = clock()
+    for size in sizes:
+        if found:
+            last_size, last_s = found[-1]
+            if clock() - begun + (1 + REPEATS) * last_s * size / last_size > budget_s:
+                break
+        call(size)
+        for _ in range(REPEATS):
+            start = clock()
+            call(size)
+            found.append((size, clock() - start))
+    return found
