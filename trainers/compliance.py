@@ -29,7 +29,9 @@ SIZE_BORDER = (scenes.RADII["small"][1] + scenes.RADII["large"][0]) / 2
 _FOREGROUND_DISTANCE = 45.0
 """RGB distance from the background at which a pixel counts as drawn: half the weakest contrast of the palette."""
 _MAX_OBJECTS = 6
-"""Patches considered, largest first; a picture with more than these is wrong whatever else it shows."""
+"""Objects considered, largest first; a picture with more than these is wrong whatever else it shows."""
+_MAX_PATCHES = 48
+"""Patches considered before rims are given to their objects."""
 
 _COLOUR_NAMES = tuple(scenes.COLOURS)
 _COLOURS: Array = np.array(list(scenes.COLOURS.values()), np.float32)
@@ -114,7 +116,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     away = pixels - ground
     distance = np.sqrt(np.einsum("hwc,hwc->hw", away, away))
     nearest = np.argmin(np.stack([np.square(pixels - c).sum(-1) for c in _COLOURS]), axis=0)
-    labels = _absorb_rims(_label(np.where(distance > _FOREGROUND_DISTANCE, nearest + 1, 0)))
+    labels = _absorb_rims(_keep_largest(_label(np.where(distance > _FOREGROUND_DISTANCE, nearest + 1, 0))))
     counts = np.bincount(labels.ravel())
     order = [k for k in np.argsort(-counts, kind="stable") if k and counts[k] >= MIN_AREA / 2]
     objects = [_measure(away, distance, labels, int(k), ground) for k in order[:_MAX_OBJECTS]]
@@ -177,7 +179,8 @@ def _label(classes: NDArray[np.integer]) -> Labels:
         return k
 
     above: list[tuple[int, int, int, int]] = []
-    row, current = 0, []
+    current: list[tuple[int, int, int, int]] = []
+    row = 0
     for k, (start, end, kind) in enumerate(zip(starts.tolist(), ends.tolist(), kinds.tolist(), strict=True)):
         if start // width != row:
             above, current, row = current, [], start // width
@@ -194,6 +197,16 @@ def _label(classes: NDArray[np.integer]) -> Labels:
     names[kept] = np.arange(1, len(kept) + 1)
     run_labels = np.where(kinds == 0, 0, names[roots]).astype(np.int32)
     return np.repeat(run_labels, ends - starts).reshape(height, width)
+
+
+def _keep_largest(labels: Labels) -> Labels:
+    """Labels with all but the largest patches made 0; only noise has so many."""
+    areas = np.bincount(labels.ravel())
+    if len(areas) <= _MAX_PATCHES:
+        return labels
+    areas[0] = 0
+    areas[np.argsort(-areas, kind="stable")[_MAX_PATCHES:]] = 0
+    return np.where(areas[labels] > 0, labels, 0)
 
 
 def _absorb_rims(labels: Labels) -> Labels:
