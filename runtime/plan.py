@@ -52,7 +52,7 @@ def compile_plan(request: GenerateRequest, spec: SamplerSpec) -> Plan:
     if request.steps is None or request.guidance is None:
         raise ValueError("compile_plan takes a resolved request")
     if request.gamma is not None:
-        spec = replace(spec, gamma=request.gamma)
+        spec = replace(spec, gamma=request.gamma, stochastic=request.gamma != 0.0)
     pair = spec.guidance.mode == "cfg" and request.guidance != 1.0
     rows = []
     for k, (t, update) in enumerate(updates(spec, request.steps)):

@@ -15,6 +15,22 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 
 
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("prompt", (str,), "text"),
+    ("negative_prompt", (str,), "text"),
+    ("steps", (int,), "a whole number"),
+    ("seed", (int,), "a whole number"),
+    ("guidance", (int, float), "a number"),
+    ("gamma", (int, float), "a number"),
+    ("n", (int,), "a whole number"),
+    ("width", (int,), "a whole number of pixels"),
+    ("height", (int,), "a whole number of pixels"),
+    ("priority", (int,), "a whole number"),
+    ("deadline_s", (int, float), "a number of seconds"),
+)
+"""Field, what it may be, and how to say so."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """An edge picture for the ControlNet: [H, W, 3] uint8 array of the request's size.
@@ -54,44 +70,69 @@ class Limits:
     max_queue: int = 256
 
 
-def resolve(request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits()) -> GenerateRequest:  # noqa: B008
+def resolve(request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits()) -> GenerateRequest:
     """The same request with every None decided by the spec.
 
     Errors: `InvalidRequest` with the field, the value and what is allowed.
     """
-    if not isinstance(request.prompt, str) or not request.prompt.strip():
+    _check_types(request)
+    if not request.prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty; say what the picture should show")
-    if len(request.prompt) > MAX_PROMPT_CHARS:
-        raise InvalidRequest(
-            "prompt", f"prompt has {len(request.prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed: shorten it"
-        )
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(request, field) or "")
+        if length > MAX_PROMPT_CHARS:
+            raise InvalidRequest(field, f"{field} has {length} characters; at most {MAX_PROMPT_CHARS}: shorten it")
     if not 1 <= request.n <= limits.max_n:
         raise InvalidRequest("n", f"n is {request.n}; ask for 1 to {limits.max_n} pictures")
     if not 0 <= request.seed <= MAX_SEED - limits.max_n:
-        raise InvalidRequest("seed", f"seed is {request.seed}; use a whole number from 0 to 2^63 - 1")
-    if request.deadline_s is not None and request.deadline_s <= 0:
+        raise InvalidRequest("seed", f"seed is {request.seed}; use a whole number from 0 to {MAX_SEED - limits.max_n}")
+    if request.deadline_s is not None and not request.deadline_s > 0:  # also refuses NaN
         raise InvalidRequest("deadline_s", f"deadline_s is {request.deadline_s}; it must be above 0 seconds")
+    _check_sampler(request, spec)
     steps = spec_steps(request.steps, spec)
     width, height = _size(request, spec)
     guidance = _guidance(request, spec)
+    if request.negative_prompt and guidance == 1.0:
+        raise InvalidRequest(
+            "negative_prompt", "negative_prompt does nothing at guidance 1: raise guidance or leave it out"
+        )
+    _check_control(request.control, width, height)
+    return replace(request, steps=steps, width=width, height=height, guidance=guidance)
+
+
+def _check_types(request: GenerateRequest) -> None:
+    for field, kinds, said in _KINDS:
+        value = getattr(request, field)
+        optional = field not in ("prompt", "seed", "n", "priority")
+        if not (value is None and optional) and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InvalidRequest(field, f"{field} is {value!r}; it must be {said}")
+
+
+def _check_sampler(request: GenerateRequest, spec: SamplerSpec) -> None:
+    """Settings that only some models have."""
     if request.negative_prompt and spec.guidance.mode != "cfg":
         raise InvalidRequest(
             "negative_prompt",
-            f"negative_prompt needs classifier-free guidance; this model's guidance is {spec.guidance.mode!r}: leave it out",
+            f"negative_prompt needs classifier-free guidance, and this model's is {spec.guidance.mode!r}: leave it out",
         )
     gamma = request.gamma
     if gamma is not None and spec.sampler != "tcd":
-        raise InvalidRequest("gamma", f"gamma belongs to the 'tcd' sampler; this model's is {spec.sampler!r}: leave it out")
+        raise InvalidRequest(
+            "gamma", f"gamma belongs to the 'tcd' sampler; this model's is {spec.sampler!r}: leave it out"
+        )
     if gamma is not None and not 0.0 <= gamma <= 1.0:
         raise InvalidRequest("gamma", f"gamma is {gamma}; use 0 (deterministic) to 1 (as stochastic as LCM)")
-    _check_control(request.control, width, height)
-    return replace(request, steps=steps, width=width, height=height, guidance=guidance, gamma=gamma)
 
 
 def spec_steps(steps: int | None, spec: SamplerSpec) -> int:
-    """The step count to run: the asked one if the spec has it, else the spec's middle choice."""
+    """The step count to run: the asked one if the spec has it; unasked, a student's 4 (or most), a teacher's 25.
+
+    Errors: `InvalidRequest` naming the counts that the model was made for.
+    """
+    if steps is None and spec.grids:
+        return 4 if 4 in spec.grids else spec.steps[-1]
     if steps is None:
-        return 4 if spec.allows(4) else spec.steps[-1]
+        return min(25, spec.spacing.max_steps if spec.spacing else 25)
     if not spec.allows(steps):
         allowed = ", ".join(map(str, spec.steps))
         if spec.spacing is not None:
@@ -121,10 +162,16 @@ def _guidance(request: GenerateRequest, spec: SamplerSpec) -> float:
 def _check_control(control: Control | None, width: int, height: int) -> None:
     if control is None:
         return
-    if tuple(control.edge.shape) != (height, width, 3):
+    shape, dtype = tuple(getattr(control.edge, "shape", ())), str(getattr(control.edge, "dtype", "nothing known"))
+    if shape != (height, width, 3) or dtype != "uint8":
         raise InvalidRequest(
-            "control.edge", f"control.edge has shape {tuple(control.edge.shape)}; it must be {(height, width, 3)}"
+            "control.edge",
+            f"control.edge has shape {shape} of {dtype}; it must be {(height, width, 3)} of uint8: resize it",
         )
+    for name in ("scale", "start", "end"):
+        value = getattr(control, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise InvalidRequest(f"control.{name}", f"control.{name} is {value!r}; it must be a number")
     if not 0.0 <= control.scale <= 2.0:
         raise InvalidRequest("control.scale", f"control.scale is {control.scale}; use 0 to 2")
     if not 0.0 <= control.start < control.end <= 1.0:
