@@ -45,26 +45,32 @@ class LatentSource:
     """Batches for the loop: samples and phrasings drawn by (seed, step), text encoded by the frozen text encoder."""
 
     def __init__(
-        self, data: Latents, text_encoder: nn.Module, batch: int, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
+        self, data: Latents, text_encoder: nn.Module, batch: int, *, seed: int = 0, bf16: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         if len(data) == 0:
             raise DataError("the data set is empty; give at least one picture")
         self.data = data
         self.text_encoder = text_encoder.to(device)
         self.size = batch
         self.seed = seed
-        self.device = device
-        with torch.no_grad():
-            self.empty_ctx = self.text_encoder(data.empty.long()[None].to(device)).float()
+        self.bf16 = bf16
+        self.device = torch.device(device)
+        self.empty_ctx = self.encode_text(data.empty[None])
 
     def batch(self, step: int) -> Batch:
         rng = torch.Generator().manual_seed(derive(self.seed, step, "data"))
         rows = torch.randint(len(self.data), (self.size,), generator=rng)
         phrasing = torch.randint(self.data.ids.shape[1], (self.size,), generator=rng)
         x0 = self.data.latents[rows].float().to(self.device)
-        with torch.no_grad():
-            ctx = self.text_encoder(self.data.ids[rows, phrasing].long().to(self.device)).float()
+        ctx = self.encode_text(self.data.ids[rows, phrasing])
         return Batch(x0, {"ctx": ctx}, {"ctx": self.empty_ctx.expand_as(ctx)})
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """[B, L] token ids -> ctx [B, L, D] float32."""
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            out: Tensor = self.text_encoder(ids.long().to(self.device))
+        return out.float()
 
 
 def encode_scenes(teacher: Bundle, count: int, *, seed: int = 0, phrasings: int = 2) -> Latents:

@@ -16,11 +16,18 @@ from .times import UniformTimes
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """Weights of the GAN terms of both sides, and the times at which samples are noised before they are judged."""
+    """Weights of the GAN terms of both sides, and the times at which samples are noised before they are judged.
+
+    `share` is the part of a batch that is judged; judging data and samples costs the critic a second pass.
+    """
 
     student_weight: float
     critic_weight: float
     times: UniformTimes
+    share: float = 1.0
+
+    def rows(self, count: int) -> slice:
+        return slice(0, max(1, round(self.share * count)))
 
 
 def critic_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def distill(
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = data if data is not None else training_data(recipe, teacher)
-    source = LatentSource(data, teacher.text_encoder(), recipe.run.batch, recipe.run.seed, where)
+    run_of = recipe.run
+    source = LatentSource(data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=where)
     total = sum(stage.steps for stage in recipe.stages)
     previous: Any = None
     for stage in recipe.stages:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.models.denoiser import Condition
+
 from .discriminator import Adversary, critic_loss, deceiver_loss
 from .distances import Weight
 from .objective import Batch, Cast, Metrics, Turn
@@ -47,8 +49,9 @@ class DistributionMatching:
         total = carry(x, gradient)
         metrics = {"dmd_gradient": float(gradient.square().mean().sqrt())}
         if self.adversary is not None and cast.critic is not None:
-            t = self.adversary.times.draw(teacher.path, count, turn)
-            logits = cast.critic(noised(teacher.path, x, t, turn.noise(x)), t, batch.cond)
+            seen, cond = _rows(self.adversary.rows(count), x, batch.cond)
+            t = self.adversary.times.draw(teacher.path, len(seen), turn)
+            logits = cast.critic(noised(teacher.path, seen, t, turn.noise(seen)), t, cond)
             gan = deceiver_loss(logits)
             total = total + self.adversary.student_weight * gan
             metrics["gan_student"] = float(gan.detach())
@@ -62,12 +65,18 @@ class DistributionMatching:
         total = denoising_loss(cast["fake"], x, t, turn.noise(x), batch.cond, self.fake_weight)
         metrics = {"denoising": float(total.detach())}
         if self.adversary is not None and cast.critic is not None:
-            seen = torch.cat([batch.x0, x])
-            t = self.adversary.times.draw(path, 2 * count, turn)
-            cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
+            rows = self.adversary.rows(count)
+            made, cond = _rows(rows, x, batch.cond)
+            seen = torch.cat([batch.x0[rows], made])
+            cond = {name: torch.cat([value, value]) for name, value in cond.items()}
+            t = self.adversary.times.draw(path, len(seen), turn)
             real, fake = cast.critic(noised(path, seen, t, turn.noise(seen)), t, cond).chunk(2)
             gan = critic_loss(real, fake)
             total = total + self.adversary.critic_weight * gan
             right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
             metrics |= {"gan_critic": float(gan.detach()), "critic_right": float(right)}
         return total, metrics
+
+
+def _rows(rows: slice, x: Tensor, cond: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+    return x[rows], {name: value[rows] for name, value in cond.items()}

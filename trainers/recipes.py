@@ -88,7 +88,8 @@ def lcm_lora(
 
 def dmd2(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
-    gan_student: float = 3e-3, gan_critic: float = 1e-2, grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0),
+    gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5,
+    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0),
 ) -> Recipe:  # fmt: skip
     """DMD2, Yin et al. 2024 (arXiv 2405.14867): distribution matching, two time scales, GAN, backward simulation.
 
@@ -104,7 +105,9 @@ def dmd2(
         fake_weight=snr_plus_one,
         guidance=UniformScale(guidance, guidance),
         cfg=True,
-        adversary=Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes()),
+        adversary=Adversary(
+            student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share
+        ),
     )
     players = {
         "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
