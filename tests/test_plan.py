@@ -49,7 +49,7 @@ def test_control_is_on_while_a_step_lies_inside_its_part(start, end, scales):
 
 
 def test_gamma_of_the_request_wins_over_the_specs():
-    spec = fake_spec(sampler="tcd", gamma=0.3, boundary=None)
+    spec = fake_spec(sampler="tcd", gamma=0.3, boundary=None, final_alpha_one=False)
     quiet = plan(spec, gamma=0.0).rows
     assert all(row.c == 0.0 for row in quiet)
     assert any(row.c > 0 for row in plan(spec).rows)
