@@ -151,23 +151,32 @@ def jumper(data: Mixture, path: Path, prediction: str, to: Landing | None = None
     return Denoiser(net, path, prediction)
 
 
-def consistency(data: Mixture, path: Path, prediction: str, boundary: Boundary, *, takes_w: bool = False) -> Denoiser:
-    """The perfect student behind LCM's boundary scalings: `c_skip x + c_out x0` is the flow map to the path's end.
+def consistency(
+    data: Mixture, path: Path, prediction: str, boundary: Boundary | None = None, *, takes_w: bool = False
+) -> Denoiser:
+    """The perfect consistency model: `c_skip x + c_out x0` is the flow map to the path's end.
 
-    There c_skip = 1 and the map is the identity, as it must be. Where c_out = 0 the network's output plays no part.
+    With LCM's boundary scalings c_skip = 1 at the end itself, and what the network says plays no part there; without
+    them c_skip = 0 and c_out = 1.
     """
 
     def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         end = torch.full_like(t, path.end, dtype=torch.float64)
         y = _shifted_flow_map(data, path, x, t, end, _shift(cond, x, takes_w))
-        scaled = (boundary.timestep_scaling * t.double()) ** 2
-        square = boundary.sigma_data**2
-        skip, out = _row(square / (scaled + square), x), _row((scaled / (scaled + square)).sqrt(), x)
+        skip, out = (_row(c, x) for c in _scalings(boundary, t.double()))
         x0 = torch.where(out > 0, (y - skip * x.double()) / out.clamp(min=1e-30), y)
         eps = (x.double() - _row(path.alpha(t), x) * x0) / _row(path.sigma(t), x)
         return _raw(prediction, path, t, x0, eps, x)
 
     return Denoiser(net, path, prediction)
+
+
+def _scalings(boundary: Boundary | None, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of Luo et al. 2023."""
+    if boundary is None:
+        return torch.zeros_like(t), torch.ones_like(t)
+    scaled, square = boundary.timestep_scaling * t, boundary.sigma_data**2
+    return square / (scaled**2 + square), scaled / (scaled**2 + square).sqrt()
 
 
 def _shift(cond: Condition, x: Tensor, takes_w: bool) -> Tensor:

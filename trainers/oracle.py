@@ -1,0 +1,86 @@
+"""The oracle suite: every registered recipe's mathematics against closed-form truth, before anything is trained.
+
+    python -m fewstep.trainers.oracle            runs it and writes the evidence that `fewstep recipes` reads
+
+A recipe joins by being registered in `trainers.recipes.RECIPES`; its checks follow from the class of its objective. An
+objective that the suite does not know fails. A new method adds a file of checks and one line to `SUITES`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from . import oracle_consistency, oracle_distribution, oracle_players, oracle_progressive
+from .consistency import ConsistencyDistillation
+from .distribution import DistributionMatching
+from .evidence import write_evidence
+from .oracle_samplers import all_sampler_checks, sampling_checks
+from .oracle_world import Check, holds
+from .progressive import ProgressiveHalving
+from .recipe import Recipe, RecipeFunction
+from .recipes import RECIPES
+
+SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
+    ConsistencyDistillation: oracle_consistency.checks,
+    DistributionMatching: oracle_distribution.checks,
+    ProgressiveHalving: oracle_progressive.checks,
+}
+
+
+def check_recipe(recipe: Recipe) -> list[Check]:
+    """Every check of one recipe. A check that breaks instead of answering counts as failed, and the rest as not run."""
+    found: list[Check] = []
+    suite = SUITES.get(type(recipe.objective))
+    if suite is None:
+        return [holds(f"the suite knows {type(recipe.objective).__name__}", False)]
+    for part in (suite(recipe, recipe.objective), sampling_checks(recipe), oracle_players.checks(recipe)):
+        try:
+            found.extend(part)
+        except Exception as error:  # whatever a wrong method raises is its failure, not the suite's
+            found.append(holds(f"runs: {type(error).__name__}: {error}", False))
+    return found
+
+
+def passed(checks: Sequence[Check]) -> bool:
+    return bool(checks) and all(check.passed for check in checks)
+
+
+def run_oracle(recipes: Mapping[str, RecipeFunction] = RECIPES) -> dict[str, list[Check]]:
+    """All checks of the given recipes, by name."""
+    return {name: check_recipe(function()) for name, function in recipes.items()}
+
+
+def evidence_of(recipes: Mapping[str, list[Check]], samplers: Mapping[str, list[Check]]) -> dict[str, Any]:
+    """The evidence file's content: a status and all numbers per recipe and per sampler."""
+
+    def rows(found: Mapping[str, list[Check]]) -> dict[str, Any]:
+        return {
+            name: {"status": "passed" if passed(checks) else "failed", "checks": [c.to_json() for c in checks]}
+            for name, checks in found.items()
+        }
+
+    return {"recipes": rows(recipes), "samplers": rows(samplers)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.trainers.oracle", description=__doc__.split("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="check, but write no evidence")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    recipes, samplers = run_oracle(), all_sampler_checks()
+    named = {f"recipe {n}": c for n, c in recipes.items()} | {f"sampler {n}": c for n, c in samplers.items()}
+    for name, checks in named.items():
+        for check in checks:
+            if not check.passed:
+                print(f"{name}: {check.name}: {check.value:.3g} is not in [{check.low:.3g}, {check.high:.3g}]")
+        print(f"{name:<20}{'passed' if passed(checks) else 'FAILED'}  {sum(c.passed for c in checks)}/{len(checks)}")
+    print(f"{time.monotonic() - started:.1f} s")
+    if not args.dry_run:
+        print(f"wrote {write_evidence('oracle', evidence_of(recipes, samplers))}")
+    return 0 if all(passed(checks) for checks in named.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""The oracle of distribution matching: golden values of the KL gradient, descent, and the best critic and fake.
+
+Expectations over two Gaussians are Gauss-Hermite sums, so the golden numbers (computed apart from this code, by
+quadrature over the closed forms) are met to their last printed digit.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.analytic import Mixture, exact, gaussian, log_density, mixture
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.paths import EDM, VP
+
+from . import distribution
+from .discriminator import critic_loss, deceiver_loss
+from .distribution import DistributionMatching
+from .objective import Cast
+from .oracle_parts import guidance_checks, perfect_student, rollout_checks
+from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, holds, turn, world
+from .recipe import Recipe
+from .times import UniformScale
+
+COUNT = 512
+NODES = 120
+GOLDEN = (-0.18963, -0.00390)
+"""E[mu_fake - mu_real] and E[(mu_fake - mu_real) z] at noise 1 for a student N(2.5, 1) and a teacher of two equal bumps
+N(-3, .25) and N(3, .25)."""
+
+
+def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
+    yield from _gaussian_kl()
+    yield from _golden_mixture()
+    yield _carried()
+    yield from _zero(objective)
+    yield from _descent(objective)
+    yield from _fake(objective)
+    yield from _critic()
+    yield from _critic_descent(objective)
+    yield from _routing(objective)
+    yield from rollout_checks(recipe, objective.rollout)
+    yield from guidance_checks(world(VP(), "v"))
+
+
+def _nodes() -> tuple[Tensor, Tensor, Tensor]:
+    """Two standard normal variables on a grid, each [NODES^2, 1], and the weights of the expectation [NODES^2]."""
+    points, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    z, noise = (torch.tensor(v.reshape(-1, 1)) for v in np.meshgrid(points, points, indexing="ij"))
+    both = torch.tensor(np.outer(weights, weights).reshape(-1)) / (2 * math.pi)
+    return z, noise, both
+
+
+def _matched(teacher: Mixture, student: tuple[float, float], sigma: float) -> tuple[float, float]:
+    """E[g] and E[g z] of `dmd_gradient`'s g without its normaliser, at one noise level; student (mean, std)."""
+    path, (mean, std) = EDM(), student
+    z, noise, weights = _nodes()
+    x, t = mean + std * z, torch.full((len(z),), sigma, dtype=torch.float64)
+    real = exact(teacher, path, "x0")
+    fake = exact(gaussian(torch.tensor([mean], dtype=torch.float64), std), path, "x0")
+    scaled = distribution.dmd_gradient(real, fake, x, t, noise, {})
+    normaliser = (x - real.x0(x + sigma * noise, t, {})).abs().clamp(min=1e-6)
+    g = (scaled * normaliser)[:, 0]
+    return float((weights * g).sum()), float((weights * g * z[:, 0]).sum())
+
+
+def _gaussian_kl() -> Iterator[Check]:
+    """T1: for Gaussians both moments of the gradient are closed form, `sigma^2 dKL(q || p)`."""
+    m, s, b, a = 0.3, 0.7, 1.1, 1.2
+    teacher = gaussian(torch.tensor([m], dtype=torch.float64), s)
+    for sigma in (0.2, 1.0, 4.0):
+        mean, spread = _matched(teacher, (b, a), sigma)
+        square = sigma**2
+        wanted_mean = square * (b - m) / (s**2 + square)
+        wanted_spread = a * square * (a**2 - s**2) / ((a**2 + square) * (s**2 + square))
+        yield below(f"T1: gradient in the mean at noise {sigma}", mean - wanted_mean, 1e-9)
+        yield below(f"T1: gradient in the spread at noise {sigma}", spread - wanted_spread, 1e-9)
+
+
+def _golden_mixture() -> Iterator[Check]:
+    """T13: the two-bump teacher."""
+    bumps = mixture(torch.tensor([[-3.0], [3.0]]), torch.tensor([0.5, 0.5]), torch.ones(2))
+    for name, found, wanted in zip(("mean", "spread"), _matched(bumps, (2.5, 1.0), 1.0), GOLDEN, strict=True):
+        yield below(f"T13: gradient in the {name}, two bumps", found - wanted, 1e-5)
+
+
+def _carried() -> Check:
+    """The surrogate's gradient in x is the carried one over the number of elements, and downhill in it."""
+    x = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(2, 6).requires_grad_()
+    wanted = torch.linspace(3.0, -2.0, 12, dtype=torch.float64).reshape(2, 6)
+    distribution.carry(x, wanted).backward()
+    assert x.grad is not None
+    return below("carry: gradient in x", x.grad * x.numel() - wanted, 1e-5)
+
+
+def _cast(stage: World, objective: DistributionMatching, offset: float = 0.0, gain: float = 1.0) -> tuple[Cast, Bent]:
+    """A student whose samples are N(mean + offset, (gain std)^2), with its exact fake score, and the exact teacher."""
+    w = objective.guidance.low
+    moved = Mixture(stage.data.means + offset, stage.data.stds * gain, stage.data.weights)
+    theirs = World(stage.path, stage.prediction, moved)
+    student = Bent(perfect_student(theirs, _Aim(objective)))
+    teacher = Bent(stage.teacher())
+    fake = absorbed(theirs.teacher(), w)
+    roles = {"student": student.denoiser(), "teacher": teacher.denoiser(), "fake": fake}
+    return Cast(roles), student
+
+
+class _Aim:
+    """What `perfect_student` asks of an objective: its jump and its guidance."""
+
+    def __init__(self, objective: DistributionMatching) -> None:
+        self.jump = objective.rollout.jump
+        self.guidance = objective.guidance
+
+
+def _zero(objective: DistributionMatching) -> Iterator[Check]:
+    """Where the student's law is the guided teacher's the gradient is zero in every sample, at every time."""
+    plain = replace(objective, adversary=None)
+    for prediction in ("v", "eps"):
+        stage = world(VP(), prediction)
+        cast, _ = _cast(stage, plain)
+        metrics = plain.loss("student", cast, stage.batch(COUNT), turn())[1]
+        yield below(f"{prediction}: gradient at the guided data", metrics["dmd_gradient"], 1e-8)
+
+
+def _descent(objective: DistributionMatching) -> Iterator[Check]:
+    """The student's own loss pulls its mean and its spread towards the teacher's."""
+    plain = replace(objective, adversary=None)
+    stage = world(VP(), "x0", mean=0.0)
+    centred = replace(plain, guidance=UniformScale(1.0, 1.0))
+    for offset in (0.4, -0.4):
+        found = _slope(stage, plain, "offset", offset=offset)
+        yield between(f"descent: mean off by {offset}", found / offset, 0.01, float("inf"))
+    for gain in (1.5, 0.6):
+        found = _slope(stage, centred, "gain", gain=gain)
+        yield between(f"descent: spread off by {gain}", found / (gain - 1.0), 0.01, float("inf"))
+
+
+def _slope(stage: World, objective: DistributionMatching, weight: str, **changes: float) -> float:
+    """Gradient of the student's loss in one weight of its bend, averaged over turns."""
+    cast, student = _cast(stage, objective, **changes)
+    for step in range(8):
+        (objective.loss("student", cast, stage.batch(COUNT, step), turn(step))[0] / 8).backward()
+    grad = getattr(student, weight).grad
+    return float(grad)
+
+
+def _fake(objective: DistributionMatching) -> Iterator[Check]:
+    """T5: denoising is least at the exact fake score. Four points carry the moments that decide it."""
+    stage = world(VP(), "v")
+    data = gaussian(torch.tensor([0.5], dtype=torch.float64), 0.8)
+    corners = torch.tensor(list(product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
+    x, noise = 0.5 + 0.8 * corners[:, :1], corners[:, 1:]
+    for time in (50.0, 500.0, 950.0):
+        t = torch.full((4,), time, dtype=torch.float64)
+        for bend, sign in ((0.0, 0.0), (0.1, 1.0), (-0.1, -1.0)):
+            fake = Bent(exact(data, stage.path, "v"), offset=bend)
+            distribution.denoising_loss(fake.denoiser(), x, t, noise, {}, objective.fake_weight).backward()
+            slopes = [float(weight.grad) for weight in (fake.gain, fake.offset) if weight.grad is not None]
+            if sign == 0.0:
+                yield below(f"T5: slope at the exact fake, time {time}", max(map(abs, slopes)), 1e-5)
+            else:
+                yield holds(f"T5: slope beside it, time {time}, bend {bend}", sign * slopes[1] > 1e-4)
+    plain = replace(objective, adversary=None)
+    cast, _ = _cast(stage, plain)
+    batch = stage.batch(4096)
+    for sign in (1.0, -1.0):
+        learner = Bent(cast["fake"], offset=0.3 * sign)
+        roles = {**cast.roles, "fake": learner.denoiser()}
+        plain.loss("fake", Cast(roles), batch, turn(player="fake"))[0].backward()
+        yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(learner.offset.grad) > 0.0)
+
+
+class LogRatio(nn.Module):
+    """A critic that knows the answer: `scale log(p / q) + offset`; best at (1, 0)."""
+
+    def __init__(self, p: Mixture, q: Mixture, scale: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.p, self.q = p, q
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        path = VP()
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        ratio = log_density(self.p, x, alpha, sigma) - log_density(self.q, x, alpha, sigma)
+        return self.scale * ratio + self.offset
+
+
+def _critic() -> Iterator[Check]:
+    """T6: with these losses the best logit is log(p / q), and the student's term pushes it up."""
+    p = gaussian(torch.tensor([0.6], dtype=torch.float64), 0.8)
+    q = gaussian(torch.tensor([-0.2], dtype=torch.float64), 1.1)
+    levels = (torch.arange(20001, dtype=torch.float64) + 0.5) / 20001
+    z = torch.special.ndtri(levels)[:, None]
+    t = torch.full((len(z),), 0.0, dtype=torch.float64)
+    sigma = VP().alpha(0.0), VP().sigma(0.0)
+    real, fake = (sigma[0] * m + math.hypot(sigma[0] * s, sigma[1]) * z for m, s in ((0.6, 0.8), (-0.2, 1.1)))
+    for scale, offset in ((1.0, 0.0), (0.5, 0.0), (2.0, 0.0), (1.0, 0.3), (1.0, -0.3)):
+        critic = LogRatio(p, q, scale, offset)
+        critic_loss(critic(real, t, {}), critic(fake, t, {})).backward()
+        slopes = (float(critic.scale.grad), float(critic.offset.grad))
+        if (scale, offset) == (1.0, 0.0):
+            yield below("T6: slope of the critic at log(p / q)", max(map(abs, slopes)), 1e-3)
+        else:
+            toward = slopes[0] * (scale - 1.0) + slopes[1] * offset
+            yield between(f"T6: slope beside it, scale {scale} offset {offset}", toward, 1e-3, float("inf"))
+    logits = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    deceiver_loss(logits).backward()
+    assert logits.grad is not None
+    yield holds("the student raises the logits of its samples", bool((logits.grad < 0.0).all()))
+
+
+def _critic_descent(objective: DistributionMatching) -> Iterator[Check]:
+    """Through the whole objective: who is real and who is fake, and where the GAN term pulls the student."""
+    if objective.adversary is None:
+        return
+    stage = world(VP(), "x0", mean=0.0)
+    plain = replace(objective, guidance=UniformScale(1.0, 1.0))
+    for offset in (0.6, -0.6):
+        cast, student = _cast(stage, plain, offset=offset)
+        p = stage.data.moved(SHIFT)
+        critic = LogRatio(p, p.moved(offset), scale=0.5)
+        seen = Cast(cast.roles, critic)
+        plain.loss("fake", seen, stage.batch(COUNT), turn(player="fake"))[0].backward()
+        yield holds(f"critic sharpens, student off by {offset}", float(critic.scale.grad) < 0.0)
+        slopes = []
+        for kind in (plain, replace(plain, adversary=None)):
+            student.zero_grad()
+            kind.loss("student", seen, stage.batch(COUNT), turn())[0].backward()
+            slopes.append(float(student.offset.grad))
+        yield holds(f"GAN term pulls the mean back, off by {offset}", (slopes[0] - slopes[1]) * offset > 0.0)
+
+
+def _routing(objective: DistributionMatching) -> Iterator[Check]:
+    """The student's turn teaches neither teacher nor fake; the fake's turn teaches neither student nor teacher."""
+    plain = replace(objective, adversary=None)
+    stage = world(VP(), "v")
+    cast, student = _cast(stage, plain, offset=0.3)
+    modules = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
+    roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in modules.items()}
+    for player in plain.players:
+        for module in modules.values():
+            module.zero_grad()
+        plain.loss(player, Cast(roles), stage.batch(COUNT), turn(player=player))[0].backward()
+        learned = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
+        yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

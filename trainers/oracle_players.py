@@ -1,0 +1,126 @@
+"""The oracle of the loop: who changes when. Every recipe's own players are run, on networks of two weights."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.paths import VP
+
+from .loop import LoopSettings, train
+from .objective import Batch, Cast, Metrics, Turn
+from .oracle_world import Bent, Check, World, below, holds, world
+from .player import Player, PlayerSettings
+from .recipe import Recipe, Stage
+
+STEPS = 9
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Watched:
+    """A recipe's objective on small networks, which notes all weights whenever a loss is asked for."""
+
+    stage: Stage
+    players: tuple[Player, ...]
+    cast: Cast
+    frozen: Mapping[str, nn.Module]
+    seen: list[tuple[int, str, Weights]] = field(default_factory=list)
+
+    def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
+        self.seen.append((turn.step, player, self.weights()))
+        return self.stage.objective.loss(player, self.cast, batch, turn)
+
+    def weights(self) -> Weights:
+        modules: dict[str, nn.Module] = {p.name: p.module for p in self.players} | dict(self.frozen)
+        for player in self.players:
+            modules |= {f"{player.name}.{name}": average for name, average in player.averages.items()}
+        return {name: torch.stack([w.detach().clone() for w in m.parameters()]) for name, m in modules.items()}
+
+
+@dataclass(frozen=True)
+class Samples:
+    stage: World
+
+    def batch(self, step: int) -> Batch:
+        return self.stage.batch(16, step)
+
+
+def checks(recipe: Recipe) -> Iterator[Check]:
+    stage = recipe.stages[-1]
+    watched = _watched(stage)
+    settings = LoopSettings(steps=STEPS, bf16=False, checkpoint_every=0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        train(watched, Samples(world(VP(), "v")), settings, Path(folder))
+    states = [*watched.seen, (STEPS, "", watched.weights())]
+    yield from _turns(watched, stage)
+    strangers: set[str] = set()
+    for (_, player, before), (_, _, after) in pairwise(states):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        strangers |= {name for name in changed if name.split(".")[0] != player}
+        if player not in changed:
+            strangers.add(f"{player} stood still")
+    yield holds("players: only the one whose turn it is changes, its averages with it", not strangers)
+    frozen = all(torch.equal(states[0][2][name], states[-1][2][name]) for name in watched.frozen)
+    yield holds("players: the teacher is the same at the end", frozen)
+    for player in watched.players:
+        for name, decay in player.settings.ema.items():
+            own = [weights[player.name] for _, who, weights in states if who in (player.name, "")]
+            gap = _average(own, decay) - states[-1][2][f"{player.name}.{name}"]
+            yield below(f"players: average {name!r} of the {player.name}, closed form over its own steps", gap, 1e-9)
+    left = [w for player in watched.players for w in player.weights if w.grad is not None or not w.requires_grad]
+    yield holds("players: no gradient is left behind", not left)
+
+
+def _turns(watched: Watched, stage: Stage) -> Iterator[Check]:
+    """T10: a player of ratio R makes floor(N / R) steps in N, all in the last of each R."""
+    for player in watched.players:
+        every = stage.player_settings[player.name].every
+        acted = [step for step, who, _ in watched.seen if who == player.name]
+        wanted = [step for step in range(STEPS) if step % every == every - 1]
+        right = acted == wanted and player.own_steps == STEPS // every
+        yield holds(f"players: turns of the {player.name}, one in {every}", right)
+
+
+def _average(own: list[Tensor], decay: float) -> Tensor:
+    """`a <- d a + (1 - d) theta` after each own step n, d = min(decay, (1 + n) / (10 + n))."""
+    average = own[0]
+    for n, weights in enumerate(own[1:], start=1):
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * weights
+    return average
+
+
+def _watched(stage: Stage) -> Watched:
+    """Small networks for every role: players train, averages are roles of their own, the teacher is frozen."""
+    bench = world(VP(), "v")
+    players, roles = [], {}
+    for k, name in enumerate(stage.objective.players):
+        settings: PlayerSettings = stage.player_settings[name]
+        module = Bent(bench.teacher(), gain=0.1 * (k + 1), offset=0.2)
+        player = Player(name, module, settings)
+        players.append(player)
+        roles[name] = module.denoiser()
+        roles |= {average: _bent(m).denoiser() for average, m in player.averages.items()}
+    teacher = Bent(bench.teacher()).requires_grad_(False)
+    roles["teacher"] = teacher.denoiser()
+    critic = None
+    if len(players) > 1:
+        fake = _bent(players[-1].module)
+
+        def critic(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            return (fake.gain * x + fake.offset).flatten(1).mean(1)
+
+    return Watched(stage, tuple(players), Cast(roles, critic), {"teacher": teacher})
+
+
+def _bent(module: nn.Module) -> Bent:
+    if not isinstance(module, Bent):
+        raise TypeError(f"expected a network of the suite, got {type(module).__name__}")
+    return module
