@@ -1,0 +1,73 @@
+from unittest.mock import Mock
+
+import pytest
+from transformers import CLIPTokenizer
+
+from fewstep.runtime.errors import BundleError, InvalidRequest
+from fewstep.runtime.fake_engine import FakeTokenizer
+from fewstep.runtime.text import Cache, Prompts, tokenise, unknown_words
+
+
+def word_tokenizer(extra=0):
+    """A CLIP tokenizer that knows "red" and "cat" as words, letters for the rest, and `extra` filler tokens."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
+    vocab = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges)]
+    vocab += [f"filler{k}" for k in range(extra)] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=10)
+
+
+def test_ids_are_diffusers_ids():
+    tokenizer = word_tokenizer()
+    ids = tokenizer("red cat", padding="max_length", max_length=10, truncation=True).input_ids
+    assert tokenise(tokenizer, "red cat").ids == tuple(ids)
+    assert len(tokenise(tokenizer, "").ids) == 10
+
+
+def test_an_over_long_prompt_is_refused_with_both_counts():
+    with pytest.raises(InvalidRequest, match=r"negative_prompt has 14 tokens; this model reads at most 10") as caught:
+        tokenise(word_tokenizer(), "abcdefghijkl", "negative_prompt")
+    assert caught.value.field == "negative_prompt"
+
+
+def test_words_outside_a_small_vocabulary_are_named_once():
+    assert tokenise(word_tokenizer(), "Red cat").notes == ()
+    assert tokenise(word_tokenizer(), "red ox, ox up").notes == ("not in this model's vocabulary: ox, up",)
+
+
+def test_byte_pair_and_letter_vocabularies_do_not_warn(tiny_teacher):
+    assert unknown_words(word_tokenizer(extra=5000), "red ox") == []
+    assert unknown_words(tiny_teacher.tokenizer, "red ox") == []
+    assert tokenise(FakeTokenizer(), "red ox").notes == ()
+
+
+def test_a_tokenizer_without_a_length_is_the_bundles_fault():
+    tokenizer = FakeTokenizer()
+    tokenizer.model_max_length = int(1e30)
+    with pytest.raises(BundleError, match="model_max_length"):
+        tokenise(tokenizer, "red")
+
+
+def test_the_cache_keeps_the_latest_used_and_counts():
+    cache = Cache(2)
+    cache.put("a", 1)
+    cache.put("b", 2)
+    assert cache.get("a") == 1
+    cache.put("c", 3)
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (1, None, 3)
+    assert (cache.hits, cache.misses) == (3, 1)
+    assert cache.peek("b") is None and cache.peek("a") == 1
+    assert (cache.hits, cache.misses) == (3, 1)
+
+
+def test_a_cache_of_none_keeps_nothing():
+    cache = Cache(0)
+    cache.put("a", 1)
+    assert cache.get("a") is None
+
+
+def test_prompts_tokenise_once():
+    tokenizer = Mock(wraps=FakeTokenizer(), model_max_length=32)
+    prompts = Prompts(tokenizer, 4)
+    assert prompts.tokens("red cat") is prompts.tokens("red cat")
+    assert tokenizer.call_count == 1
