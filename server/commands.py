@@ -1,0 +1,114 @@
+"""`fewstep serve`: bundles over HTTP until told to stop, then a graceful end."""
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+_EXAMPLE = """example:
+  fewstep serve scenes-lcm scenes-teacher --port 8000
+  curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' \\
+       -d '{"prompt": "a red circle", "num_inference_steps": 4}'
+
+Every setting is also an environment variable, FEWSTEP_PORT for --port; docs/server.md lists them all."""
+
+
+def serve(argv: list[str]) -> int:
+    """Exit codes: 0 stopped as asked, 1 a model failed to warm up, 2 wrong use."""
+    parser = argparse.ArgumentParser(
+        prog="fewstep serve",
+        description="Serve bundles over HTTP: OpenAI's images API, a native API, metrics and a page.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "bundles", nargs="+", metavar="DIR", help="bundle folder or short name; the first is the default model"
+    )
+    parser.add_argument("--host", help="address to listen at (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen at (8000; 0 picks a free one)")
+    parser.add_argument("--engine", choices=("auto", "torch", "onnx", "openvino"), help="engine of every model (auto)")
+    parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
+    args = parser.parse_args(argv)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        print(f"fewstep serve: {error.name} is not installed; run: pip install 'fewstep[serve]'", file=sys.stderr)
+        return 2
+    from fewstep.runtime.local import Runtime
+    from fewstep.runtime.request import Limits
+
+    from .app import create_app
+    from .settings import Settings
+
+    flags = {k: v for k, v in vars(args).items() if k != "bundles" and v is not None}
+    settings = replace(Settings.from_environment(os.environ), **flags)
+    with listen(settings.host, settings.port) as listener:
+        limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
+        with Runtime(args.bundles, engine=settings.engine, limits=limits) as runtime:
+            return asyncio.run(_run(create_app(runtime, settings), settings, listener))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the models load, so that a busy port is said at once.
+
+    The protocol is named because asyncio turns Nagle's algorithm off only where it is; left on, each reply waits 40 ms.
+
+    Errors: `BadSetting` where the address cannot be had.
+    """
+    from .settings import BadSetting
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise BadSetting(f"cannot listen at {host}:{port}: {reason}; choose another --host or --port") from error
+    return listener
+
+
+async def _run(app: Any, settings: "Settings", listener: socket.socket) -> int:
+    import uvicorn
+
+    service = app.state.service
+    grace_s = max(1, round(settings.drain_s))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace_s))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    loop = asyncio.get_running_loop()
+
+    def stop(delay_s: float) -> None:
+        """Say no at /ready, serve on for a while, then close the port and wait for what runs. Twice: end at once."""
+        server.force_exit = service.health.state == "draining"
+        service.health.drain()
+        loop.call_later(delay_s, setattr, server, "should_exit", True)
+
+    loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_delay_s)
+    loop.add_signal_handler(signal.SIGINT, stop, 0.0)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    print(f"fewstep serves {', '.join(service.runtime.models)} at http://{address}:{port} (warming up)", flush=True)
+    while service.health.state == "warming" and not serving.done():
+        await asyncio.sleep(0.02)
+    failed = service.health.state == "failed"
+    if failed:
+        print(f"fewstep serve: {service.health.reason}", file=sys.stderr)
+        server.should_exit = True
+    elif service.health.state == "ready":
+        engines = ", ".join(f"{m.name} on {m.engine_name}" for m in service.runtime.models.values())
+        print(f"ready: {engines}. Ctrl-C stops.", flush=True)
+    await serving
+    return 1 if failed else 0

@@ -1,0 +1,83 @@
+"""Pictures on their way out: encoded in threads, and a small store for callers who want a link instead of the bytes."""
+
+import asyncio
+import base64
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fewstep.runtime.events import Picture, Result
+from fewstep.runtime.images import encode
+
+from .errors import Refused
+from .wire import Job
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Picture files in request order, and what encoding them took."""
+
+    files: tuple[bytes, ...]
+    encode_s: float
+
+    def base64(self) -> list[str]:
+        return [base64.b64encode(file).decode("ascii") for file in self.files]
+
+
+async def encoded(pool: ThreadPoolExecutor, result: Result, job: Job) -> Encoded:
+    """Encode a result's pictures, one thread each; PNG files carry the request that makes them again."""
+    began = time.perf_counter()
+    loop = asyncio.get_running_loop()
+    about = {"prompt": job.request.prompt, "model": result.model, "steps": str(result.steps)}
+    about |= {"guidance": f"{result.guidance:g}"}
+    calls = [
+        loop.run_in_executor(pool, _file, picture, job, {**about, "seed": str(seed)})
+        for picture, seed in zip(result.pictures, result.seeds, strict=True)
+    ]
+    files: Sequence[bytes] = await asyncio.gather(*calls)
+    return Encoded(tuple(files), time.perf_counter() - began)
+
+
+def _file(picture: Picture, job: Job, about: Mapping[str, str]) -> bytes:
+    options = {} if job.level is None else {"level" if job.format == "png" else "quality": job.level}
+    return encode(picture, job.format, metadata=about, **options)
+
+
+class Store:
+    """Files kept for a while under unguessable names, the oldest dropped first. Used from the event loop only."""
+
+    def __init__(self, max_bytes: int, keep_s: float) -> None:
+        self._max_bytes, self._keep_s = max_bytes, keep_s
+        self._files: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, file: bytes, suffix: str, now_s: float) -> str:
+        """Keep a file; the name to fetch it by.
+
+        Errors: `Refused` 400 where one file alone is above the bound.
+        """
+        if len(file) > self._max_bytes:
+            message = "response_format is 'url', but this server does not keep pictures this large; use 'b64_json'"
+            raise Refused(400, "invalid_value", message, param="response_format")
+        self._drop(now_s, self._max_bytes - len(file))
+        name = f"{secrets.token_urlsafe(24)}.{suffix}"
+        self._files[name] = (now_s, file)
+        self._bytes += len(file)
+        return name
+
+    def get(self, name: str, now_s: float) -> bytes:
+        self._drop(now_s, self._max_bytes)
+        if name not in self._files:
+            raise Refused(404, "not_found", "this picture is no longer kept; make it again, or ask for b64_json")
+        return self._files[name][1]
+
+    def _drop(self, now_s: float, max_bytes: int) -> None:
+        while self._files:
+            oldest, (since_s, file) = next(iter(self._files.items()))
+            if self._bytes <= max_bytes and now_s - since_s < self._keep_s:
+                return
+            del self._files[oldest]
+            self._bytes -= len(file)

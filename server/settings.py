@@ -1,0 +1,89 @@
+"""What an operator decides: read once from the environment, frozen afterwards."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fewstep.runtime.errors import FewstepError
+
+PREFIX = "FEWSTEP_"
+
+
+class BadSetting(FewstepError):
+    """A setting cannot be used; the message has its name, its value and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every field is read from `FEWSTEP_<NAME>`; flags of `fewstep serve` win over the environment.
+
+    api_keys: comma-separated; if any is set, every call under /v1/ needs `Authorization: Bearer KEY`. stored_bytes and
+    stored_s bound the pictures kept for `response_format: "url"`. drain_delay_s: how long /ready says no before the
+    port closes, so that a load balancer notices; drain_s: how long running requests may then take.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: str = "auto"
+    max_queue: int = 256
+    max_n: int = 10
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    encode_threads: int = 2
+    stored_bytes: int = 64 * 2**20
+    stored_s: float = 3600.0
+    drain_delay_s: float = 0.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise BadSetting(f"{PREFIX}{name.upper()} is {value}; use {low} to {high}")
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> "Settings":
+        """Read the FEWSTEP_ variables; one that looks like a mistyped setting is refused.
+
+        Errors: `BadSetting` with the variable, its value and what is allowed.
+        """
+        known = {PREFIX + f.name.upper(): f for f in fields(Settings)}
+        values: dict[str, Any] = {}
+        for key, text in environment.items():
+            if key in known:
+                values[known[key].name] = _read(key, text, known[key].default)
+            elif key.startswith(PREFIX) and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
+                raise BadSetting(f"{key} is set, but there is no such setting; did you mean {close[0]}?")
+        return Settings(**values)
+
+
+_RANGES = (
+    ("port", 0, 65535),
+    ("max_queue", 1, 1_000_000),
+    ("max_n", 1, 1000),
+    ("max_body_bytes", 1024, 2**30),
+    ("encode_threads", 1, 64),
+    ("stored_bytes", 0, 2**40),
+    ("stored_s", 1, 7 * 86400),
+    ("drain_delay_s", 0, 3600),
+    ("drain_s", 0, 3600),
+)
+
+
+def _read(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if isinstance(default, str):
+        if not text.strip():
+            raise BadSetting(f"{key} is empty; give it a value or unset it")
+        return text.strip()
+    kind = type(default)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadSetting(f"{key} is {text!r}; it must be a {'whole number' if kind is int else 'number of seconds'}")
+    return value
