@@ -172,11 +172,8 @@ class Runtime:
             self._stopping = True
             self._changed.notify_all()
         self._publish_outbox()
-        if threading.current_thread() is self._thread:
-            return
-        self._thread.join(_JOIN_TIMEOUT_S)
-        if not self._thread.is_alive():  # an engine that never returned is left alone
-            self._close_engines()
+        if threading.current_thread() is not self._thread:  # a listener may close, too
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -233,6 +230,7 @@ class Runtime:
                 for ended in self._scheduler.close():
                     self._outbox.append(Ended(ended.id, "failed", EngineFailed(f"the runtime stopped: {error!r}")))
         self._publish_outbox()
+        self._close_engines()
 
     def _next_work(self) -> tuple[Work, list[Live]] | None:
         """Wait for something to do. None: nothing to run, but perhaps something to publish, or the end."""
@@ -323,7 +321,7 @@ def _refusal(decision: Rejected, request: GenerateRequest, limits: Limits) -> Fe
     retry = max(decision.retry_after_s, 0.01)
     why = f"{limits.max_queue} requests are waiting"
     if decision.reason == "deadline":
-        why = f"deadline_s is {request.deadline_s} and the queue needs about {decision.predicted_s:.3g} s"
+        why = f"deadline_s is {request.deadline_s} and too much is in front (about {decision.predicted_s:.3g} s)"
     return Overloaded(f"{why}; try again in {retry:.2g} s", retry)
 
 

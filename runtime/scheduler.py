@@ -55,7 +55,8 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """reason: "queue" (too many requests), "deadline" (others are in front), "hopeless" (too late even alone).
+    """reason: "queue" (too many requests), "deadline" (it or one admitted before would be late), "hopeless" (late even
+    alone).
 
     predicted_s: how long the request would take from now.
     """
@@ -152,7 +153,7 @@ class Scheduler:
         own = new.remaining_s()
         soft = now_s + STRETCH * own * 2.0 ** -max(-8, min(8, job.priority))
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
-        ahead = sum(live.remaining_s() for live in self._live.values() if live.due_s <= due)
+        ahead, harmed = self._queue_s(due, own, now_s)
         predicted = ahead + own
         if len(self._live) >= self._max_queue:
             backlog = sum(live.remaining_s() for live in self._live.values())
@@ -160,8 +161,8 @@ class Scheduler:
         if job.deadline_s is not None and self._measured(job):
             if now_s + own > job.deadline_s:
                 return Rejected("hopeless", 0.0, own)
-            if now_s + predicted > job.deadline_s:
-                return Rejected("deadline", ahead, predicted)
+            if now_s + predicted > job.deadline_s or harmed:
+                return Rejected("deadline", max(ahead, own), predicted)
         new.due_s = due
         self._live[job.id] = new
         bisect.insort(self._order, (due, self._arrivals, job.id))
@@ -288,6 +289,18 @@ class Scheduler:
             )
         padded = min((s for s in lane.batch_sizes if s >= size), default=size)
         return self._costs.seconds((model, role), padded)
+
+    def _queue_s(self, due_s: float, own_s: float, now_s: float) -> tuple[float, bool]:
+        """(seconds of what goes before `due_s`, whether `own_s` more there breaks a deadline that holds without)."""
+        ahead, total, harmed = 0.0, 0.0, False
+        for due, _, request_id in self._order:
+            live = self._live[request_id]
+            total += live.remaining_s()
+            if due <= due_s:
+                ahead = total
+            elif live.job.deadline_s is not None:
+                harmed |= now_s + total <= live.job.deadline_s < now_s + total + own_s
+        return ahead, harmed
 
     def _price(self, job: Job) -> _Live:
         """A request with its costs as the table has them now."""

@@ -185,6 +185,13 @@ def test_admission_by_predicted_finish():
     assert scheduler.submit(job("c", 4, deadline_s=10.11), 10.0) == Accepted(pytest.approx(10.10))
 
 
+def test_a_request_with_a_deadline_may_not_break_one_that_was_promised():
+    scheduler = make(measured())
+    assert isinstance(scheduler.submit(job("a", 4, deadline_s=0.06), 0.0), Accepted)
+    assert scheduler.submit(job("b", 1, deadline_s=0.025), 0.0).reason == "deadline"
+    assert isinstance(scheduler.submit(job("c", 1, deadline_s=0.071), 0.0), Accepted)
+
+
 def test_guessed_costs_refuse_nobody():
     assert isinstance(make().submit(job("a", 4, deadline_s=1e-6), 0.0), Accepted)
 
