@@ -25,16 +25,21 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class Watched:
-    """A recipe's objective on small networks, which notes all weights whenever a loss is asked for."""
+    """A recipe's objective on small networks. Whenever a loss is asked for it notes all weights, and who is open.
+
+    open: (whose turn, whose weights a gradient could reach).
+    """
 
     stage: Stage
     players: tuple[Player, ...]
     cast: Cast
     frozen: Mapping[str, nn.Module]
     seen: list[tuple[int, str, Weights]] = field(default_factory=list)
+    open: set[tuple[str, str]] = field(default_factory=set)
 
     def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         self.seen.append((turn.step, player, self.weights()))
+        self.open |= {(player, p.name) for p in self.players if any(w.requires_grad for w in p.weights)}
         return self.stage.objective.loss(player, self.cast, batch, turn)
 
     def weights(self) -> Weights:
@@ -66,6 +71,7 @@ def checks(recipe: Recipe) -> Iterator[Check]:
         strangers |= {name for name in changed if name.split(".")[0] != player}
         if player not in changed:
             strangers.add(f"{player} stood still")
+    yield holds("players: gradients can reach only the one whose turn it is", all(a == b for a, b in watched.open))
     yield holds("players: only the one whose turn it is changes, its averages with it", not strangers)
     frozen = all(torch.equal(states[0][2][name], states[-1][2][name]) for name in watched.frozen)
     yield holds("players: the teacher is the same at the end", frozen)

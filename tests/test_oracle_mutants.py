@@ -1,0 +1,240 @@
+"""Planted faults in the real code, each of which the oracle suite must catch; without them it passes (test_oracle).
+
+A mutant is data: what is replaced by what, and who must notice. Each is a mistake that is easily made here.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.models.denoiser import Denoiser, expand
+from fewstep.runtime import samplers
+from fewstep.runtime.samplers import Update
+from fewstep.trainers import consistency, distribution, loop, plot, progressive, rollout, transitions
+from fewstep.trainers import times as training_times
+from fewstep.trainers.jumps import LcmJump
+from fewstep.trainers.objective import Turn
+from fewstep.trainers.oracle import check_recipe
+from fewstep.trainers.oracle_samplers import sampler_checks
+from fewstep.trainers.player import Player
+from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.times import GridPairs, HalvingPairs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace `attribute` of `owner` by `faulty(original)`; `caught_by` are recipes, or a sampler as "sampler:name"."""
+
+    owner: Any
+    attribute: str
+    faulty: Any
+    caught_by: tuple[str, ...]
+
+
+def attached_residual(original):
+    """The target keeps its gradient."""
+
+    def residual(student, target, teacher, jump, x_t, t, s, cond, turn=None):
+        end = torch.full_like(t, consistency.clean(student.path))
+        x_s = consistency.ddim_chain(teacher, x_t, (t, s), cond)
+        return jump(student, x_t, t, end, cond), jump(target, x_s, s, end, cond)
+
+    return residual
+
+
+def noisy_chain(original):
+    """Fresh noise where the ODE was meant."""
+
+    def chain(denoiser, x, ts, cond):
+        for t, s in pairwise(ts):
+            x = denoiser.mix(denoiser.x0(x, t, cond), torch.randn_like(x), s)
+        return x
+
+    return chain
+
+
+def noisy_jump(original):
+    def jump(self, x, t, s, cond):
+        return self.mix(self.x0(x, t, cond), torch.randn_like(x), s)
+
+    return jump
+
+
+def unscaled_jump(original):
+    """Times in [0, 1] where the boundary scalings expect 0 .. 999."""
+
+    def jump(self, denoiser, x, t, s, cond):
+        scaled = self.boundary.timestep_scaling * t.double() / 1000.0
+        square = self.boundary.sigma_data**2
+        skip, out = square / (scaled**2 + square), scaled / (scaled**2 + square).sqrt()
+        return expand(skip, x) * x + expand(out, x) * denoiser.x0(x, t, cond)
+
+    return jump
+
+
+def late_index(original):
+    """n = (i + 1) N / points: one past the trained time, and out of the table at the end."""
+    return lambda path, points: original(path, points) + 1.0
+
+
+def swapped_pairs(original):
+    def draw(self, path, count, turn):
+        t, s = original(self, path, count, turn)
+        return s, t
+
+    return draw
+
+
+def swapped_triples(original):
+    def draw(self, path, count, turn):
+        t, mid, s = original(self, path, count, turn)
+        return t, torch.where(mid > s, s, mid), torch.where(mid > s, mid, s)
+
+    return draw
+
+
+def averaging_every_step(original):
+    """Averages follow the loop's steps, not the player's own."""
+
+    def play(method, player, *args):
+        out = original(method, player, *args)
+        for other in method.players:
+            if other is not player:
+                other._average()
+        return out
+
+    return play
+
+
+def noise_target(original):
+    """eps taken for x0 in the fake's own loss."""
+
+    def loss(fake, x, t, noise, cond, weight):
+        x_t = transitions.noised(fake.path, x, t, noise)
+        return ((fake.x0(x_t, t, cond) - noise).square().flatten(1).mean(1) * weight(fake.path, t)).mean()
+
+    return loss
+
+
+def old_noise(original):
+    """A rollout that keeps its first noise: the deterministic chain, where the student is sampled with fresh noise."""
+    kept = {}
+
+    def mixed(path, x0, t, noise):
+        return original(path, x0, t, kept.setdefault(x0.shape, noise))
+
+    return mixed
+
+
+def with_noise(rule):
+    """A sampler with fresh noise in place of its noise estimate."""
+
+    def noisy(step, spec):
+        alpha, sigma = step.land()
+        return Update(alpha * step.out.x0_x, alpha * step.out.x0_f, sigma)
+
+    return noisy
+
+
+def noise_at_the_end(rule):
+    def late(step, spec):
+        update = rule(step, spec)
+        return Update(update.a, update.b, update.c or 0.1)
+
+    return late
+
+
+def scaled_time(original):
+    """The network is told t / 1000."""
+    return lambda self, x, t, cond: self.net(x, t / 1000.0, cond)
+
+
+def eps_for_x0(original):
+    return lambda self, x, t, cond: self.both(x, t, cond)[1]
+
+
+LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
+MUTANTS = {
+    "guidance: sign flipped": Mutant(
+        transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")
+    ),
+    "guidance: off by one, c + w (c - u)": Mutant(
+        transitions, "guide", lambda g: lambda u, c, w: c + expand(w, c) * (c - u), ("lcm", "lcm-lora", "dmd2")
+    ),
+    "guidance: halves swapped": Mutant(transitions, "guide", lambda g: lambda u, c, w: g(c, u, w), PD),
+    "prediction: eps taken for x0": Mutant(Denoiser, "x0", eps_for_x0, ("lcm", "dmd2", "progressive")),
+    "time: network told t / 1000": Mutant(Denoiser, "raw", scaled_time, ("lcm", "dmd2", "progressive")),
+    "time: boundary scalings on t / 1000": Mutant(LcmJump, "__call__", unscaled_jump, ("lcm", "dmd2")),
+    "time: grid index off by one": Mutant(training_times, "grid", late_index, LCM),
+    "time: t and s swapped in the pair": Mutant(GridPairs, "draw", swapped_pairs, ("lcm", "lcm-lora")),
+    "time: t and s swapped in the solver": Mutant(
+        consistency, "ddim_chain", lambda g: lambda d, x, ts, c: g(d, x, ts[::-1], c), LCM
+    ),
+    "time: mid and s swapped": Mutant(HalvingPairs, "draw", swapped_triples, PD),
+    "time: t and s swapped in the inverse": Mutant(
+        progressive, "inverse_ddim", lambda g: lambda p, x_s, x_t, t, s: g(p, x_s, x_t, s, t), PD
+    ),
+    "solver: fresh noise in the teacher's step": Mutant(consistency, "ddim_chain", noisy_chain, LCM),
+    "solver: fresh noise in the teacher's two steps": Mutant(Denoiser, "jump", noisy_jump, PD),
+    "target: not detached": Mutant(consistency, "consistency_residual", attached_residual, ("lcm", "lcm-lora")),
+    "target: dropout masks of its own": Mutant(Turn, "share_dropout", lambda g: lambda self: None, LCM),
+    "source: signal and noise swapped": Mutant(
+        transitions, "noised", lambda g: lambda p, x0, t, noise: g(p, noise, t, x0), ("lcm", "progressive")
+    ),
+    "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
+    "scores: real and fake swapped": Mutant(
+        distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD
+    ),
+    "fake: trained on the noise": Mutant(distribution, "denoising_loss", noise_target, DMD),
+    "critic: data called fake": Mutant(distribution, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD),
+    "critic: student pushed down": Mutant(distribution, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
+    "rollout: noise kept where it should be fresh": Mutant(rollout, "noised", old_noise, DMD),
+    "players: the student acts every step": Mutant(Player, "acts", lambda g: lambda self, step: True, DMD),
+    "players: averages step with the loop": Mutant(loop, "_play", averaging_every_step, DMD),
+    "players: gradients reach everybody": Mutant(Player, "gradients", lambda g: lambda self, wanted: None, DMD),
+}
+SAMPLER_MUTANTS = {
+    "ddim: fresh noise": ("ddim", with_noise),
+    "euler: fresh noise": ("euler", with_noise),
+    "lcm: noise after the last step": ("lcm", noise_at_the_end),
+    "lcm: no noise": ("lcm", lambda rule: lambda step, spec: Update(rule(step, spec).a, rule(step, spec).b, 0.0)),
+    "lcm: DDIM in its place": ("lcm", lambda rule: samplers.ddim),
+    "tcd: gamma ignored": ("tcd", lambda rule: samplers.ddim),
+    "tcd: always as stochastic as LCM": ("tcd", with_noise),
+    "trig: lands where it left": (
+        "trig", lambda rule: lambda step, spec: rule(type(step)(step.t, step.t, step.last, step.path, step.out), spec),
+    ),
+    "edm: noise not reduced by the floor": (
+        "edm", lambda rule: lambda step, spec: Update(step.out.x0_x, step.out.x0_f, 0.0 if step.last else step.to),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plot, "plot_losses", lambda log, picture: None)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # an undetached target's metrics
+@pytest.mark.parametrize(("name", "recipe"), [(n, r) for n, m in MUTANTS.items() for r in m.caught_by])
+def test_mutant_is_caught(name, recipe, monkeypatch):
+    mutant = MUTANTS[name]
+    original = getattr(mutant.owner, mutant.attribute)
+    monkeypatch.setattr(mutant.owner, mutant.attribute, mutant.faulty(original))
+    failed = [check.name for check in check_recipe(RECIPES[recipe]()) if not check.passed]
+    assert [check for check in failed if not check.startswith("runs:")], f"{name} passed {recipe}: {failed}"
+
+
+@pytest.mark.parametrize("name", SAMPLER_MUTANTS)
+def test_sampler_mutant_is_caught(name, monkeypatch):
+    sampler, faulty = SAMPLER_MUTANTS[name]
+    assert all(check.passed for check in sampler_checks(sampler))
+    monkeypatch.setitem(samplers.SAMPLERS, sampler, faulty(samplers.SAMPLERS[sampler]))
+    assert not all(check.passed for check in sampler_checks(sampler))
+
+
+def test_every_recipe_has_mutants():
+    assert {recipe for mutant in MUTANTS.values() for recipe in mutant.caught_by} == set(RECIPES)
