@@ -236,15 +236,13 @@ class Runtime:
         """Wait for something to do. None: nothing to run, but perhaps something to publish, or the end."""
         with self._changed:
             while True:
-                now = time.monotonic()
-                self._outbox.extend(self._scheduler.expire(now))
+                self._outbox.extend(self._scheduler.expire(time.monotonic()))
                 work = None if self._stopping else self._scheduler.next()
                 if work is not None:
                     return work, [self._live[item.id][0] for item in work.items]
                 if self._outbox or self._stopping:
                     return None
-                deadline = self._scheduler.next_deadline_s()
-                self._changed.wait(None if deadline is None else max(0.0, deadline - now))
+                self._changed.wait()
 
     def _run(self, work: Work, lives: list[Live]) -> None:
         """One engine call and everything that follows from it."""

@@ -182,10 +182,6 @@ class Scheduler:
         """End everything."""
         return [self._end(request_id, "closed") for request_id in list(self._live)]
 
-    def next_deadline_s(self) -> float | None:
-        deadlines = [live.job.deadline_s for live in self._live.values() if live.job.deadline_s is not None]
-        return min(deadlines, default=None)
-
     def next(self) -> Work | None:
         """The next engine call, its items marked as running; None where nothing is ready."""
         wanted: tuple[str, str, str] | None = None

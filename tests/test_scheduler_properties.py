@@ -120,8 +120,7 @@ class Machine(RuleBasedStateMachine):
         for ended in self.scheduler.expire(self.now_s):
             assert self.jobs[ended.id].deadline_s <= self.now_s
             self.see(ended)
-        deadline = self.scheduler.next_deadline_s()
-        assert deadline is None or deadline > self.now_s
+        assert self.scheduler.expire(self.now_s) == []
 
     def see(self, event):
         if isinstance(event, Stepped):
