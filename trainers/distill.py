@@ -8,17 +8,17 @@ import json
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
+from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks import DenoiserNet, as_network
-from fewstep.models.spec import Guidance, SamplerSpec
+from fewstep.models.spec import SamplerSpec
 
 from .data import Latents, LatentSource, encode_folder, encode_scenes, load_latents, save_latents
 from .discriminator import FakeWithCritic
@@ -27,16 +27,10 @@ from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .player import Player
 from .preview import sample, save_grid
-from .recipe import Recipe, Stage, configure
-from .recipes import RECIPES
-from .student import again, build_student, merged, save_lora
-
-
-def find_recipe(name: str) -> Any:
-    """Errors: `RecipeError` listing the recipes."""
-    if name not in RECIPES:
-        raise RecipeError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
-    return RECIPES[name]
+from .recipe import Recipe, Stage, configure, describe
+from .recipes import find_recipe
+from .student import again, build_student, merged
+from .student_bundle import student_spec, write_student
 
 
 def distill(
@@ -169,24 +163,6 @@ def _kept(student: Player, stage: Stage) -> Any:
     return student.module if stage.average is None else student.averages[stage.average]
 
 
-def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
-    s, t = recipe.sampling, teacher.spec
-    return SamplerSpec(
-        prediction=t.prediction,
-        path=t.path,
-        sampler=s.sampler,
-        grids=s.grids.of(t.path),
-        stochastic=s.stochastic,
-        final_alpha_one=t.final_alpha_one,
-        guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=s.guidance_range),
-        boundary=s.boundary,
-        latent=t.latent,
-        sizes=t.sizes,
-        recipe=recipe.name,
-        teacher=teacher.name,
-    )
-
-
 def _painter(recipe: Recipe, teacher: Bundle, unet: nn.Module, source: LatentSource, folder: Path) -> Any:
     """A callback that writes `samples/step_N.png`: a row of pictures per step count, the same noise in each."""
     spec = student_spec(recipe, teacher)
@@ -201,60 +177,6 @@ def _painter(recipe: Recipe, teacher: Bundle, unet: nn.Module, source: LatentSou
         save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
 
     return paint
-
-
-def write_student(recipe: Recipe, teacher: Bundle, unet: Any, out: Path) -> Bundle:
-    """The student as a diffusers folder, sealed. Everything but the U-Net and the scheduler is the teacher's."""
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for part in ("vae", "text_encoder", "tokenizer", "controlnet"):
-        if (teacher.root / part).is_dir():
-            shutil.copytree(teacher.root / part, beside / part)
-    if recipe.student.lora_rank is not None:
-        save_lora(unet, beside)
-        unet = merged(unet)
-    unet = unet.eval().to(memory_format=torch.contiguous_format)
-    (unet.half() if recipe.run.fp16_weights else unet.float()).save_pretrained(beside / "unet")
-    _write_pipeline(recipe, teacher, beside)
-    seal_bundle(beside, out.name, student_spec(recipe, teacher))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
-    return load_bundle(out)
-
-
-def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path) -> None:
-    """`scheduler/` and `model_index.json`, so diffusers loads the folder with the student's own sampler."""
-    from diffusers import DDIMScheduler, LCMScheduler
-
-    path, index = teacher.spec.path, json.loads((teacher.root / "model_index.json").read_text())
-    settings: dict[str, Any] = {
-        name: getattr(path, name) for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    }
-    settings["prediction_type"] = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}[teacher.spec.prediction]
-    settings |= {"clip_sample": False, "set_alpha_to_one": teacher.spec.final_alpha_one}
-    if recipe.sampling.sampler == "lcm":
-        points = getattr(recipe.sampling.grids, "points", 50)
-        scheduler: Any = LCMScheduler(**settings, original_inference_steps=points)
-    else:
-        scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
-    scheduler.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    embedded = recipe.sampling.guidance_mode == "embedded"
-    index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def describe(value: Any) -> Any:
-    """A configuration as plain JSON: every dataclass with its class and fields, every function by its name."""
-    if is_dataclass(value) and not isinstance(value, type):
-        plain = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-        return {"part": type(value).__name__, **plain}
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    return getattr(value, "__name__", value)
 
 
 def _open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:

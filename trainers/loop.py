@@ -4,11 +4,10 @@ Order of one step: each player whose turn it is, in the method's order, sees the
 Batches and draws are functions of (seed, step), so a resumed run equals an unbroken one bit for bit.
 """
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,55 +58,30 @@ class Outcome:
 
 
 def train(
-    method: Method,
-    source: Source,
-    settings: LoopSettings,
-    folder: Path,
-    *,
-    resume: bool = False,
-    label: str = "train",
-    device: torch.device | str = "cpu",
-    on_picture: Callable[[int], None] | None = None,
-) -> Outcome:
+    method: Method, source: Source, settings: LoopSettings, folder: Path, *, resume: bool = False, label: str = "train",
+    device: torch.device | str = "cpu", on_picture: Callable[[int], None] | None = None,
+) -> Outcome:  # fmt: skip
     """Run to `settings.steps` or `settings.max_seconds`; leaves checkpoint.pt, metrics.jsonl and loss.png in `folder`.
 
     Errors: `TrainingDiverged` after `max_bad_steps` non-finite losses in a row; `CheckpointError` on a resume of
     something that is not there or has other players.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place = _Place(0, 0.0, 0)
-    if resume:
-        place = _restore(folder / "checkpoint.pt", method.players)
+    place = _restore(folder / "checkpoint.pt", method.players) if resume else _Place()
     _cut_metrics(folder / "metrics.jsonl", place.step)
     started = time.monotonic() - place.seconds
-    bad_in_a_row = 0
-    with (
-        (folder / "metrics.jsonl").open("a") as log,
-        tqdm(total=settings.steps, initial=place.step, desc=label, dynamic_ncols=True) as bar,
-    ):
-        while place.step < settings.steps:
-            seconds = time.monotonic() - started
-            progress = _progress(place.step, seconds, settings)
-            if progress >= 1.0:
-                break
-            batch = source.batch(place.step)
-            good = True
-            for player in method.players:
-                if player.acts(place.step):
-                    turn = Turn.of(settings.seed, place.step, settings.steps, player.name, device)
-                    row = _play(method, player, batch, turn, progress, settings, device)
-                    good &= row["skipped"] == 0.0
-                    log.write(
-                        json.dumps({"step": place.step, "player": player.name, "seconds": round(seconds, 2), **row})
-                    )
-                    log.write("\n")
-                    bar.set_postfix({f"{player.name} loss": f"{row['loss']:.4g}"}, refresh=False)
-            bad_in_a_row = 0 if good else bad_in_a_row + 1
-            place = _Place(place.step + 1, time.monotonic() - started, place.skipped + (not good))
+    bar = tqdm(total=settings.steps, initial=place.step, desc=label, dynamic_ncols=True)
+    with (folder / "metrics.jsonl").open("a") as log, bar:
+        while (progress := _progress(place, settings)) < 1.0:
+            rows = _step(method, source, place.step, progress, settings, torch.device(device))
+            place = place.after(rows, time.monotonic() - started)
+            for row in rows:
+                log.write(json.dumps(row) + "\n")
+            bar.set_postfix({f"{row['player']} loss": f"{row['loss']:.4g}" for row in rows}, refresh=False)
             bar.update()
-            if bad_in_a_row >= settings.max_bad_steps:
+            if place.bad_in_a_row >= settings.max_bad_steps:
                 raise TrainingDiverged(
-                    f"the loss was not finite for {bad_in_a_row} steps up to step {place.step}; "
+                    f"the loss was not finite for {place.bad_in_a_row} steps up to step {place.step}; "
                     f"lower lr, or look at {folder / 'metrics.jsonl'}"
                 )
             if settings.checkpoint_every and place.step % settings.checkpoint_every == 0:
@@ -121,33 +95,53 @@ def train(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a run is: steps done, seconds spent over all its sittings, updates skipped."""
+    """Where a run is: steps done, seconds spent over all its sittings, steps with an update skipped."""
 
-    step: int
-    seconds: float
-    skipped: int
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+    def after(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> "_Place":
+        bad = any(row["skipped"] for row in rows)
+        return _Place(self.step + 1, seconds, self.skipped + bad, self.bad_in_a_row + 1 if bad else 0)
+
+
+def _step(
+    method: Method, source: Source, step: int, progress: float, settings: LoopSettings, device: torch.device
+) -> list[dict[str, Any]]:
+    """One turn of each player that acts in this step; one row of metrics each."""
+    batch = source.batch(step)
+    rows = []
+    for player in method.players:
+        if player.acts(step):
+            turn = Turn.of(settings.seed, step, settings.steps, player.name, device)
+            row = _play(method, player, batch, turn, progress, settings)
+            rows.append({"step": step, "player": player.name, **row})
+    return rows
 
 
 def _play(
-    method: Method, player: Player, batch: Batch, turn: Turn, progress: float, settings: LoopSettings, device: Any
+    method: Method, player: Player, batch: Batch, turn: Turn, progress: float, settings: LoopSettings
 ) -> dict[str, float]:
+    """Loss and update of one player. The others' weights ask for no gradient meanwhile, so none is left in them."""
     for other in method.players:
         other.gradients(other is player)
     turn.share_dropout()
-    kind = torch.device(device).type
-    with torch.autocast(kind, torch.bfloat16) if settings.bf16 else contextlib.nullcontext():
+    with torch.autocast(turn.rng.device.type, torch.bfloat16, enabled=settings.bf16):
         loss, metrics = method.loss(player.name, batch, turn)
     value = float(loss.detach())
+    rate = player.rate(progress)
     norm = player.update(loss, progress) if math.isfinite(value) else math.nan
     for other in method.players:
         other.gradients(True)
-    skipped = float(not math.isfinite(norm))
-    return {"loss": value, "norm": norm, "lr": player.rate(progress), "skipped": skipped, **metrics}
+    return {"loss": value, "norm": norm, "lr": rate, "skipped": float(not math.isfinite(norm)), **metrics}
 
 
-def _progress(step: int, seconds: float, settings: LoopSettings) -> float:
-    share = step / settings.steps
-    return share if settings.max_seconds is None else max(share, seconds / settings.max_seconds)
+def _progress(place: _Place, settings: LoopSettings) -> float:
+    """Share of the run that is done, by steps or by time, whichever is further."""
+    share = place.step / settings.steps
+    return share if settings.max_seconds is None else max(share, place.seconds / settings.max_seconds)
 
 
 def _keep(folder: Path, players: Sequence[Player], place: _Place) -> None:

@@ -7,7 +7,7 @@ contract) is derived inside the function, so no setting can contradict another.
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -163,3 +163,15 @@ def _as(name: str, kind: Any, value: Any) -> Any:
     if kind is None or type(value) is not kind:
         raise RecipeError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', 'a known type')}")
     return value
+
+
+def describe(value: Any) -> Any:
+    """A configuration as plain JSON: every dataclass with its class and fields, every function by its name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        plain = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        return {"part": type(value).__name__, **plain}
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    return getattr(value, "__name__", value)

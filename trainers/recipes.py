@@ -9,6 +9,7 @@ from .consistency import ConsistencyDistillation
 from .discriminator import Adversary
 from .distances import PseudoHuber, Squared, snr_plus_one, truncated_snr, unweighted
 from .distribution import DistributionMatching
+from .errors import RecipeError
 from .jumps import LcmJump
 from .player import PlayerSettings
 from .progressive import ProgressiveHalving
@@ -178,3 +179,10 @@ RECIPES: dict[str, RecipeFunction] = {
     "progressive": progressive,
 }
 """Every recipe by its name. Being listed here is what enters a recipe into `fewstep recipes` and the oracle suite."""
+
+
+def find_recipe(name: str) -> RecipeFunction:
+    """Errors: `RecipeError` listing the recipes."""
+    if name not in RECIPES:
+        raise RecipeError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,42 @@
+"""What a run will hold in memory, counted from its networks without training anything."""
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.models.bundle import load_bundle
+
+from .recipe import Recipe
+from .student import again, build_student
+
+BYTES = 4
+"""Weights, gradients, optimiser moments and averages are float32."""
+
+
+def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
+    """Parameters per player and bytes of weights, gradients, AdamW's two moments and averages; activations come on top.
+
+    Errors: `BundleError` where the teacher cannot be opened.
+    """
+    bundle = load_bundle(teacher)
+    teacher_unet = bundle.load("unet")
+    student = build_student(bundle, recipe.student, fold_scale=1.0)
+    stage = recipe.stages[-1]
+    networks = {"student": student}
+    if "fake" in stage.objective.players:
+        from .discriminator import FakeWithCritic
+
+        networks["fake"] = FakeWithCritic(again(teacher_unet, type(recipe.student)()))
+    total = count(teacher_unet) * BYTES
+    players = {}
+    for name, network in networks.items():
+        averages = len(stage.player_settings[name].ema)
+        weights, trained = count(network), count(network, trained=True)
+        held = BYTES * (weights * (1 + averages) + 3 * trained)
+        players[name] = {"parameters": weights, "trained": trained, "averages": averages, "bytes": held}
+        total += held
+    steps = {stage.name: stage.steps for stage in recipe.stages}
+    return {"teacher_parameters": count(teacher_unet), "players": players, "bytes": total, "stage_steps": steps}
+
+
+def count(network: Any, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)

@@ -1,0 +1,113 @@
+"""The trainers' commands: `fewstep distill` and `fewstep recipes`."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def distill(argv: list[str]) -> int:
+    """`fewstep distill RECIPE --teacher DIR --out DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="fewstep distill",
+        description="Distil a teacher bundle into a few-step student bundle.",
+        epilog="example: fewstep distill lcm --teacher scenes-teacher --out runs/lcm --minutes 10 --set lr=2e-4",
+    )
+    parser.add_argument("recipe", help="which recipe; `fewstep recipes` lists them")
+    parser.add_argument("--teacher", default="scenes-teacher", help="bundle folder or shipped name (%(default)s)")
+    parser.add_argument("--out", help="folder of the student bundle; the run is kept beside it in OUT.run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
+    parser.add_argument("--steps", type=int, help="training steps (of each stage); the same as --set steps=N")
+    parser.add_argument("--minutes", type=float, help="stop after this long; alone, train for all of it")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (the best there is)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.run")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and its memory, and stop")
+    args = parser.parse_args(argv)
+
+    from .recipe import configure, describe, parse_setting
+    from .recipes import find_recipe
+
+    settings = dict(parse_setting(text) for text in args.set)
+    if args.steps is not None:
+        settings["steps"] = args.steps
+    elif args.minutes is not None:
+        settings.setdefault("steps", UNBOUNDED_STEPS)
+    recipe = configure(find_recipe(args.recipe), settings)
+    if args.dry_run:
+        from .budget import estimate
+
+        print(json.dumps({"recipe": describe(recipe), "estimate": estimate(recipe, args.teacher)}, indent=1))
+        return 0
+    if args.out is None:
+        parser.error("--out is needed, unless --dry-run")
+    from .distill import distill as run
+
+    seconds = None if args.minutes is None else args.minutes * 60
+    bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
+    print(
+        f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher}, steps {', '.join(map(str, bundle.spec.steps))}"
+    )
+    return 0
+
+
+UNBOUNDED_STEPS = 1_000_000
+"""Where time alone ends a run."""
+
+
+def recipes(argv: list[str]) -> int:
+    """`fewstep recipes [--json]`."""
+    parser = argparse.ArgumentParser(
+        prog="fewstep recipes",
+        description="List every recipe: family, paper, needs, step counts, oracle status and measured quality.",
+        epilog="example: fewstep recipes --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    rows = recipe_rows()
+    if args.json:
+        json.dump(rows, sys.stdout, indent=1)
+        print()
+        return 0
+    print(f"{'recipe':<14}{'family':<14}{'steps':<12}{'needs':<22}{'oracle':<9}paper")
+    for row in rows:
+        needs = ", ".join(name for name, wanted in row["needs"].items() if wanted)
+        steps = " ".join(map(str, row["steps"]))
+        print(f"{row['name']:<14}{row['family']:<14}{steps:<12}{needs:<22}{row['oracle']:<9}{row['paper']}")
+    return 0
+
+
+def recipe_rows() -> list[dict[str, Any]]:
+    """What `fewstep recipes --json` prints."""
+    from dataclasses import asdict
+
+    from .evidence import read_evidence
+    from .recipes import RECIPES
+
+    proven = (read_evidence("oracle") or {}).get("recipes", {})
+    rows = []
+    for name, function in RECIPES.items():
+        recipe = function()
+        rows.append(
+            {
+                "name": name,
+                "family": recipe.family,
+                "paper": recipe.paper,
+                "needs": asdict(recipe.needs),
+                "steps": list(recipe.steps),
+                "oracle": proven.get(name, {}).get("status", "none"),
+                "quality": shipped_quality(name),
+            }
+        )
+    return rows
+
+
+def shipped_quality(recipe: str) -> dict[str, Any]:
+    """Step count -> measured quality of the shipped student of a recipe; empty where none is shipped or measured."""
+    from fewstep.models.bundle import REFERENCE
+
+    found: dict[str, Any] = {}
+    for file in sorted(REFERENCE.glob("*/bundle.json")):
+        spec = json.loads(file.read_text())["spec"]
+        if spec["recipe"] == recipe:
+            found |= {str(row["steps"]): {k: v for k, v in row.items() if k != "steps"} for row in spec["quality"]}
+    return found
