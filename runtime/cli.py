@@ -19,6 +19,7 @@ SUMMARIES = {
     "bench-latency": "latency per step count, beside diffusers",
     "bench-load": "open-loop traffic against a running server",
     "bench-quality": "Frechet distance, prompt compliance and diversity per step count",
+    "pictures": "models and step counts side by side on one sheet",
     "demo": "the whole loop on the built-in family",
 }
 

@@ -16,7 +16,7 @@ class PlayerSettings:
 
     every: it acts in the last of each `every` steps, so N steps hold floor(N / every) of its own. warmup: own steps
     over which the rate rises. cooldown: last fraction of the run over which it falls to zero. ema: name -> decay of a
-    running average of the weights, stepped on own steps only.
+    running average of the weights, stepped on own steps only. slow: prefix of weights' names -> factor on their rate.
     """
 
     lr: float = 1e-4
@@ -27,6 +27,7 @@ class PlayerSettings:
     warmup: int = 0
     cooldown: float = 0.0
     ema: Mapping[str, float] = field(default_factory=dict)
+    slow: Mapping[str, float] = field(default_factory=dict)
 
 
 class Player:
@@ -38,10 +39,19 @@ class Player:
         self.settings = settings
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.weights, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            self._groups(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.averages = {name: deepcopy(module).requires_grad_(False) for name in settings.ema}
         self.own_steps = 0
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Weights by the factor on their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad:
+                factor = next((f for prefix, f in self.settings.slow.items() if name.startswith(prefix)), 1.0)
+                groups.setdefault(factor, []).append(weight)
+        return [{"params": weights, "factor": factor} for factor, weights in groups.items()]
 
     def acts(self, step: int) -> bool:
         return (step + 1) % self.settings.every == 0
@@ -65,7 +75,7 @@ class Player:
         norm = float(nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(progress)
+                group["lr"] = self.rate(progress) * group["factor"]
             self.optimizer.step()
             self.own_steps += 1
             self._average()
