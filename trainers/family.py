@@ -4,10 +4,9 @@ Sizes are chosen so that the whole family trains on two CPU cores in under two h
 of 8 channels (autoencoder factor 8), and the denoiser has about 3.5 million weights.
 """
 
-import random
+import itertools
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -90,7 +89,7 @@ def _byte_pairs(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     while any(len(s) > 1 for s in split):
         counts: dict[tuple[str, str], int] = {}
         for symbols in split:
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in itertools.pairwise(symbols):
                 counts[pair] = counts.get(pair, 0) + 1
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)

@@ -7,6 +7,7 @@ map, and a mask per object. A caption says only part of what is in the picture (
 Axes: pictures are [H, W, 3] uint8, x grows to the right, y grows downward, radii and positions are in pixels.
 """
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, replace
@@ -110,6 +111,23 @@ def sample(rng: random.Random) -> Sample:
     return Sample(scene, caption(scene, relation, rng))
 
 
+def sample_like(caption: Caption, rng: random.Random) -> Scene:
+    """Another scene of a caption that `sample` made: what it leaves unsaid (sizes, ground, places) is drawn afresh."""
+    claims: list[ObjectClaim] = []
+    alike = len(set(caption.objects)) == 1
+    crowded = len(caption.objects) == 3
+    for k, claim in enumerate(caption.objects):
+        others = [*claims, *caption.objects[k + 1 :]]
+        if claim.size is None and crowded and (alike or any(o.size == "large" for o in others)):
+            claim = replace(claim, size="small")
+        elif claim.size is None:
+            claim = replace(claim, size=claims[0].size if alike and claims else rng.choice(tuple(RADII)))
+        claims.append(claim)
+    objects = _place(tuple(claims), caption.relation, rng)
+    jitter = tuple(tuple(rng.randint(-6, 6) for _ in range(3)) for _ in range(len(objects) + 1))
+    return Scene(objects, caption.background or rng.choice(tuple(BACKGROUNDS)), jitter)
+
+
 def caption(scene: Scene, relation: str | None, rng: random.Random) -> Caption:
     """Say something of a scene: sizes and background may go unsaid, the phrasing is drawn afresh."""
     objects = tuple(ObjectClaim(o.shape, o.colour, o.size) for o in scene.objects)
@@ -118,9 +136,7 @@ def caption(scene: Scene, relation: str | None, rng: random.Random) -> Caption:
     return Caption(describe(said, relation, background, rng), said, relation, background)
 
 
-def describe(
-    objects: tuple[ObjectClaim, ...], relation: str | None, background: str | None, rng: random.Random
-) -> str:
+def describe(objects: tuple[ObjectClaim, ...], relation: str | None, background: str | None, rng: random.Random) -> str:
     """Phrase the claims in words; the inverse is not needed, since `Caption` carries the claims."""
     if len(objects) > 1 and len(set(objects)) == 1:
         body = _noun(objects[0], rng, rng.choice(_NUMBER_WORDS[len(objects)]))
@@ -296,7 +312,7 @@ def holds(relation: str | None, centres: list[tuple[float, float]]) -> bool:
     axis, sign = {
         "left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1), "row": (0, 1), "column": (1, 1),
     }[relation]  # fmt: skip
-    steps = [((b[0] - a[0]), (b[1] - a[1])) for a, b in zip(centres, centres[1:], strict=False)]
+    steps = [((b[0] - a[0]), (b[1] - a[1])) for a, b in itertools.pairwise(centres)]
     return all(sign * step[axis] > abs(step[1 - axis]) for step in steps)
 
 
