@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.background import BackgroundTask
 
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.events import Result
@@ -75,10 +76,10 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warming = asyncio.create_task(asyncio.to_thread(health.warm, runtime))
+        warming = asyncio.create_task(health.warm(runtime))
         yield
         health.drain()
-        await warming
+        warming.cancel()
         pool.shutdown()
 
     version = importlib.metadata.version("fewstep")
@@ -198,7 +199,9 @@ async def generate(body: GenerateBody, request: Request) -> Response:
     service = _service(request)
     job = generate_job(body, service.runtime.models)
     if "text/event-stream" in request.headers.get("accept", ""):
-        return StreamingResponse(_progress(service, job, service.submit(job)), media_type="text/event-stream")
+        ticket = service.submit(job)
+        forget = BackgroundTask(service.runtime.cancel, ticket.id)  # where the caller left before the first event
+        return StreamingResponse(_progress(service, job, ticket), media_type="text/event-stream", background=forget)
     result, files = await service.make(job, request)
     return JSONResponse(_native(result, files, job))
 

@@ -54,7 +54,7 @@ def serve(argv: list[str]) -> int:
     with listen(settings.host, settings.port) as listener:
         limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
         with Runtime(args.bundles, engine=settings.engine, limits=limits) as runtime:
-            return asyncio.run(_run(create_app(runtime, settings), settings, listener))
+            return asyncio.run(run(create_app(runtime, settings), settings, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -79,7 +79,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(app: Any, settings: "Settings", listener: socket.socket) -> int:
+async def run(app: Any, settings: "Settings", listener: socket.socket) -> int:
+    """Serve an app from the main thread until SIGTERM or SIGINT, then drain. Exit codes as `serve`."""
     import uvicorn
 
     service = app.state.service
@@ -92,7 +93,8 @@ async def _run(app: Any, settings: "Settings", listener: socket.socket) -> int:
 
     def stop(delay_s: float) -> None:
         """Say no at /ready, serve on for a while, then close the port and wait for what runs. Twice: end at once."""
-        server.force_exit = service.health.state == "draining"
+        if service.health.state == "draining":
+            server.force_exit = server.should_exit = True
         service.health.drain()
         loop.call_later(delay_s, setattr, server, "should_exit", True)
 

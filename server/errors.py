@@ -9,7 +9,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -105,19 +105,18 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # narrows the type for the checker; starlette dispatches by class
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    http = cast(HTTPException, error)  # starlette dispatches by class
+    kind = "invalid_request_error" if http.status_code < 500 else "server_error"
     message = {
         404: f"there is nothing at {request.url.path}; docs/server.md lists the routes",
         405: f"{request.method} is not allowed at {request.url.path}",
-    }.get(error.status_code, str(error.detail))
-    body = envelope(message, kind, _HTTP_CODES.get(error.status_code, "invalid_request"))
-    return JSONResponse(body, error.status_code, error.headers)
+    }.get(http.status_code, str(http.detail))
+    body = envelope(message, kind, _HTTP_CODES.get(http.status_code, "invalid_request"))
+    return JSONResponse(body, http.status_code, http.headers)
 
 
 async def _on_body(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = cast(RequestValidationError, error).errors()[0]
     kind, where = first["type"], [str(part) for part in first["loc"][1:]]
     code = _BODY_CODES.get(kind, "invalid_type")
     if kind == "json_invalid":

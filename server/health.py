@@ -8,6 +8,7 @@ from fewstep.runtime.local import Runtime
 from fewstep.runtime.request import GenerateRequest
 
 from .errors import Refused
+from .streaming import events, last
 
 _log = logging.getLogger("fewstep.server")
 
@@ -31,11 +32,11 @@ class Health:
     def drain(self) -> None:
         self.state, self.reason = "draining", "the server is shutting down; send new requests elsewhere"
 
-    def warm(self, runtime: Runtime) -> None:
-        """Run one small request through each model, then be ready. Blocks; meant for a thread."""
+    async def warm(self, runtime: Runtime) -> None:
+        """Make one picture with each model, then be ready; a model that cannot is the reason why not."""
         for name in runtime.models:
             try:
-                runtime.generate(GenerateRequest(prompt="warm up"), name)
+                await last(events(runtime, runtime.submit(GenerateRequest(prompt="warm up"), name)))
             except FewstepError as error:
                 _log.error("the warm-up of %s failed: %s", name, error)
                 self.state, self.reason = "failed", f"the warm-up of {name} failed: {error}"

@@ -40,7 +40,7 @@ async def result(runtime: Runtime, ticket: Ticket, request: Request) -> Result:
 
     Errors: the ticket's own; `Cancelled` where the caller hung up, which cancels the ticket too.
     """
-    done = asyncio.create_task(_last(events(runtime, ticket)))
+    done = asyncio.create_task(last(events(runtime, ticket)))
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -53,7 +53,11 @@ async def result(runtime: Runtime, ticket: Ticket, request: Request) -> Result:
         await asyncio.gather(done, gone, return_exceptions=True)
 
 
-async def _last(stream: AsyncIterator[Event]) -> Result:
+async def last(stream: AsyncIterator[Event]) -> Result:
+    """The result at the end of a stream of events.
+
+    Errors: what the request failed with.
+    """
     async for event in stream:
         if isinstance(event, Finished):
             return event.result

@@ -45,6 +45,11 @@ def test_models_are_listed_as_openai_does(live: Live):
     assert live.http.get("/v1/models/fake").json() == card
 
 
+def test_the_schema_names_every_route(live: Live):
+    paths = live.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/images/generations", "/v1/generate", "/v1/models", "/v1/info", "/health", "/ready"} <= set(paths)
+
+
 def test_metrics_count_requests_stages_batches_and_responses(live: Live):
     before = samples(live)
     assert live.generate(steps=4, n=2, prompt="never seen").status_code == 200
@@ -230,6 +235,36 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(tiny_lcm):
                 assert reply.status_code == 200 and len(reply.json()["pictures"]) == 4
             assert process.wait(20) == 0
             assert process.stdout.read() == ""
+        finally:
+            process.kill()
+
+
+SLOW = """
+import asyncio, sys
+from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.local import Runtime
+from fewstep.server.app import create_app
+from fewstep.server.commands import listen, run
+from fewstep.server.settings import Settings
+
+settings = Settings(drain_delay_s=20.0)
+with listen("127.0.0.1", 0) as listener, Runtime([fake_bundle()], engines={"fake": FakeEngine(delay_s=0.2)}) as runtime:
+    sys.exit(asyncio.run(run(create_app(runtime, settings), settings, listener)))
+"""
+
+
+def test_a_second_signal_ends_at_once():
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[4]
+            assert process.stdout.readline().startswith("ready")
+            with httpx.Client(base_url=url, trust_env=False, timeout=20) as http:
+                process.send_signal(signal.SIGTERM)
+                until(lambda: http.get("/ready").status_code == 503)
+                began = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(20) == 0
+                assert time.monotonic() - began < 10
         finally:
             process.kill()
 

@@ -117,7 +117,9 @@ function show({ prompt, result, roundTripMs }) {
   $("seed").value = result.pictures[0].seed;
   $("latency").textContent = ms(timings.total_s);
   const parts = STAGES.map((stage) => [stage, timings[stage + "_s"]]);
-  const sum = parts.reduce((total, [, seconds]) => total + seconds, 0) || 1;
+  const known = parts.reduce((total, [, seconds]) => total + seconds, 0);
+  parts.push(["other", Math.max(0, timings.total_s - known)]); // waiting between calls, and the server's own work
+  const sum = Math.max(known, timings.total_s) || 1;
   $("bar").hidden = false;
   $("bar").setAttribute("aria-label", parts.map(([stage, seconds]) => `${stage} ${ms(seconds)}`).join(", "));
   $("bar").replaceChildren(...parts.map(([stage, seconds]) => {
