@@ -66,11 +66,11 @@ def checks(recipe: Recipe) -> Iterator[Check]:
     states = [*watched.seen, (STEPS, "", watched.weights())]
     yield from _turns(watched, stage)
     strangers: set[str] = set()
-    for (_, player, before), (_, _, after) in pairwise(states):
+    for (_, actor, before), (_, _, after) in pairwise(states):
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        strangers |= {name for name in changed if name.split(".")[0] != player}
-        if player not in changed:
-            strangers.add(f"{player} stood still")
+        strangers |= {name for name in changed if name.split(".")[0] != actor}
+        if actor not in changed:
+            strangers.add(f"{actor} stood still")
     yield holds("players: gradients can reach only the one whose turn it is", all(a == b for a, b in watched.open))
     yield holds("players: only the one whose turn it is changes, its averages with it", not strangers)
     frozen = all(torch.equal(states[0][2][name], states[-1][2][name]) for name in watched.frozen)

@@ -106,7 +106,7 @@ def _chain_gap(recipe: Recipe, each: Stage, stage: World) -> float:
     x = start
     for (t, to), (_, update) in zip(time_pairs(spec, n), updates(spec, n), strict=True):
         end = clean(stage.path) if to is None else to
-        aim = halving_target(teacher, x, *(times(v, x) for v in (t, mids[t], end)), batch.cond)
+        aim = halving_target(teacher, x, times(t, x), times(mids[t], x), times(end, x), batch.cond)
         x = update.a * x + update.b * _output(stage, x, t, aim)
     y = start
     for t, update in updates(spec, 2 * n):

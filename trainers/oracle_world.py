@@ -132,11 +132,11 @@ def rms(value: Tensor) -> float:
 def slope_of(loss: Callable[[], Tensor], weight: nn.Parameter, h: float = 1e-3) -> float:
     """Central difference of a loss in one weight."""
     with torch.no_grad():
-        weight += h
+        weight.add_(h)
         high = float(loss().detach())
-        weight -= 2 * h
+        weight.sub_(2 * h)
         low = float(loss().detach())
-        weight += h
+        weight.add_(h)
     return (high - low) / (2 * h)
 
 
