@@ -40,9 +40,10 @@ class Bundle:
 
     @cached_property
     def weights_digest(self) -> str:
-        """One SHA-256 over the weights' digests: what an engine was made from."""
+        """One SHA-256 over the networks' weights and settings: what an engine was made from."""
         files = json.loads((self.root / "bundle.json").read_text())["files"]
-        parts = sorted(f"{name}:{digest}" for name, digest in files.items() if name.endswith(".safetensors"))
+        made_from = {n: d for n, d in files.items() if n.endswith((".safetensors", "/config.json"))}
+        parts = sorted(f"{name}:{digest}" for name, digest in made_from.items() if not name.startswith("golden/"))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @cached_property

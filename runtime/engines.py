@@ -14,8 +14,9 @@ KINDS = {
     "torch": (".torch_engine", "TorchEngine", "torch"),
     "onnx": (".ort_engine", "OrtEngine", "onnxruntime"),
     "openvino": (".openvino_engine", "OpenVINOEngine", "openvino"),
+    "openvino-bf16": (".openvino_engine", "open_bf16", "openvino"),
 }
-"""kind -> (module, class, the package it needs)."""
+"""kind -> (module, what opens it, the package it needs)."""
 
 
 def open_engine(bundle: Bundle, kind: str = "auto", *, threads: int | None = None) -> Engine:

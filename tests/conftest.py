@@ -36,3 +36,17 @@ def tiny_dmd2(tmp_path_factory):
     from tiny import make_tiny_bundle
 
     return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "dmd2", kind="dmd2")
+
+
+@pytest.fixture(scope="session")
+def exported_lcm(tiny_lcm, tmp_path_factory):
+    """A copy of `tiny_lcm` with golden cases and an ONNX export of every role. Tests that change it take a copy."""
+    pytest.importorskip("onnxscript")
+    from fewstep.export.golden import make_golden
+    from fewstep.export.onnx import export_onnx
+    from fewstep.models.bundle import load_bundle
+    from tiny import copy_bundle
+
+    bundle = make_golden(load_bundle(copy_bundle(tiny_lcm, tmp_path_factory.mktemp("exported") / "lcm")))
+    export_onnx(bundle)
+    return bundle

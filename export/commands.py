@@ -1,0 +1,149 @@
+"""`fewstep export` and `fewstep verify`."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import Bundle
+
+    from .verify import Report
+
+PRECISIONS = {"torch": ("fp32",), "onnx": ("fp32",), "openvino": ("fp32", "bf16")}
+"""Engine -> the precisions it can be exported in."""
+
+
+def export(argv: Sequence[str]) -> int:
+    """Make an engine of a bundle and prove it equal to torch. Exit code 1 where it is not."""
+    args = _export_parser().parse_args(argv)
+    if args.precision not in PRECISIONS[args.engine]:
+        from fewstep.runtime.errors import EngineUnavailable
+
+        able = ", ".join(PRECISIONS[args.engine])
+        raise EngineUnavailable(f"--precision is {args.precision!r}; the engine {args.engine!r} has {able}")
+    from fewstep.models.bundle import load_bundle
+
+    from .golden import golden_steps, make_golden
+    from .verify import verify as check
+
+    bundle = load_bundle(args.bundle)
+    if args.new_golden or not bundle.spec.golden:
+        count = len(golden_steps(bundle.spec)) + bundle.has("controlnet")
+        with _bar(count, "golden cases") as tell:
+            bundle = make_golden(bundle, progress=tell)
+    kind = args.engine if args.precision == "fp32" else f"{args.engine}-{args.precision}"
+    _make(bundle, args.engine, args.precision)
+    kinds = () if kind == "torch" else (kind,)
+    with _bar(_comparisons(bundle, kinds), "verify") as tell:
+        report = check(bundle, kinds=kinds, progress=tell)
+    _print_report(report, as_json=args.json)
+    return 0 if report.ok else 1
+
+
+def verify(argv: Sequence[str]) -> int:
+    """Compare every engine of a bundle with torch. Exit code 1 where one is out of tolerance."""
+    parser = _parser(
+        "fewstep verify",
+        "Compare every exported engine of a bundle with torch: each network on random inputs, and whole golden cases "
+        "with the drift after each step. Exit code 1 where one is out of tolerance.",
+        "fewstep verify scenes-lcm --json",
+    )
+    args = parser.parse_args(argv)
+    from fewstep.models.bundle import load_bundle
+    from fewstep.runtime.manifest import exported_kinds
+
+    from .verify import verify as check
+
+    bundle = load_bundle(args.bundle)
+    with _bar(_comparisons(bundle, exported_kinds(bundle)), "verify") as tell:
+        report = check(bundle, progress=tell)
+    _print_report(report, as_json=args.json)
+    return 0 if report.ok else 1
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "fewstep export",
+        "Make an engine of a bundle, in <bundle>/engines/, and prove it equal to torch. The engine 'torch' needs no "
+        "export: this makes the bundle's golden cases and checks them.",
+        "fewstep export scenes-lcm --engine openvino --precision bf16",
+    )
+    parser.add_argument("--engine", choices=tuple(PRECISIONS), default="onnx", help="default: onnx (ONNX Runtime)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: openvino only; default: fp32"
+    )
+    parser.add_argument(
+        "--new-golden", action="store_true", help="make the golden cases anew, as torch gives them here"
+    )
+    return parser
+
+
+def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=f"example: {example}")
+    parser.add_argument("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _make(bundle: "Bundle", engine: str, precision: str) -> None:
+    """Export, with a bar that moves by role."""
+    if engine == "torch":
+        return
+    from .graphs import roles_of
+    from .onnx import export_onnx
+    from .openvino import export_openvino, usable_onnx
+
+    if engine == "openvino" and usable_onnx(bundle) is not None:
+        export_openvino(bundle, precision=precision)
+        return
+    with _bar(len(roles_of(bundle)), "export") as tell:
+        if engine == "onnx":
+            export_onnx(bundle, progress=tell)
+        else:
+            export_openvino(bundle, precision=precision, progress=tell)
+
+
+def _comparisons(bundle: "Bundle", kinds: Sequence[str]) -> int:
+    """How many parts `verify` will name."""
+    from .graphs import roles_of
+
+    cases = len(bundle.spec.golden)
+    return cases + len(kinds) * (cases + len(roles_of(bundle)))
+
+
+@contextmanager
+def _bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """A progress bar on standard error that is told what begins; silent where nobody watches."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="part", disable=None) as bar:
+        begun = False
+
+        def tell(part: str) -> None:
+            nonlocal begun
+            bar.update(int(begun))
+            bar.set_postfix_str(part)
+            begun = True
+
+        yield tell
+        bar.update(int(begun))
+
+
+def _print_report(report: "Report", *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+        return
+    print(f"{'engine':<14} {'component':<24} {'error':>8} {'allowed':>8}       drift per step")
+    for row in report.engines:
+        error = "-" if row.max_relative_error is None else f"{row.max_relative_error:.1e}"
+        drift = ["-" if d is None else f"{d:.0e}" for d in row.drift]
+        if len(drift) > 8:
+            drift[4:-3] = ["..."]
+        said = row.note or " ".join(drift)
+        mark = "ok" if row.ok else "FAIL"
+        print(f"{row.engine:<14} {row.component:<24} {error:>8} {row.tolerance:>8.0e} {mark:>5} {said}".rstrip())
+    for note in report.notes:
+        print(note)
+    print(f"{report.bundle}: {'all engines agree with torch' if report.ok else 'NOT equal: see FAIL above'}")

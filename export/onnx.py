@@ -1,0 +1,141 @@
+"""Bundle to ONNX: one graph per role, raw network outputs, every scalar an input of shape [B].
+
+Opset 21: later ones emit an `Attention` operator that engines reject. The files hold no paths or source lines of the
+machine that made them, and the same weights give the same bytes with the same exporter.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.models.bundle import Bundle
+from fewstep.runtime.errors import EngineUnavailable
+from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, sha256_of, write_manifest
+
+from .graphs import RoleGraph, role_graph, roles_of
+
+OPSET = 21
+EXTERNAL_OVER_BYTES = 1_500_000_000
+"""Weights above this go to a file beside the graph: a protobuf message ends at 2 GB."""
+Progress = Callable[[str], None]
+"""Called with a role when its export begins."""
+
+
+def export_onnx(bundle: Bundle, *, roles: Sequence[str] | None = None, progress: Progress | None = None) -> Manifest:
+    """Write `<bundle>/engines/onnx/`: a graph per role and an unverified manifest (see `fewstep.export.verify`).
+
+    Errors: `EngineUnavailable` where a package is missing, a role is unknown or the folder cannot be written.
+    """
+    _require_packages()
+    folder = engine_folder(bundle, "onnx")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").unlink(missing_ok=True)  # graphs in the making have no manifest
+        graphs = {}
+        for role in roles_of(bundle) if roles is None else roles:
+            if progress is not None:
+                progress(role)
+            graphs[role] = export_role(role_graph(bundle, role), folder)
+        manifest = Manifest(
+            engine="onnx",
+            precision="fp32",
+            opset=OPSET,
+            roles=graphs,
+            weights_digest=bundle.weights_digest,
+            producers={name: version(name) for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")},
+        )
+        write_manifest(bundle, manifest)
+    except OSError as error:
+        raise EngineUnavailable(
+            f"{folder} cannot be written ({error}); export a copy of the bundle that you own"
+        ) from error
+    return manifest
+
+
+def export_role(graph: RoleGraph, folder: Path, *, external_over_bytes: int = EXTERNAL_OVER_BYTES) -> Graph:
+    """Write one role's graph and give its manifest entry."""
+    import onnx
+
+    with _quiet():
+        program = torch.onnx.export(
+            graph.module,
+            tuple(graph.feeds.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.feeds),
+            output_names=list(graph.outputs),
+            dynamic_shapes=_shapes(graph),
+            verbose=False,
+        )
+    if program is None:
+        raise EngineUnavailable(f"torch gave no ONNX program for {graph.role}; this torch version cannot export it")
+    path = folder / f"{graph.role.replace('+', '_')}.onnx"
+    data = path.with_suffix(".onnx.data")
+    data.unlink(missing_ok=True)
+    weights_bytes = sum(p.numel() * p.element_size() for p in graph.module.parameters())
+    program.save(path, external_data=weights_bytes > external_over_bytes)
+    proto = onnx.load(path, load_external_data=False)
+    _strip(proto)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    return Graph(
+        file=path.name,
+        sha256=sha256_of(path),
+        data_sha256=sha256_of(data) if data.is_file() else None,
+        inputs=tuple(map(_port, proto.graph.input)),
+        outputs=tuple(map(_port, proto.graph.output)),
+    )
+
+
+def _shapes(graph: RoleGraph) -> tuple[Any, ...]:
+    """Free axes in the nesting of the module's signature: residuals are its variable arguments."""
+    axes = [graph.axes[name] for name in graph.feeds]
+    if graph.module.__class__.__name__ == "_FlatDenoiser":
+        return (*axes[:3], tuple(axes[3:]))
+    return tuple(axes)
+
+
+def _strip(proto: Any) -> None:
+    """Remove what describes the making, not the mathematics: stack traces with local paths, and stale shapes."""
+    proto.ClearField("metadata_props")
+    proto.ClearField("doc_string")
+    del proto.graph.value_info[:]
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *proto.functions):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def _port(value: Any) -> Port:
+    import onnx
+
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_param or int(d.dim_value) for d in kind.shape.dim)
+    return Port(name=value.name, dtype=str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape=shape)
+
+
+def _require_packages() -> None:
+    for name in ("onnx", "onnxscript"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise EngineUnavailable(f"{name} is not installed; pip install 'fewstep[export]'") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's remarks on packages it can do without and on names that batch axes share."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

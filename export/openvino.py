@@ -1,0 +1,52 @@
+"""The OpenVINO engine of a bundle: no files of its own, a manifest that binds it to the ONNX graphs and a precision."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+from fewstep.models.bundle import Bundle
+from fewstep.runtime.errors import EngineUnavailable
+from fewstep.runtime.manifest import Manifest, checked_files, read_manifest, write_manifest
+from fewstep.runtime.openvino_engine import PRECISIONS
+
+from .onnx import export_onnx
+
+
+def export_openvino(
+    bundle: Bundle, *, precision: str = "fp32", progress: Callable[[str], None] | None = None
+) -> Manifest:
+    """Write an unverified manifest for the engine "openvino" ("openvino-bf16"), exporting to ONNX first where needed.
+
+    Errors: `EngineUnavailable` where OpenVINO is missing, the precision is unknown or the folder cannot be written.
+    """
+    if precision not in PRECISIONS:
+        raise EngineUnavailable(f"precision is {precision!r}; the engine 'openvino' has {', '.join(PRECISIONS)}")
+    try:
+        producer = version("openvino")
+    except PackageNotFoundError as error:
+        raise EngineUnavailable("openvino is not installed; pip install 'fewstep[openvino]'") from error
+    source = usable_onnx(bundle) or export_onnx(bundle, progress=progress)
+    manifest = replace(
+        source,
+        engine="openvino" if precision == "fp32" else f"openvino-{precision}",
+        precision=precision,
+        roles={role: replace(graph, file=f"../onnx/{graph.file}") for role, graph in source.roles.items()},
+        producers={**source.producers, "openvino": producer},
+        parity=(),
+        verified=False,
+    )
+    try:
+        write_manifest(bundle, manifest)
+    except OSError as error:
+        raise EngineUnavailable(f"{bundle.root} cannot be written ({error}); export a copy that you own") from error
+    return manifest
+
+
+def usable_onnx(bundle: Bundle) -> Manifest | None:
+    """The manifest of the ONNX export, if its files are intact and of these weights."""
+    try:
+        manifest = read_manifest(bundle, "onnx")
+        checked_files(bundle, manifest)
+    except EngineUnavailable:
+        return None
+    return manifest

@@ -1,0 +1,153 @@
+"""What an exported engine says of itself: `<bundle>/engines/<kind>/manifest.json`, and the checks before it may run.
+
+An engine is bound to the weights it was made from (`weights_digest`) and to its own files (SHA-256 each). `verified` is
+set by `fewstep verify` alone, after every comparison with torch passed. No torch here.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fewstep.models.bundle import Bundle
+
+from .errors import EngineUnavailable
+
+MANIFEST_VERSION = 1
+KINDS = ("onnx", "openvino", "openvino-bf16")
+"""Kinds of exported engine this release reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """An input or output; an entry of `shape` is a fixed length or the name of a free axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One role's file, relative to the engine's folder. Weights of large graphs lie in `<file>.data`."""
+
+    file: str
+    sha256: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    data_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """A comparison with torch that was made on these files (`fewstep.export.verify`)."""
+
+    component: str
+    max_relative_error: float | None
+    tolerance: float
+    ok: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    engine: str
+    precision: str
+    opset: int
+    roles: Mapping[str, Graph]
+    weights_digest: str
+    producers: Mapping[str, str]
+    parity: tuple[Parity, ...] = ()
+    verified: bool = False
+    version: int = MANIFEST_VERSION
+
+
+def engine_folder(bundle: Bundle, kind: str) -> Path:
+    return bundle.root / "engines" / kind
+
+
+def exported_kinds(bundle: Bundle) -> tuple[str, ...]:
+    """The kinds of engine whose manifest lies in the bundle, usable or not."""
+    return tuple(kind for kind in KINDS if (engine_folder(bundle, kind) / "manifest.json").is_file())
+
+
+def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:
+    path = engine_folder(bundle, manifest.engine) / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    return path
+
+
+def read_manifest(bundle: Bundle, kind: str) -> Manifest:
+    """The manifest of one kind of engine.
+
+    Errors: `EngineUnavailable` where it is missing, of another version or malformed; the message has the remedy.
+    """
+    path = engine_folder(bundle, kind) / "manifest.json"
+    remedy = f"run `fewstep export {bundle.root} --engine {kind}`"
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise EngineUnavailable(f"{bundle.name} has no {kind} engine; {remedy}") from None
+    except ValueError as error:
+        raise EngineUnavailable(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(data, dict) or data.get("version") != MANIFEST_VERSION:
+        raise EngineUnavailable(f"{path} is not of version {MANIFEST_VERSION}, which this release reads; {remedy}")
+    try:
+        manifest = _manifest(data)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise EngineUnavailable(f"{path} is malformed ({error}); {remedy}") from error
+    if manifest.engine != kind:
+        raise EngineUnavailable(f"{path} describes the engine {manifest.engine!r}, not {kind!r}; {remedy}")
+    return manifest
+
+
+def checked_files(bundle: Bundle, manifest: Manifest) -> dict[str, Path]:
+    """The file of each role, after checking that weights and files are the ones the manifest was written for.
+
+    Errors: `EngineUnavailable` naming what differs and the remedy.
+    """
+    remedy = f"run `fewstep export {bundle.root} --engine {manifest.engine}`"
+    if manifest.weights_digest != bundle.weights_digest:
+        raise EngineUnavailable(f"the {manifest.engine} engine of {bundle.name} was made from other weights; {remedy}")
+    engines = (bundle.root / "engines").resolve()
+    files = {}
+    for role, graph in manifest.roles.items():
+        path = (engine_folder(bundle, manifest.engine) / graph.file).resolve()
+        if not path.is_relative_to(engines):
+            raise EngineUnavailable(f"the manifest's {role} file {graph.file!r} lies outside {engines}; {remedy}")
+        for part, digest in ((path, graph.sha256), (path.with_name(path.name + ".data"), graph.data_sha256)):
+            if digest is not None and not part.is_file():
+                raise EngineUnavailable(f"{part} is missing; {remedy}")
+            if digest is not None and sha256_of(part) != digest:
+                raise EngineUnavailable(f"{part} changed since it was exported (wrong SHA-256); {remedy}")
+        files[role] = path
+    return files
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(data: Mapping[str, Any]) -> Manifest:
+    unknown = set(data) - {f.name for f in fields(Manifest)}
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    roles = {
+        role: Graph(
+            file=str(entry["file"]),
+            sha256=str(entry["sha256"]),
+            data_sha256=entry.get("data_sha256"),
+            inputs=tuple(map(_port, entry["inputs"])),
+            outputs=tuple(map(_port, entry["outputs"])),
+        )
+        for role, entry in data["roles"].items()
+    }
+    parity = tuple(Parity(**row) for row in data.get("parity", ()))
+    return Manifest(**{**data, "roles": roles, "parity": parity})
+
+
+def _port(entry: Mapping[str, Any]) -> Port:
+    return Port(name=str(entry["name"]), dtype=str(entry["dtype"]), shape=tuple(entry["shape"]))

@@ -1,0 +1,135 @@
+"""ONNX Runtime behind the engine seam: equal to torch, indifferent to batches, loud when it cannot be had."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fewstep.export.graphs import random_feeds
+from fewstep.export.verify import relative_error
+from fewstep.models.bundle import load_bundle, seal_bundle
+from fewstep.runtime.engines import open_engine
+from fewstep.runtime.errors import EngineFailed, EngineUnavailable
+from fewstep.runtime.manifest import engine_folder
+from fewstep.runtime.ort_engine import OrtEngine, run_bound, run_on_cpu, session_options
+from fewstep.runtime.torch_engine import TorchEngine
+from tiny import copy_bundle
+
+ort = pytest.importorskip("onnxruntime")
+ROLES = ("text", "denoiser", "denoiser+control", "controlnet", "decoder", "encoder")
+
+
+@pytest.fixture(scope="module")
+def engine(exported_lcm):
+    engine = OrtEngine(exported_lcm, threads=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(exported_lcm):
+    return TorchEngine(exported_lcm)
+
+
+def feeds_of(bundle, role, batch):
+    return random_feeds(bundle, role, batch=batch, size=(32, 32), seed=batch)
+
+
+def test_capabilities(engine):
+    able = engine.capabilities
+    assert (engine.name, able.device, able.takes_w, able.roles) == ("onnx", "cpu", True, frozenset(ROLES))
+    assert able.batch_sizes == () and able.max_batch >= 8
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_equals_torch_at_any_batch(engine, reference, exported_lcm, role):
+    for batch in (1, 3, engine.capabilities.max_batch):
+        feeds = feeds_of(exported_lcm, role, batch)
+        found, wanted = engine.run(role, feeds), reference.run(role, feeds)
+        assert len(found) == len(wanted)
+        assert all(out.dtype == torch.float32 for out in found)
+        assert max(relative_error(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+def test_a_row_does_not_depend_on_its_neighbours(engine, exported_lcm):
+    feeds = feeds_of(exported_lcm, "denoiser", 4)
+    (together,) = engine.run("denoiser", feeds)
+    for k in range(4):
+        (alone,) = engine.run("denoiser", {name: value[k : k + 1] for name, value in feeds.items()})
+        assert relative_error(alone, together[k : k + 1]) < 1e-5
+
+
+def test_inputs_of_any_layout_and_none_is_changed(engine, reference, exported_lcm):
+    feeds = feeds_of(exported_lcm, "denoiser", 2)
+    strided = {**feeds, "x": feeds["x"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)}
+    before = strided["x"].clone()
+    (found,) = engine.run("denoiser", strided)
+    assert relative_error(found, reference.run("denoiser", feeds)[0]) < 1e-5
+    assert torch.equal(strided["x"], before)
+
+
+def test_bound_memory_gives_the_same_bits(engine, exported_lcm):
+    for role in ("text", "controlnet"):
+        session, feeds = engine._session(role), feeds_of(exported_lcm, role, 2)
+        pairs = zip(run_bound(session, feeds), run_on_cpu(session, feeds), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_bad_call_fails_and_the_next_one_works(engine, exported_lcm):
+    feeds = feeds_of(exported_lcm, "denoiser", 1)
+    with pytest.raises(EngineFailed, match=r"broke in 'denoiser': .*\bw\b"):
+        engine.run("denoiser", {name: value for name, value in feeds.items() if name != "w"})
+    with pytest.raises(EngineFailed, match="broke in 'denoiser'"):
+        engine.run("denoiser", {**feeds, "x": feeds["x"][:, :2]})
+    with pytest.raises(EngineFailed, match="cannot run 'upscaler'; it runs controlnet, decoder"):
+        engine.run("upscaler", feeds)
+    assert torch.isfinite(engine.run("denoiser", feeds)[0]).all()
+
+
+def test_a_closed_engine_says_so(exported_lcm):
+    engine = OrtEngine(exported_lcm, threads=1)
+    engine.close()
+    with pytest.raises(EngineFailed, match="closed"):
+        engine.run("decoder", feeds_of(exported_lcm, "decoder", 1))
+
+
+def test_threads_are_set_and_do_not_spin():
+    options = session_options(ort, 3)
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert session_options(ort, None).intra_op_num_threads == torch.get_num_threads()
+
+
+def test_an_absent_provider_is_named_with_the_remedy(exported_lcm):
+    with pytest.raises(
+        EngineUnavailable, match=r"no CUDAExecutionProvider; it has .*CPUExecutionProvider.*fewstep\[gpu\]"
+    ):
+        OrtEngine(exported_lcm, providers=("CUDAExecutionProvider",))
+
+
+def test_a_silent_fall_back_to_the_cpu_is_an_error(exported_lcm, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **settings: fallen)
+    with pytest.raises(EngineUnavailable, match="'CUDAExecutionProvider' was asked for and 'CPUExecutionProvider'"):
+        OrtEngine(exported_lcm, providers=("CUDAExecutionProvider",))
+
+
+def test_damaged_files_and_changed_weights_are_refused(exported_lcm, tmp_path):
+    bundle = load_bundle(copy_bundle(exported_lcm, tmp_path / "copy"))
+    path = engine_folder(bundle, "onnx") / "decoder.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(EngineUnavailable, match=r"decoder\.onnx changed since it was exported .*fewstep export"):
+        OrtEngine(bundle)
+    path.write_bytes(whole)
+    config = bundle.root / "vae" / "config.json"
+    config.write_text(config.read_text().replace("1.3", "1.4"))
+    with pytest.raises(EngineUnavailable, match="made from other weights"):
+        OrtEngine(seal_bundle(bundle.root, bundle.name, bundle.spec))
+
+
+def test_open_engine_gives_it_threads(exported_lcm):
+    engine = open_engine(exported_lcm, "onnx", threads=2)
+    assert isinstance(engine, OrtEngine) and engine._options.intra_op_num_threads == 2
+    engine.close()
