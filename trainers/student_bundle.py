@@ -62,6 +62,7 @@ def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path) -> None:
     }
     settings["prediction_type"] = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}[teacher.spec.prediction]
     settings |= {"clip_sample": False, "set_alpha_to_one": teacher.spec.final_alpha_one}
+    settings["steps_offset"] = 1  # read by neither scheduler here, but diffusers' pipeline warns where it is not 1
     if recipe.sampling.sampler == "lcm":
         points = getattr(recipe.sampling.grids, "points", 50)
         scheduler: Any = LCMScheduler(**settings, original_inference_steps=points)

@@ -1,0 +1,185 @@
+"""From teacher to sealed student: exact surgery, a whole small run per recipe, resume, and diffusers' own pipelines."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from fewstep.models.bundle import load_bundle
+from fewstep.models.networks import DenoiserNet
+from fewstep.trainers import distill as module
+from fewstep.trainers.budget import estimate
+from fewstep.trainers.commands import distill as command
+from fewstep.trainers.data import Latents, tokenize
+from fewstep.trainers.distill import distill
+from fewstep.trainers.errors import CheckpointError, RecipeError
+from fewstep.trainers.recipe import configure
+from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.student import Student, add_guidance, build_student, fold_guidance, merged
+
+FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
+INPUT = (torch.randn(2, 4, 16, 16), torch.tensor([999.0, 259.0]), torch.randn(2, 24, 32))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_teacher):
+    rng = torch.Generator().manual_seed(0)
+    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
+    return Latents(torch.randn(4, 4, 16, 16, generator=rng), ids, tokenize(tiny_teacher.tokenizer, [""])[0])
+
+
+def answer(unet, w=None):
+    with torch.no_grad():
+        return DenoiserNet(unet.eval())(*INPUT, w)
+
+
+def test_a_new_guidance_input_changes_nothing(tiny_teacher):
+    unet = tiny_teacher.load("unet")
+    wider = add_guidance(unet, 32)
+    assert torch.equal(answer(wider, torch.tensor([1.0, 7.0])), answer(unet))
+    assert add_guidance(wider, 32) is wider
+    with pytest.raises(RecipeError, match="guidance_width"):
+        add_guidance(wider, 64)
+
+
+def test_folding_the_guidance_input_is_exact(tiny_lcm):
+    unet = tiny_lcm.load("unet")
+    folded = fold_guidance(unet, 3.5)
+    assert folded.config.time_cond_proj_dim is None
+    assert torch.allclose(answer(folded), answer(unet, torch.full((2,), 3.5)), atol=1e-5)
+    assert not torch.allclose(answer(folded), answer(unet, torch.full((2,), 2.0)), atol=1e-3)
+
+
+def test_new_lora_changes_nothing_and_merges_exactly(tiny_teacher):
+    unet = tiny_teacher.load("unet")
+    student = build_student(tiny_teacher, Student(lora_rank=2), fold_scale=1.0)
+    assert torch.allclose(answer(student), answer(unet), atol=1e-6)
+    trained = [p for name, p in student.named_parameters() if p.requires_grad]
+    assert 0 < sum(p.numel() for p in trained) < sum(p.numel() for p in unet.parameters())
+    with torch.no_grad():
+        for p in trained:
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    plain = merged(student)
+    assert type(plain) is type(unet) and list(plain.state_dict()) == list(unet.state_dict())
+    assert torch.allclose(answer(plain), answer(student), atol=1e-4)
+    assert not torch.allclose(answer(plain), answer(unet), atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def students(tiny_teacher, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("students")
+    extra = {"lcm": {"guidance_width": 32}, "lcm-lora": {"rank": 2}, "dmd2": {"every": 1}}
+    extra["progressive"] = {"start_steps": 4, "final_steps": 1}
+    return {
+        name: distill(name, tiny_teacher, folder / f"tiny-{name}", FAST | extra[name], data=data, device="cpu")
+        for name in RECIPES
+    }
+
+
+EXPECTED = {
+    "lcm": ("LatentConsistencyModelPipeline", "LCMScheduler", "embedded", (1, 2, 4, 8)),
+    "lcm-lora": ("StableDiffusionPipeline", "LCMScheduler", "none", (1, 2, 4, 8)),
+    "dmd2": ("StableDiffusionPipeline", "LCMScheduler", "none", (1, 2, 4)),
+    "progressive": ("StableDiffusionPipeline", "DDIMScheduler", "none", (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_student_is_a_bundle_with_its_contract(students, tiny_teacher, name):
+    pipeline, scheduler, guidance, steps = EXPECTED[name]
+    bundle = students[name]
+    spec, index = bundle.spec, json.loads((bundle.root / "model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"][1]) == (pipeline, scheduler)
+    assert (spec.guidance.mode, spec.steps, spec.recipe, spec.teacher) == (guidance, steps, name, tiny_teacher.name)
+    assert spec.path == tiny_teacher.spec.path and spec.latent == tiny_teacher.spec.latent and bundle.has("controlnet")
+    plain = answer(bundle.load("unet"), torch.full((2,), 3.0))
+    assert torch.isfinite(plain).all() and not torch.allclose(plain, answer(tiny_teacher.load("unet")), atol=1e-6)
+    assert (bundle.root / "pytorch_lora_weights.safetensors").is_file() == (name == "lcm-lora")
+    run = bundle.root.with_name(bundle.root.name + ".run")
+    stages = sorted(p.name for p in run.iterdir() if p.is_dir())
+    assert stages == {"progressive": ["2-to-1", "4-to-2"]}.get(name, [name])
+    for stage in stages:
+        made = {p.name for p in (run / stage).iterdir()}
+        assert made == {"checkpoint.pt", "metrics.jsonl", "loss.png", "samples", "student.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["lcm", "dmd2", "progressive"])
+def test_diffusers_loads_a_student_and_walks_our_times(students, name):
+    bundle = students[name]
+    pipe = DiffusionPipeline.from_pretrained(bundle.root, local_files_only=True)
+    assert type(pipe).__name__ == EXPECTED[name][0]
+    for steps, times in bundle.spec.grids.items():
+        pipe.scheduler.set_timesteps(steps)
+        assert pipe.scheduler.timesteps.tolist() == list(times)
+
+
+def test_a_cut_run_resumes_to_the_same_student(students, tiny_teacher, data, tmp_path, monkeypatch):
+    settings = FAST | {"start_steps": 4, "final_steps": 1}
+    out, real = tmp_path / "student", module.train
+
+    def cut(method, source, loop, folder, **kwargs):
+        if kwargs["label"] == "2-to-1" and not kwargs["resume"]:
+            real(method, source, dataclasses.replace(loop, steps=1), folder, **kwargs)
+            raise KeyboardInterrupt
+        return real(method, source, loop, folder, **kwargs)
+
+    monkeypatch.setattr(module, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        distill("progressive", tiny_teacher, out, settings, data=data, device="cpu")
+    assert not out.exists()
+    resumed = distill("progressive", tiny_teacher, out, settings, data=data, device="cpu", resume=True)
+    assert resumed.weights_digest == students["progressive"].weights_digest
+    with pytest.raises(CheckpointError, match="differs"):
+        distill("progressive", tiny_teacher, out, settings | {"lr": 0.5}, data=data, resume=True)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        distill("lcm", tiny_teacher, tmp_path / "other", data=data, resume=True)
+
+
+def test_a_student_may_start_from_another(students, tiny_teacher, data, tmp_path):
+    settings = FAST | {"steps": 1, "lr": 0.0, "guidance": 2.5, "init": str(students["lcm"].root), "fp16_weights": False}
+    bundle = distill("dmd2", tiny_teacher, tmp_path / "warm", settings, data=data, device="cpu")
+    folded = fold_guidance(students["lcm"].load("unet"), 2.5)
+    assert torch.allclose(answer(bundle.load("unet")), answer(folded), atol=1e-5)
+
+
+def test_the_command_trains_and_lists_what_it_will_do(tiny_teacher, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(_picture(tmp_path), pictures / "a.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red circle"}\n')
+    args = ["dmd2", "--teacher", str(tiny_teacher.root), "--steps", "1", "--set", "batch=2", "--set", "every=1"]
+    assert command([*args, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"]["run"]["batch"] == 2 and plan["recipe"]["stages"][0]["steps"] == 1
+    parameters = sum(p.numel() for p in tiny_teacher.load("unet").parameters())
+    student = plan["estimate"]["players"]["student"]
+    assert student["parameters"] == parameters and student["bytes"] == 4 * parameters * (2 + 3)
+    out = tmp_path / "student"
+    kept = tmp_path / "latents.safetensors"
+    more = ["--set", f"data={pictures}", "--set", f"latents={kept}", "--out", str(out), "--device", "cpu"]
+    assert command([*args, *more]) == 0
+    assert kept.is_file() and load_bundle(out).spec.recipe == "dmd2"
+    assert "for 1, 2, 4 steps" in capsys.readouterr().out
+
+
+def _picture(folder):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(folder / "picture.png")
+    return folder / "picture.png"
+
+
+def test_the_command_refuses_what_it_does_not_know(tiny_teacher):
+    with pytest.raises(RecipeError, match="did you mean 'steps'"):
+        command(["lcm", "--teacher", str(tiny_teacher.root), "--set", "step=1", "--dry-run"])
+    with pytest.raises(SystemExit, match="2"):
+        command(["lcm", "--teacher", str(tiny_teacher.root)])
+
+
+def test_the_estimate_counts_lora_weights_once(tiny_teacher):
+    whole = estimate(configure(RECIPES["lcm"], {"guidance_width": 32}), tiny_teacher.root)["players"]["student"]
+    lora = estimate(configure(RECIPES["lcm-lora"], {"rank": 2}), tiny_teacher.root)["players"]["student"]
+    assert whole["trained"] == whole["parameters"] and 0 < lora["trained"] < lora["parameters"] / 2

@@ -1,0 +1,118 @@
+"""Recipes as whole values: settings, their errors, derived grids, and the rows that other programs read."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+from diffusers import DDIMScheduler, LCMScheduler
+
+from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
+from fewstep.trainers.commands import recipe_rows, recipes
+from fewstep.trainers.errors import RecipeError
+from fewstep.trainers.recipe import Run, configure, describe, parse_setting
+from fewstep.trainers.recipes import RECIPES, find_recipe
+from fewstep.trainers.times import EvenGrids, LcmGrids
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole_frozen_and_printable(name):
+    recipe = RECIPES[name]()
+    assert recipe.name == name and recipe.steps and recipe.paper
+    for stage in recipe.stages:
+        assert set(stage.player_settings) == set(stage.objective.players)
+        assert {"student", "teacher"} <= set(stage.objective.roles)
+        assert stage.average in (None, *stage.player_settings["student"].ema)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.objective.guidance = None
+    assert json.loads(json.dumps(describe(recipe)))["stages"][0]["objective"]["part"]
+
+
+def test_settings_reach_the_recipe_and_the_run():
+    recipe = configure(RECIPES["dmd2"], {"every": 7, "fake_lr": 1, "batch": 3, "grid_weights": [1, 2, 3], "data": None})
+    players = recipe.stages[0].player_settings
+    assert players["student"].every == 7 and players["fake"].every == 1
+    assert players["fake"].lr == 1.0 and isinstance(players["fake"].lr, float)
+    assert recipe.run == Run(batch=3)
+    assert recipe.objective.rollout.weights == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hubber_c": 1.0}, "did you mean 'huber_c'"),
+        ({"zzzz": 1.0}, "It has batch, "),
+        ({"steps": 2.5}, "steps is 2.5; it must be int"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be float"),
+        ({"bf16": 1}, "bf16 is 1; it must be bool"),
+        ({"batch": True}, "batch is True; it must be int"),
+        ({"seed": None}, "seed is None; it must be int"),
+        ({"init": 3}, "init is 3; it must be str"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
+        configure(RECIPES["lcm"], settings)
+
+
+def test_settings_are_read_from_text():
+    assert parse_setting("lr=1e-4") == ("lr", 1e-4)
+    assert parse_setting("init=runs/a=b") == ("init", "runs/a=b")
+    assert parse_setting("grid_weights=[1, 2]") == ("grid_weights", [1, 2])
+    assert parse_setting("bf16=false") == ("bf16", False)
+    with pytest.raises(RecipeError, match="key=value"):
+        parse_setting("lr")
+
+
+def test_an_unknown_recipe_lists_the_known():
+    with pytest.raises(RecipeError, match="lcm, lcm-lora, dmd2, progressive"):
+        find_recipe("lmc")
+
+
+def test_lcm_grids_are_those_of_diffusers():
+    scheduler = LCMScheduler(original_inference_steps=50)
+    for steps, times in LcmGrids((1, 2, 3, 4, 5, 8)).of(VP()).items():
+        scheduler.set_timesteps(steps)
+        assert list(times) == scheduler.timesteps.tolist()
+
+
+def test_even_grids_are_the_trailing_ones_of_diffusers():
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    for steps, times in EvenGrids((1, 2, 4, 5, 8)).of(VP()).items():
+        scheduler.set_timesteps(steps)
+        assert list(times) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("path", [EDM(), RectifiedFlow(), TrigFlow(), VP()])
+@pytest.mark.parametrize("grids", [LcmGrids((1, 2, 4)), EvenGrids((1, 2, 4))])
+def test_grids_fall_from_the_start_on_every_path(path, grids):
+    for steps, times in grids.of(path).items():
+        assert len(times) == steps and times[0] == pytest.approx(path.start)
+        assert all(a > b >= path.end for a, b in itertools.pairwise(times))
+
+
+def test_progressive_rounds_halve_and_keep_what_is_sold():
+    recipe = configure(RECIPES["progressive"], {"start_steps": 16, "final_steps": 2})
+    assert [stage.name for stage in recipe.stages] == ["16-to-8", "8-to-4", "4-to-2"]
+    assert recipe.steps == (2, 4)
+    assert [stage.objective.cfg for stage in recipe.stages] == [True, False, False]
+    assert [stage.teacher for stage in recipe.stages] == ["teacher", "previous", "previous"]
+    assert [stage.objective.pairs.keep for stage in recipe.stages] == [(), (), (4,)]
+
+
+def test_lcm_scale_reaches_sampling_and_objective():
+    recipe = configure(RECIPES["lcm"], {"guidance_low": 2.0, "guidance_high": 4, "guidance_default": 3.5})
+    assert (recipe.objective.guidance.low, recipe.objective.guidance.high) == (2.0, 4.0)
+    assert recipe.sampling.guidance_range == (2.0, 4.0) and recipe.sampling.guidance_default == 3.5
+
+
+def test_rows_for_other_programs(capsys):
+    rows = {row["name"]: row for row in recipe_rows()}
+    assert list(rows) == list(RECIPES)
+    assert rows["dmd2"]["needs"] == {"teacher": True, "data": True, "critic": True}
+    assert rows["lcm"]["steps"] == [1, 2, 4, 8]
+    assert {row["oracle"] for row in rows.values()} <= {"passed", "failed", "none"}
+    assert recipes(["--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(RECIPES)
+    assert recipes([]) == 0
+    assert "arXiv:2405.14867" in capsys.readouterr().out
