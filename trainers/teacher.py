@@ -177,7 +177,7 @@ def _denoiser(stage: _Stage, bundle: Bundle) -> None:
     stage.go("denoiser", DenoiserLoss((player,), denoiser), source, s.denoiser_steps, paint)
     kept = kept.eval().to("cpu", memory_format=torch.contiguous_format)
     kept["unet"].half().save_pretrained(bundle.root / "unet")
-    kept["text"].half().save_pretrained(bundle.root / "text_encoder")
+    save_text_encoder(kept["text"], bundle.root / "text_encoder")
 
 
 def _control(stage: _Stage, bundle: Bundle) -> None:
@@ -225,6 +225,13 @@ def _painter(stage: _Stage, bundle: Bundle, kept: Any, source: IdSource) -> Call
     return paint
 
 
+def save_text_encoder(text: Any, folder: Path) -> None:
+    """float16 weights that load as float32, as diffusers loads the other networks; transformers reads the config."""
+    text.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
 def write_pipeline(folder: Path) -> None:
     """`scheduler/` and `model_index.json`: what makes the folder a diffusers pipeline."""
     from diffusers import DDIMScheduler
@@ -233,7 +240,7 @@ def write_pipeline(folder: Path) -> None:
     DDIMScheduler(
         num_train_timesteps=path.num_train_timesteps, beta_start=path.beta_start, beta_end=path.beta_end,
         beta_schedule=path.beta_schedule, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing", steps_offset=1,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     index = {
         "_class_name": "StableDiffusionPipeline",
