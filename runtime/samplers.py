@@ -107,7 +107,8 @@ def time_pairs(spec: SamplerSpec, steps: int) -> list[tuple[float, float | None]
     total = int(spec.path.start) + 1
     stride = total // steps
     if spec.spacing.kind == "trailing":
-        times = [round(total - k * total / steps) - 1 for k in range(steps)]
+        step = (total - total / steps) - total  # as numpy's arange steps, so that ties round as they do in diffusers
+        times = [round(total + k * step) - 1 for k in range(steps)]
     else:
         times = [k * stride + spec.spacing.offset for k in reversed(range(steps))]
     # diffusers' DDIM lands `total // steps` below each time, whatever the next time is

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from fewstep.models import analytic
 from fewstep.models.analytic import gaussian, mixture
@@ -215,3 +216,16 @@ def test_start_noise_of_every_path():
         t = torch.tensor([spec.grids[4][0]], dtype=torch.float64)
         std = (expand(path.alpha(t), torch.zeros(1)) * STD).square() + path.sigma(t).square()
         assert plan.start_scale == pytest.approx(float(std.sqrt()), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["trailing", "leading"])
+def test_spaced_grids_are_those_of_diffusers(kind):
+    """Times and landings of diffusers' DDIM at every count to 250, without the stray time of -1 that it adds at some."""
+    spec = replace(plain_spec("ddim", VP(), "v", (1,)), grids={}, spacing=Spacing(kind=kind, max_steps=250, offset=1))
+    theirs = DDIMScheduler(timestep_spacing=kind, steps_offset=1)
+    for steps in range(1, 251):
+        theirs.set_timesteps(steps)
+        times = theirs.timesteps.tolist()[:steps]
+        pairs = time_pairs(spec, steps)
+        assert [t for t, _ in pairs] == times, steps
+        assert [-1.0 if to is None else to for _, to in pairs] == [max(-1, t - 1000 // steps) for t in times], steps
