@@ -128,5 +128,5 @@ def updates(spec: SamplerSpec, steps: int) -> list[tuple[float, Update]]:
 
 
 def start_scale(path: Path) -> float:
-    """What standard noise is multiplied by to begin: sigma at the start for EDM and TrigFlow, else 1 as in diffusers."""
+    """What standard noise is multiplied by to begin: sigma at the start for EDM and TrigFlow, else 1, as diffusers."""
     return float(path.sigma(path.start)) if path.kind in ("edm", "trig") else 1.0

@@ -220,7 +220,7 @@ def test_start_noise_of_every_path():
 
 @pytest.mark.parametrize("kind", ["trailing", "leading"])
 def test_spaced_grids_are_those_of_diffusers(kind):
-    """Times and landings of diffusers' DDIM at every count to 250, without the stray time of -1 that it adds at some."""
+    """Times and landings of diffusers' DDIM at every count to 250, without the stray time -1 that it adds at some."""
     spec = replace(plain_spec("ddim", VP(), "v", (1,)), grids={}, spacing=Spacing(kind=kind, max_steps=250, offset=1))
     theirs = DDIMScheduler(timestep_spacing=kind, steps_offset=1)
     for steps in range(1, 251):
