@@ -36,7 +36,15 @@ def distill(argv: list[str]) -> int:
     if args.dry_run:
         from .budget import estimate
 
-        steps = ", ".join(map(str, bundle.spec.steps))
+        print(json.dumps({"recipe": describe(recipe), "estimate": estimate(recipe, args.teacher)}, indent=1))
+        return 0
+    if args.out is None:
+        parser.error("--out is needed, unless --dry-run")
+    from .distill import distill as run
+
+    seconds = None if args.minutes is None else args.minutes * 60
+    bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
+    steps = ", ".join(map(str, bundle.spec.steps))
     print(f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher} for {steps} steps")
     return 0
 
