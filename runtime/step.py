@@ -50,7 +50,7 @@ def advance(engine: Engine, states: Sequence[RowState], spec: SamplerSpec) -> li
     a, b = (_column([getattr(row, name) for row in rows], x) for name in ("a", "b"))
     out = torch.addcmul(a * x, b, f)
     if any(row.c for row in rows):
-        z = torch.stack([_noise(state, ok) for state, ok in zip(states, finite, strict=True)])
+        z = torch.stack([_noise(state) for state in states])
         out = torch.addcmul(out, _column([row.c for row in rows], x), z.to(x.device))
     return [
         latent if ok else EngineFailed(f"engine {engine.name} gave a non-finite output at step {row.index + 1}")
@@ -131,8 +131,8 @@ def _clip(x: Tensor, f: Tensor, states: Sequence[RowState], spec: SamplerSpec) -
     return torch.where(x0 == x0.clamp(-bound, bound), f, clipped)  # type: ignore[operator]
 
 
-def _noise(state: RowState, ok: bool) -> Tensor:
-    if ok and state.row.c:
+def _noise(state: RowState) -> Tensor:
+    if state.row.c:
         return state.noise.draw(tuple(state.x.shape))
     return torch.zeros(state.x.shape)
 

@@ -34,6 +34,22 @@ def lcm(tiny_lcm):
     return tiny_lcm, TorchEngine(tiny_lcm)
 
 
+class Reusing:
+    """An engine that spoils its earlier outputs of a role at the next call, as the protocol allows."""
+
+    def __init__(self, inner):
+        self._inner, self._given = inner, {}
+        self.name, self.capabilities, self.close = inner.name, inner.capabilities, inner.close
+
+    def run(self, role, feeds):
+        feeds = {name: value.clone() for name, value in feeds.items()}
+        for old in self._given.get(role, ()):
+            old.fill_(float("nan"))
+        with torch.inference_mode():
+            self._given[role] = tuple(out.clone() for out in self._inner.run(role, feeds))
+        return self._given[role]
+
+
 def variants(spec):
     """The model's own sampler and others that its network could be run with: their rows may share a call."""
     grids = {2: (999.0, 499.0), 4: (999.0, 759.0, 499.0, 259.0)}
@@ -93,26 +109,10 @@ def test_the_step_itself_in_mixed_batches(seed, rows, max_batch, padded):
     """The same with an engine that splits and pads every way."""
     spec = fake_spec()
     sizes = (max_batch,) if padded else ()
-    engine = FakeEngine(spec, max_batch=max_batch, batch_sizes=sizes)
+    engine = Reusing(FakeEngine(spec, max_batch=max_batch, batch_sizes=sizes))
     rng = random.Random(seed)
     states = [random_state(rng, spec, (4, 8, 8), (5, 8), 64, True) for _ in range(rows)]
     assert_rows_equal_solo(engine, states, spec)
-
-
-class Reusing:
-    """An engine that spoils its earlier outputs of a role at the next call, as the protocol allows."""
-
-    def __init__(self, inner):
-        self._inner, self._given = inner, {}
-        self.name, self.capabilities, self.close = inner.name, inner.capabilities, inner.close
-
-    def run(self, role, feeds):
-        feeds = {name: value.clone() for name, value in feeds.items()}
-        for old in self._given.get(role, ()):
-            old.fill_(float("nan"))
-        with torch.inference_mode():
-            self._given[role] = tuple(out.clone() for out in self._inner.run(role, feeds))
-        return self._given[role]
 
 
 def mixed_requests(bundle):
@@ -152,8 +152,8 @@ def served_together(bundle, engine, requests, costs):
     with Runtime([bundle], engines={bundle.name: held}, config=RuntimeConfig()) as runtime:
         for role, table in costs.items():
             for size, seconds in table.items():
-                for _ in range(9):
-                    runtime._costs.record((bundle.name, role), size, seconds)
+                runtime._costs.record((bundle.name, role), size, seconds)
+        runtime._costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
         tickets = [runtime.submit(r) for r in requests]
         go.set()
         results = [ticket.result(60) for ticket in tickets]

@@ -74,7 +74,7 @@ def test_lcm(lcm, pipelines, steps, guidance):
     assert_same(picture, theirs(pipelines["lcm"], 7, num_inference_steps=steps, guidance_scale=guidance))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 25])
 def test_ddim_under_guidance(teacher, pipelines, steps):
     picture = ours(teacher, steps=steps, seed=11, guidance=4.0)
     assert_same(picture, theirs(pipelines["teacher"], 11, num_inference_steps=steps, guidance_scale=4.0))
@@ -114,6 +114,18 @@ def test_controlnet(teacher, pipelines, scale, start, end, guidance):
     assert_same(ours(teacher, steps=4, seed=9, guidance=guidance, control=control), reference)
     plain = ours(teacher, steps=4, seed=9, guidance=guidance)
     assert np.abs(plain / 255 - reference).max() > 4 * BOUND, "the ControlNet made no difference"
+
+
+@pytest.mark.parametrize("which", ["lcm", "teacher"])
+def test_pixels_are_rounded_as_diffusers_rounds_them(request, pipelines, which):
+    """Its own 8-bit pictures; a value that lies on the edge of rounding may fall either way."""
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    generator = torch.Generator("cpu").manual_seed(4)
+    image = pipelines[which](PROMPT, generator=generator, output_type="pil", height=32, width=32, **settings).images[0]
+    picture = ours(request.getfixturevalue(which), steps=2, seed=4, guidance=3.0)
+    off = np.abs(picture.astype(int) - np.array(image))
+    assert off.max() <= 1
+    assert (off > 0).mean() < 0.01
 
 
 def test_several_pictures_have_the_seeds_that_follow(lcm, pipelines):

@@ -15,6 +15,7 @@ from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spe
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.loop import run_request
 from fewstep.runtime.request import Control, GenerateRequest, Limits
+from fewstep.runtime.ticket import Ticket
 
 PATIENCE_S = 30.0
 
@@ -160,6 +161,18 @@ def test_a_listener_that_raises_harms_nobody(caplog):
         assert ticket.result(PATIENCE_S).steps == 4
         assert runtime.generate(ask()).steps == 4
     assert "a listener raised" in caplog.text
+
+
+def test_nothing_follows_a_final_event():
+    ticket, heard = Ticket("t"), []
+    ticket.listen(heard.append)
+    ticket.publish(Progress("t", 0, 1, 1))
+    failed = Failed("t", Cancelled("mine"))
+    for event in (failed, Progress("t", 0, 1, 1), Failed("t", Closed("later"))):
+        ticket.publish(event)
+    assert heard == list(ticket.events()) == [Progress("t", 0, 1, 1), failed]
+    with pytest.raises(Cancelled, match="mine"):
+        ticket.result(0)
 
 
 def test_waiting_may_time_out_and_be_taken_up_again():

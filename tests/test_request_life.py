@@ -32,8 +32,8 @@ def batching(runtime):
     """A cost table under which everything that waits is batched."""
     for role in ("text", "denoiser", "decoder"):
         for size, seconds in FREE.items():
-            for _ in range(9):
-                runtime._costs.record(("fake", role), size, seconds)
+            runtime._costs.record(("fake", role), size, seconds)
+    runtime._costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
     return runtime
 
 
