@@ -183,3 +183,16 @@ def test_the_estimate_counts_lora_weights_once(tiny_teacher):
     whole = estimate(configure(RECIPES["lcm"], {"guidance_width": 32}), tiny_teacher.root)["players"]["student"]
     lora = estimate(configure(RECIPES["lcm-lora"], {"rank": 2}), tiny_teacher.root)["players"]["student"]
     assert whole["trained"] == whole["parameters"] and 0 < lora["trained"] < lora["parameters"] / 2
+
+
+def test_only_an_earlier_student_is_replaced(tiny_teacher, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(RecipeError, match=r"holds no bundle\.json"):
+        distill("lcm", tiny_teacher, tmp_path / "mine", data=data)
+    (tmp_path / "new.run").write_text("a file")
+    with pytest.raises(RecipeError, match=r"holds no config\.json"):
+        distill("lcm", tiny_teacher, tmp_path / "new", data=data)
+    with pytest.raises(RecipeError, match="is the teacher itself"):
+        distill("lcm", tiny_teacher, tiny_teacher.root, data=data)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"

@@ -53,6 +53,7 @@ def distill(
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     out = Path(out)
     run = out.with_name(out.name + ".run")
+    _check_out(out, run, teacher)
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = data if data is not None else training_data(recipe, teacher)
@@ -177,6 +178,18 @@ def _painter(recipe: Recipe, teacher: Bundle, unet: nn.Module, source: LatentSou
         save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
 
     return paint
+
+
+def _check_out(out: Path, run: Path, teacher: Bundle) -> None:
+    """Nothing but an earlier student and its run is ever replaced.
+
+    Errors: `RecipeError` naming the folder that holds something else.
+    """
+    if out.resolve() == teacher.root.resolve():
+        raise RecipeError(f"{out} is the teacher itself; give the student another folder")
+    for folder, mark in ((out, "bundle.json"), (run, "config.json")):
+        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
 
 
 def _open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
