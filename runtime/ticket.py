@@ -17,10 +17,11 @@ class Ticket:
         self._events: list[Event] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._changed = threading.Condition(threading.RLock())
+        self._ended = threading.Event()  # of its own, so that a step does not wake those who wait for the end
 
     @property
     def done(self) -> bool:
-        return bool(self._events) and not isinstance(self._events[-1], Progress)
+        return self._ended.is_set()
 
     def events(self) -> Iterator[Event]:
         """Every event from the first on, waiting for those to come; ends after the final one."""
@@ -39,10 +40,9 @@ class Ticket:
 
         Errors: the `FewstepError` the request failed with; `TimeoutError` where it has not ended in time (it goes on).
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout_s):
-                raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s")
-            last = self._events[-1]
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s")
+        last = self._events[-1]
         if isinstance(last, Failed):
             raise last.error
         assert isinstance(last, Finished)
@@ -52,7 +52,7 @@ class Ticket:
         """Call back for every event in order: past ones at once, then from the runtime's thread. Be quick there."""
         with self._changed:
             self._listeners.append(callback)
-            for event in self._events:
+            for event in tuple(self._events):
                 _call(callback, event)
 
     def publish(self, event: Event) -> None:
@@ -61,8 +61,10 @@ class Ticket:
             if self.done:
                 return
             self._events.append(event)
+            if not isinstance(event, Progress):
+                self._ended.set()
             self._changed.notify_all()
-            for callback in self._listeners:
+            for callback in tuple(self._listeners):
                 _call(callback, event)
 
 
