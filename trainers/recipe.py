@@ -118,7 +118,8 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
     own = inspect.signature(function).parameters
     common = {f.name: f.type for f in fields(Run)}
     known = {**common, **{name: parameter.annotation for name, parameter in own.items()}}
-    mine, shared = {}, {}
+    mine: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
             near = get_close_matches(name, known, n=1)
