@@ -28,7 +28,7 @@ ROLES = (TEXT, DENOISER, DENOISER_CONTROL, CONTROLNET, DECODER, ENCODER)
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What an engine can run here. `batch_sizes` empty means any size up to `max_batch`; else calls are padded to one."""
+    """What an engine runs here. Empty `batch_sizes` means any size up to `max_batch`; else calls are padded to one."""
 
     roles: frozenset[str]
     max_batch: int
