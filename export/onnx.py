@@ -62,19 +62,7 @@ def export_role(graph: RoleGraph, folder: Path, *, external_over_bytes: int = EX
     """Write one role's graph and give its manifest entry."""
     import onnx
 
-    with _quiet():
-        program = torch.onnx.export(
-            graph.module,
-            tuple(graph.feeds.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(graph.feeds),
-            output_names=list(graph.outputs),
-            dynamic_shapes=_shapes(graph),
-            verbose=False,
-        )
-    if program is None:
-        raise EngineUnavailable(f"torch gave no ONNX program for {graph.role}; this torch version cannot export it")
+    program = _program(graph)
     path = folder / f"{graph.role.replace('+', '_')}.onnx"
     data = path.with_suffix(".onnx.data")
     data.unlink(missing_ok=True)
@@ -92,11 +80,31 @@ def export_role(graph: RoleGraph, folder: Path, *, external_over_bytes: int = EX
     )
 
 
+def _program(graph: RoleGraph) -> Any:
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                graph.module,
+                tuple(graph.feeds.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(graph.feeds),
+                output_names=list(graph.outputs),
+                dynamic_shapes=_shapes(graph),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        said = str(error).strip().splitlines()[0]
+        raise EngineUnavailable(
+            f"torch {torch.__version__} cannot export {graph.role!r} ({said}); use --engine torch"
+        ) from error
+
+
 def _shapes(graph: RoleGraph) -> tuple[Any, ...]:
     """Free axes in the nesting of the module's signature: residuals are its variable arguments."""
     axes = [graph.axes[name] for name in graph.feeds]
     if graph.module.__class__.__name__ == "_FlatDenoiser":
-        return (*axes[:3], tuple(axes[3:]))
+        return (*axes[:3], tuple(axes[3:])) if axes[3:] else tuple(axes)
     return tuple(axes)
 
 

@@ -61,6 +61,26 @@ def test_the_same_weights_give_the_same_bytes(exported_lcm, tmp_path):
     assert again == read_manifest(exported_lcm, "onnx").roles["decoder"]
 
 
+def test_a_denoiser_without_guidance_input(tiny_teacher, tmp_path):
+    graph = export_role(role_graph(tiny_teacher, "denoiser"), tmp_path)
+    assert [port.name for port in graph.inputs] == ["x", "t", "ctx"]
+    feeds = random_feeds(tiny_teacher, "denoiser", batch=3, size=(32, 32), seed=1)
+    session = ort.InferenceSession(tmp_path / "denoiser.onnx")
+    (out,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    np.testing.assert_allclose(out, tiny_teacher.denoiser_net()(*feeds.values()).numpy(), atol=1e-5)
+
+
+def test_what_torch_cannot_export_is_said_in_one_line(exported_lcm, tmp_path):
+    class Fickle(torch.nn.Module):
+        def forward(self, latent):
+            return latent if latent.sum() > 0 else -latent
+
+    graph = replace(role_graph(exported_lcm, "decoder"), module=Fickle())
+    with pytest.raises(EngineUnavailable, match=r"cannot export 'decoder' \(.+\); use --engine torch$") as caught:
+        export_role(graph, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_large_weights_go_beside_the_graph(exported_lcm, tmp_path):
     graph = export_role(role_graph(exported_lcm, "decoder"), tmp_path, external_over_bytes=0)
     assert graph.data_sha256 == sha256_of(tmp_path / "decoder.onnx.data")
