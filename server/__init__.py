@@ -1,0 +1,1 @@
+"""HTTP in, runtime calls out, and nothing else."""
