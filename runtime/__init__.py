@@ -38,7 +38,7 @@ _HOMES = {
     "open_engine": "engines",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
