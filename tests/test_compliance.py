@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fewstep.trainers import compliance, scenes
 from PIL import ImageFilter
+
+from fewstep.trainers import compliance, scenes
 
 PICTURES = 1000
 
