@@ -54,11 +54,11 @@ class TeacherSettings:
 
     autoencoder_steps: int = 4500
     words_steps: int = 420
-    denoiser_steps: int = 7000
-    control_steps: int = 1500
+    denoiser_steps: int = 6100
+    control_steps: int = 550
     pictures: int = 24000
     scenes: int = 60000
-    control_scenes: int = 8000
+    control_scenes: int = 6000
     batch: int = 64
     seed: int = 0
     bf16: bool = True
