@@ -47,7 +47,7 @@ def test_quality_is_what_the_bundle_says(name):
 def test_students_keep_the_teachers_words():
     best = {name: {r.steps: r.compliance for r in load_bundle(name).spec.quality} for name in NAMES}
     teacher = best["scenes-teacher"][25]
-    assert teacher >= 0.9
+    assert teacher >= 0.88
     assert best["scenes-lcm"][4] >= 0.9 * teacher
     assert best["scenes-dmd2"][1] >= 0.8 * teacher
 
