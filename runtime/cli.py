@@ -4,6 +4,7 @@ Commands are entry points of the group `fewstep.commands`, functions `(argv) -> 
 (`bench latency`), written with a dash in the entry point.
 """
 
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 
@@ -55,6 +56,9 @@ def _call(point: EntryPoint, argv: list[str]) -> int:
     except FewstepError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output left, as `| head` does; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)
         return 130
