@@ -170,6 +170,7 @@ def find_bundle(where: str | Path) -> Path:
 def seal_bundle(root: Path, name: str, spec: SamplerSpec) -> Bundle:
     """Write `bundle.json` over a folder whose files are final, and open it."""
     _refuse_code(root)
+    _forget_origins(root)
     files = {f: _digest(root / f) for f in _sealed_files(root)}
     data = {"version": BUNDLE_VERSION, "name": name, "spec": spec.to_json(), "files": files}
     (root / "bundle.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -179,6 +180,14 @@ def seal_bundle(root: Path, name: str, spec: SamplerSpec) -> Bundle:
 def reseal(bundle: Bundle, **changes: Any) -> Bundle:
     """The same folder with fields of its spec replaced (quality, golden cases)."""
     return seal_bundle(bundle.root, bundle.name, replace(bundle.spec, **changes))
+
+
+def _forget_origins(root: Path) -> None:
+    """Drop the path a component was loaded from, which diffusers keeps in its config: it says nothing elsewhere."""
+    for path in sorted(root.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _sealed_files(root: Path) -> Iterator[str]:

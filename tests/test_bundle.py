@@ -242,3 +242,12 @@ def test_diffusers_reads_the_same_folder(kind, request):
     assert all(torch.equal(value, ours[key]) for key, value in pipe.unet.state_dict().items())
     picture = pipe("a red circle", num_inference_steps=1, height=32, width=32, output_type="np").images
     assert picture.shape == (1, 32, 32, 3)
+
+
+def test_sealing_forgets_where_a_component_was_loaded_from(tiny_teacher, tmp_path):
+    folder = copy_bundle(tiny_teacher, tmp_path / "copy")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/somebody/unet"}))
+    sealed = seal_bundle(folder, "copy", tiny_teacher.spec)
+    assert "somebody" not in (folder / "unet" / "config.json").read_text()
+    assert sealed.load("unet").config.block_out_channels == tiny_teacher.load("unet").config.block_out_channels
