@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
     from .verify import Report
 
-PRECISIONS = {"torch": ("fp32",), "onnx": ("fp32",), "openvino": ("fp32", "bf16")}
-"""Engine -> the precisions it can be exported in."""
+_OPTION = "option_"
+"""Before the names of engine options among the parsed arguments."""
 
 
 def export(argv: Sequence[str]) -> int:
     """Make an engine of a bundle and prove it equal to torch. Exit code 1 where it is not."""
-    args = _export_parser().parse_args(argv)
-    if args.precision not in PRECISIONS[args.engine]:
-        from fewstep.runtime.errors import EngineUnavailable
+    from .exporters import check_choice, kind_of, make_engine
 
-        able = ", ".join(PRECISIONS[args.engine])
-        raise EngineUnavailable(f"--precision is {args.precision!r}; the engine {args.engine!r} has {able}")
+    args = _export_parser().parse_args(argv)
+    options = {name.removeprefix(_OPTION): value for name, value in vars(args).items() if name.startswith(_OPTION)}
+    check_choice(args.engine, args.precision, options)
     from fewstep.models.bundle import load_bundle
 
     from .golden import golden_steps, make_golden
+    from .graphs import roles_of
     from .verify import verify as check
 
     bundle = load_bundle(args.bundle)
@@ -33,9 +33,9 @@ def export(argv: Sequence[str]) -> int:
         count = len(golden_steps(bundle.spec)) + bundle.has("controlnet")
         with _bar(count, "golden cases") as tell:
             bundle = make_golden(bundle, progress=tell)
-    kind = args.engine if args.precision == "fp32" else f"{args.engine}-{args.precision}"
-    _make(bundle, args.engine, args.precision)
-    kinds = () if kind == "torch" else (kind,)
+    with _bar(len(roles_of(bundle)), "export") as tell:
+        manifest = make_engine(bundle, args.engine, precision=args.precision, progress=tell, **options)
+    kinds = () if manifest is None else (kind_of(args.engine, args.precision),)
     with _bar(_comparisons(bundle, kinds), "verify") as tell:
         report = check(bundle, kinds=kinds, progress=tell)
     _print_report(report, as_json=args.json)
@@ -64,19 +64,26 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def _export_parser() -> argparse.ArgumentParser:
+    from .exporters import EXPORTERS, all_options, flag, precisions_of
+
     parser = _parser(
         "fewstep export",
         "Make an engine of a bundle, in <bundle>/engines/, and prove it equal to torch. The engine 'torch' needs no "
         "export: this makes the bundle's golden cases and checks them.",
         "fewstep export scenes-lcm --engine openvino --precision bf16",
     )
-    parser.add_argument("--engine", choices=tuple(PRECISIONS), default="onnx", help="default: onnx (ONNX Runtime)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: openvino only; default: fp32"
-    )
+    parser.add_argument("--engine", choices=tuple(EXPORTERS), default="onnx", help="default: onnx (ONNX Runtime)")
+    precisions = tuple(dict.fromkeys(p for engine in EXPORTERS for p in precisions_of(engine)))
+    able = "; ".join(f"{e}: {', '.join(precisions_of(e))}" for e in EXPORTERS if len(precisions_of(e)) > 1)
+    parser.add_argument("--precision", choices=precisions, default="fp32", help=f"default: fp32; {able}")
     parser.add_argument(
         "--new-golden", action="store_true", help="make the golden cases anew, as torch gives them here"
     )
+    group = parser.add_argument_group("options of some engines")
+    for name, (option, engines) in all_options().items():
+        said = f"{', '.join(engines)}: {option.help}"
+        settings = {"type": option.read, "metavar": option.metavar, "default": argparse.SUPPRESS, "help": said}
+        group.add_argument(flag(name), dest=_OPTION + name, **settings)
     return parser
 
 
@@ -85,24 +92,6 @@ def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParse
     parser.add_argument("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
-
-
-def _make(bundle: "Bundle", engine: str, precision: str) -> None:
-    """Export, with a bar that moves by role."""
-    if engine == "torch":
-        return
-    from .graphs import roles_of
-    from .onnx import export_onnx
-    from .openvino import export_openvino, usable_onnx
-
-    if engine == "openvino" and usable_onnx(bundle) is not None:
-        export_openvino(bundle, precision=precision)
-        return
-    with _bar(len(roles_of(bundle)), "export") as tell:
-        if engine == "onnx":
-            export_onnx(bundle, progress=tell)
-        else:
-            export_openvino(bundle, precision=precision, progress=tell)
 
 
 def _comparisons(bundle: "Bundle", kinds: Sequence[str]) -> int:
@@ -129,6 +118,7 @@ def _bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
 
         yield tell
         bar.update(int(begun))
+        bar.leave = begun  # nothing was to be done: the empty bar goes
 
 
 def _print_report(report: "Report", *, as_json: bool) -> None:

@@ -27,11 +27,16 @@ Progress = Callable[[str], None]
 """Called with a role when its export begins."""
 
 
-def export_onnx(bundle: Bundle, *, roles: Sequence[str] | None = None, progress: Progress | None = None) -> Manifest:
+def export_onnx(
+    bundle: Bundle, *, precision: str = "fp32", roles: Sequence[str] | None = None, progress: Progress | None = None
+) -> Manifest:
     """Write `<bundle>/engines/onnx/`: a graph per role and an unverified manifest (see `fewstep.export.verify`).
 
-    Errors: `EngineUnavailable` where a package is missing, a role is unknown or the folder cannot be written.
+    Errors: `EngineUnavailable` where a package is missing, the precision is not fp32, a role is unknown or the folder
+    cannot be written.
     """
+    if precision != "fp32":
+        raise EngineUnavailable(f"precision is {precision!r}; the engine 'onnx' has fp32")
     _require_packages()
     folder = engine_folder(bundle, "onnx")
     try:
