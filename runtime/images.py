@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .errors import InvalidRequest
 from .events import Picture
+from .png import write_png
 
 FORMATS = ("png", "jpeg", "webp")
 MAX_PIXELS = 4096 * 4096
@@ -27,7 +28,8 @@ def encode(
 ) -> bytes:
     """[H, W, 3] uint8 -> file bytes.
 
-    level: PNG compression, 0 to 9; 1 if not given, since more costs ten times the time for a few per cent of the size.
+    level: PNG compression, 0 to 9; 1 if not given. 0 and 1 are `fewstep.runtime.png`'s, several times faster than the
+    others, which are Pillow's and some per cent smaller (`docs/performance.md`).
     quality: of JPEG and WebP, 1 to 100; 90 if not given. metadata: PNG text chunks; the EXIF description, as JSON, of
     the others.
 
@@ -39,7 +41,10 @@ def encode(
     if format == "png":
         if quality is not None:
             raise InvalidRequest("quality", f"quality is {quality}; png is lossless: leave it out or use jpeg or webp")
-        settings = {"compress_level": _within("level", 1 if level is None else level, 0, 9)}
+        level = _within("level", 1 if level is None else level, 0, 9)
+        if level <= 1:
+            return write_png(picture, compress=level == 1, texts=metadata)
+        settings = {"compress_level": level}
         if metadata:
             settings["pnginfo"] = _text_chunks(metadata)
     else:
