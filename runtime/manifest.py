@@ -7,7 +7,7 @@ set by `fewstep verify` alone, after every comparison with torch passed. No torc
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from fewstep.models.bundle import Bundle
 from .errors import EngineUnavailable
 
 MANIFEST_VERSION = 1
-KINDS = ("onnx", "openvino", "openvino-bf16")
+KINDS = ("onnx", "openvino", "openvino-bf16", "tensorrt", "tensorrt-fp16", "tensorrt-bf16")
 """Kinds of exported engine this release reads."""
+PRECISIONS = ("bf16", "fp16", "fp8", "int8")
+"""Endings of engine kinds; a kind without one is of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,13 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
+    """All that is said of one kind of engine.
+
+    build: how an engine that was compiled ahead was built (package, version, device, settings, profiles); None where
+    nothing was. executed_on: the device on which it has run and agreed with torch; None until it has. costs: what calls
+    cost on the machine that measured them; empty until then.
+    """
+
     engine: str
     precision: str
     opset: int
@@ -60,6 +69,9 @@ class Manifest:
     producers: Mapping[str, str]
     parity: tuple[Parity, ...] = ()
     verified: bool = False
+    build: Mapping[str, Any] | None = None
+    executed_on: Mapping[str, Any] | None = None
+    costs: Mapping[str, Any] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
 
@@ -72,10 +84,20 @@ def exported_kinds(bundle: Bundle) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if (engine_folder(bundle, kind) / "manifest.json").is_file())
 
 
+def export_command(bundle: Bundle, kind: str) -> str:
+    """The command that makes a kind of engine."""
+    engine, _, precision = kind.rpartition("-")
+    chosen = f"{engine} --precision {precision}" if engine and precision in PRECISIONS else kind
+    return f"fewstep export {bundle.root} --engine {chosen}"
+
+
 def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:
+    """Replace the manifest in one move: a reader sees the old one or the new one, whole."""
     path = engine_folder(bundle, manifest.engine) / "manifest.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    beside = path.with_suffix(".json.partial")
+    beside.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    beside.replace(path)
     return path
 
 
@@ -85,7 +107,7 @@ def read_manifest(bundle: Bundle, kind: str) -> Manifest:
     Errors: `EngineUnavailable` where it is missing, of another version or malformed; the message has the remedy.
     """
     path = engine_folder(bundle, kind) / "manifest.json"
-    remedy = f"run `fewstep export {bundle.root} --engine {kind}`"
+    remedy = f"run `{export_command(bundle, kind)}`"
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -108,7 +130,7 @@ def checked_files(bundle: Bundle, manifest: Manifest) -> dict[str, Path]:
 
     Errors: `EngineUnavailable` naming what differs and the remedy.
     """
-    remedy = f"run `fewstep export {bundle.root} --engine {manifest.engine}`"
+    remedy = f"run `{export_command(bundle, manifest.engine)}`"
     if manifest.weights_digest != bundle.weights_digest:
         raise EngineUnavailable(f"the {manifest.engine} engine of {bundle.name} was made from other weights; {remedy}")
     engines = (bundle.root / "engines").resolve()
@@ -146,6 +168,9 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         for role, entry in data["roles"].items()
     }
     parity = tuple(Parity(**row) for row in data.get("parity", ()))
+    for name, allowed in (("build", dict | None), ("executed_on", dict | None), ("costs", dict)):
+        if not isinstance(data.get(name, {}), allowed):
+            raise ValueError(f"{name} is {data[name]!r}; it must be an object")
     return Manifest(**{**data, "roles": roles, "parity": parity})
 
 

@@ -14,6 +14,7 @@ from fewstep.runtime.manifest import (
     Port,
     checked_files,
     engine_folder,
+    export_command,
     exported_kinds,
     read_manifest,
     sha256_of,
@@ -64,6 +65,29 @@ def test_round_trip(bundle, manifest):
     assert checked_files(bundle, manifest) == {"text": engine_folder(bundle, "onnx") / "text.onnx"}
 
 
+def test_older_manifests_without_the_optional_fields_are_read(bundle, manifest):
+    path = engine_folder(bundle, "onnx") / "manifest.json"
+    data = json.loads(path.read_text())
+    for name in ("build", "executed_on", "costs"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    assert read_manifest(bundle, "onnx") == manifest
+
+
+def test_what_was_built_and_measured_round_trips(bundle, manifest):
+    told = replace(
+        manifest, build={"version": "1.7", "roles": {"text": [1, 4]}}, executed_on={"device": "a"}, costs={"text": 0.1}
+    )
+    path = write_manifest(bundle, told)
+    assert read_manifest(bundle, "onnx") == told
+    assert sorted(path.parent.glob("manifest*")) == [path]
+
+
+def test_the_command_that_makes_a_kind(bundle):
+    assert export_command(bundle, "torch-compile") == f"fewstep export {bundle.root} --engine torch-compile"
+    assert export_command(bundle, "tensorrt-fp16").endswith("--engine tensorrt --precision fp16")
+
+
 def test_no_engine_says_how_to_make_one(bundle):
     assert exported_kinds(bundle) == ()
     with pytest.raises(EngineUnavailable, match=r"has no openvino engine; run `fewstep export .* --engine openvino`"):
@@ -78,6 +102,9 @@ def test_no_engine_says_how_to_make_one(bundle):
         ({"roles": {"text": {"file": "text.onnx"}}}, "malformed"),
         ({"roles": [1]}, "malformed"),
         ({"parity": [{"component": "text"}]}, "malformed"),
+        ({"build": "yesterday"}, "build is 'yesterday'"),
+        ({"executed_on": ["H200"]}, "executed_on is"),
+        ({"costs": None}, "costs is None"),
         ({"engine": "openvino"}, "describes the engine 'openvino', not 'onnx'"),
     ],
 )
