@@ -25,7 +25,6 @@ def export(argv: Sequence[str]) -> int:
     from fewstep.models.bundle import load_bundle
 
     from .golden import golden_steps, make_golden
-    from .graphs import roles_of
     from .verify import verify as check
 
     bundle = load_bundle(args.bundle)
@@ -33,7 +32,7 @@ def export(argv: Sequence[str]) -> int:
         count = len(golden_steps(bundle.spec)) + bundle.has("controlnet")
         with _bar(count, "golden cases") as tell:
             bundle = make_golden(bundle, progress=tell)
-    with _bar(len(roles_of(bundle)), "export") as tell:
+    with _bar(len(bundle.roles), "export") as tell:
         manifest = make_engine(bundle, args.engine, precision=args.precision, progress=tell, **options)
     kinds = () if manifest is None else (kind_of(args.engine, args.precision),)
     with _bar(_comparisons(bundle, kinds), "verify") as tell:
@@ -96,10 +95,8 @@ def _parser(prog: str, description: str, example: str) -> argparse.ArgumentParse
 
 def _comparisons(bundle: "Bundle", kinds: Sequence[str]) -> int:
     """How many parts `verify` will name."""
-    from .graphs import roles_of
-
     cases = len(bundle.spec.golden)
-    return cases + len(kinds) * (cases + len(roles_of(bundle)))
+    return cases + len(kinds) * (cases + len(bundle.roles))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, sha256_of, write_manifest
 
-from .graphs import RoleGraph, role_graph, roles_of
+from .graphs import RoleGraph, role_graph
 
 OPSET = 21
 EXTERNAL_OVER_BYTES = 1_500_000_000
@@ -43,7 +43,7 @@ def export_onnx(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)  # graphs in the making have no manifest
         graphs = {}
-        for role in roles_of(bundle) if roles is None else roles:
+        for role in bundle.roles if roles is None else roles:
             if progress is not None:
                 progress(role)
             graphs[role] = export_role(role_graph(bundle, role), folder)
@@ -95,7 +95,7 @@ def _program(graph: RoleGraph) -> Any:
                 opset_version=OPSET,
                 input_names=list(graph.feeds),
                 output_names=list(graph.outputs),
-                dynamic_shapes=_shapes(graph),
+                dynamic_shapes=(tuple(graph.axes[name] for name in graph.feeds),),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -103,14 +103,6 @@ def _program(graph: RoleGraph) -> Any:
         raise EngineUnavailable(
             f"torch {torch.__version__} cannot export {graph.role!r} ({said}); use --engine torch"
         ) from error
-
-
-def _shapes(graph: RoleGraph) -> tuple[Any, ...]:
-    """Free axes in the nesting of the module's signature: residuals are its variable arguments."""
-    axes = [graph.axes[name] for name in graph.feeds]
-    if graph.module.__class__.__name__ == "_FlatDenoiser":
-        return (*axes[:3], tuple(axes[3:])) if axes[3:] else tuple(axes)
-    return tuple(axes)
 
 
 def _strip(proto: Any) -> None:

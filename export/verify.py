@@ -21,7 +21,7 @@ from fewstep.runtime.step import run_batch
 from fewstep.runtime.torch_engine import TorchEngine
 
 from .golden import load_case, run_case
-from .graphs import Steer, random_feeds
+from .graphs import Run, random_feeds
 
 COMPONENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 GOLDEN_TOLERANCE = {"bf16": 5e-2}
@@ -118,7 +118,7 @@ def _role_row(kind: str, role: str, engine: Engine, reference: Engine, bundle: B
     cases = [(batch, sizes[0]) for batch in BATCHES] + [(1, size) for size in sizes[1:]]
     error, note = 0.0, None
     for batch, size in cases:
-        feeds = random_feeds(bundle, role, batch=batch, size=size, seed=SEED, controlnet=_steer(reference))
+        feeds = random_feeds(bundle, role, batch=batch, size=size, seed=SEED, run=_copied(reference))
         wanted = [out.clone() for out in reference.run(role, feeds)]
         try:
             found = run_batch(engine, role, feeds)
@@ -172,9 +172,11 @@ def _finite(error: float) -> float | None:
     return error if error < float("inf") else None
 
 
-def _steer(reference: Engine) -> Steer:
-    def run(feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(out.clone() for out in reference.run(CONTROLNET, feeds))
+def _copied(reference: Engine) -> Run:
+    """An engine's `run` whose outputs stay."""
+
+    def run(role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(out.clone() for out in reference.run(role, feeds))
 
     return run
 

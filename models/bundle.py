@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
+from .roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, ROLES, TEXT
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
-    from .networks import ControlNet, Decoder, DenoiserNet, Encoder, TextEncoder
+    from .families import Family, Load
+    from .networks import ControlNet, Decoder, Encoder
 
 BUNDLE_VERSION = 1
 REFERENCE = Path(__file__).parent / "reference"
@@ -52,10 +54,44 @@ class Bundle:
 
         return AutoTokenizer.from_pretrained(self.root / "tokenizer", local_files_only=True)
 
-    def denoiser_net(self) -> "DenoiserNet":
-        from .networks import DenoiserNet
+    def tokenizers(self) -> tuple[Any, ...]:
+        """The tokenizer of each of `spec.text`."""
+        from transformers import AutoTokenizer
 
-        return DenoiserNet(self.load("unet")).eval()
+        def open_one(folder: str) -> Any:
+            if folder == "tokenizer":
+                return self.tokenizer
+            return AutoTokenizer.from_pretrained(self.root / folder, local_files_only=True)
+
+        return tuple(open_one(text.tokenizer) for text in self.spec.text)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that its networks can play, in the order of `fewstep.models.roles`."""
+        return tuple(r for r in ROLES if self.has("controlnet") or r not in (DENOISER_CONTROL, CONTROLNET))
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's `config.json`."""
+        found: dict[str, Any] = json.loads((self.root / component / "config.json").read_text())
+        return found
+
+    @cached_property
+    def family(self) -> "Family":
+        from .families import find_family
+
+        return find_family(self.root)
+
+    def network(self, role: str, load: "Load | None" = None) -> Any:
+        """The network of a role, with `inputs` and `outputs` (`fewstep.models.networks`), float32, for evaluation.
+
+        load: gives a component by name, to share components between roles (`functools.cache(bundle.load)`).
+
+        Errors: those of `load`.
+        """
+        return self.family.network(role, load or self.load)
+
+    def denoiser_net(self) -> Any:
+        return self.network(DENOISER)
 
     def denoiser(self, *, control: bool = False) -> "Denoiser":
         from .denoiser import Denoiser
@@ -65,24 +101,16 @@ class Bundle:
         return Denoiser(net, self.spec.path, self.spec.prediction)
 
     def controlnet(self) -> "ControlNet":
-        from .networks import ControlNet
-
-        return ControlNet(self.load("controlnet")).eval()
+        return self.network(CONTROLNET)  # type: ignore[no-any-return]
 
     def decoder(self) -> "Decoder":
-        from .networks import Decoder
-
-        return Decoder(self.load("vae")).eval()
+        return self.network(DECODER)  # type: ignore[no-any-return]
 
     def encoder(self) -> "Encoder":
-        from .networks import Encoder
+        return self.network(ENCODER)  # type: ignore[no-any-return]
 
-        return Encoder(self.load("vae")).eval()
-
-    def text_encoder(self) -> "TextEncoder":
-        from .networks import TextEncoder
-
-        return TextEncoder(self.load("text_encoder")).eval()
+    def text_encoder(self) -> Any:
+        return self.network(TEXT)
 
     def load(self, component: str) -> Any:
         """A component as its diffusers or transformers class, float32, with every weight present.

@@ -1,6 +1,8 @@
 """Networks of diffusers' classes behind flat tensor signatures, the same for sampling, training and export.
 
-Shapes: x [B, C, h, w]; t [B] float; ctx [B, L, D]; w [B] guidance scale (1 means none);
+Each has `inputs` and `outputs`: the names of the tensors that `forward` takes, in order, and gives.
+
+Shapes: x [B, C, h, w]; t [B] float; ctx [B, L, D]; pooled [B, P]; size_ids [B, K]; w [B] guidance scale (1 means none);
 picture [B, 3, H, W] in [-1, 1]; edge [B, 3, H, W] in [0, 1]; scale [B] ControlNet strength.
 """
 
@@ -13,46 +15,86 @@ from .denoiser import Condition, Network, expand
 
 
 class DenoiserNet(nn.Module):
-    """`UNet2DConditionModel` as (x, t, ctx[, w][, residuals...]) -> raw F.
+    """`UNet2DConditionModel` as (x, t, ctx[, pooled, size_ids][, w][, residual_0 ...]) -> raw F.
 
-    Residuals are the ControlNet's outputs, down blocks in order and the middle last.
+    control: whether it takes a ControlNet's outputs, down blocks in order and the middle last. `inputs` names what
+    `forward` takes.
     """
 
-    def __init__(self, unet: Any) -> None:
+    outputs = ("f",)
+
+    def __init__(self, unet: Any, *, control: bool = False) -> None:
         super().__init__()
         self.unet = unet
         self.takes_w = unet.config.time_cond_proj_dim is not None
+        self.sized = unet.config.addition_embed_type == "text_time"
+        count = residual_count(unet) if control else 0
+        self.inputs = (
+            "x", "t", "ctx", *(("pooled", "size_ids") if self.sized else ()), *(("w",) if self.takes_w else ()),
+            *(f"residual_{k}" for k in range(count)),
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, t: Tensor, ctx: Tensor, w: Tensor | None = None, *residuals: Tensor) -> Tensor:
-        time_cond = None
+    def steered(self) -> "DenoiserNet":
+        """The same weights with a ControlNet's inputs."""
+        return DenoiserNet(self.unet, control=True).train(self.training)
+
+    def forward(self, *feeds: Tensor) -> Tensor:
+        given = named(self.inputs, feeds)
+        settings: dict[str, Any] = {}
         if self.takes_w:
-            if w is None:
-                raise ValueError("this network takes the guidance scale: pass w [B]")
-            time_cond = guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(x.dtype)
-        extra: dict[str, Any] = {}
+            embedded = guidance_embedding(given["w"], self.unet.config.time_cond_proj_dim)
+            settings["timestep_cond"] = embedded.to(given["x"].dtype)
+        if self.sized:
+            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
+        residuals = tuple(value for name, value in given.items() if name.startswith("residual_"))
         if residuals:
-            extra = {
-                "down_block_additional_residuals": tuple(residuals[:-1]),
-                "mid_block_additional_residual": residuals[-1],
-            }
-        out: Tensor = self.unet(x, t, ctx, timestep_cond=time_cond, return_dict=False, **extra)[0]
+            settings["down_block_additional_residuals"] = residuals[:-1]
+            settings["mid_block_additional_residual"] = residuals[-1]
+        out: Tensor = self.unet(given["x"], given["t"], given["ctx"], return_dict=False, **settings)[0]
         return out
 
 
 class ControlNet(nn.Module):
-    """`ControlNetModel` as (x, t, ctx, edge, scale) -> residuals, down blocks in order and the middle last."""
+    """`ControlNetModel` as (x, t, ctx[, pooled, size_ids], edge, scale) -> residuals, down blocks, the middle last."""
 
     def __init__(self, controlnet: Any) -> None:
         super().__init__()
         self.controlnet = controlnet
+        self.sized = controlnet.config.addition_embed_type == "text_time"
+        self.inputs = ("x", "t", "ctx", *(("pooled", "size_ids") if self.sized else ()), "edge", "scale")
+        self.outputs = tuple(f"residual_{k}" for k in range(residual_count(controlnet)))
 
-    def forward(self, x: Tensor, t: Tensor, ctx: Tensor, edge: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        down, mid = self.controlnet(x, t, ctx, edge, return_dict=False)
-        return tuple(r * expand(scale, r) for r in (*down, mid))
+    def forward(self, *feeds: Tensor) -> tuple[Tensor, ...]:
+        given = named(self.inputs, feeds)
+        settings: dict[str, Any] = {}
+        if self.sized:
+            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
+        down, mid = self.controlnet(given["x"], given["t"], given["ctx"], given["edge"], return_dict=False, **settings)
+        return tuple(r * expand(given["scale"], r) for r in (*down, mid))
+
+
+def residual_count(unet: Any) -> int:
+    """How many residuals a U-Net's down blocks and middle take from a ControlNet."""
+    return 2 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in unet.down_blocks)
+
+
+def named(inputs: tuple[str, ...], feeds: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """Positional feeds by name.
+
+    Errors: `ValueError` naming the first feed that is missing or the number there should be.
+    """
+    given = {name: feed for name, feed in zip(inputs, feeds, strict=False) if feed is not None}
+    if missing := [name for name in inputs if name not in given]:
+        raise ValueError(f"this network takes {', '.join(inputs)}: pass {missing[0]}")
+    if len(feeds) > len(inputs):
+        raise ValueError(f"this network takes {', '.join(inputs)}; it was given {len(feeds)} tensors")
+    return given
 
 
 class Decoder(nn.Module):
     """Latent [B, C, h, w] as the denoiser sees it -> picture [B, 3, H, W] in [-1, 1]."""
+
+    inputs, outputs = ("latent",), ("picture",)
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -68,6 +110,8 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """Picture [B, 3, H, W] in [-1, 1] -> latent as the denoiser sees it (the mean, where the encoder has a spread)."""
 
+    inputs, outputs = ("picture",), ("latent",)
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
@@ -82,6 +126,8 @@ class Encoder(nn.Module):
 
 class TextEncoder(nn.Module):
     """Token ids [B, L] int64 -> ctx [B, L, D]."""
+
+    inputs, outputs = ("ids",), ("ctx",)
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -100,15 +146,32 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def as_network(net: DenoiserNet, control: ControlNet | None = None) -> Network:
-    """The `Network` of a `Denoiser`: reads `ctx`, and `w`, `edge`, `control_scale` where given, from the condition."""
+class TextEncoderXL(nn.Module):
+    """SDXL's two CLIP encoders: ids, ids_2 [B, L] -> ctx [B, L, D + D2] before the last layer; pooled [B, P]."""
+
+    inputs, outputs = ("ids", "ids_2"), ("ctx", "pooled")
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(ids_2, output_hidden_states=True)
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two[0]
+
+
+def as_network(net: Any, control: ControlNet | None = None) -> Network:
+    """The `Network` of a `Denoiser`: reads what `net.inputs` names, and `edge`, `control_scale`, from the condition."""
+    steered = net if control is None else net.steered()
 
     def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        time = t.to(device=x.device, dtype=torch.float32)
-        residuals: tuple[Tensor, ...] = ()
-        if control is not None and "edge" in cond:
-            scale = cond.get("control_scale", torch.ones(x.shape[0], device=x.device))
-            residuals = control(x, time, cond["ctx"], cond["edge"], scale)
-        return net(x, time, cond["ctx"], cond.get("w"), *residuals)  # type: ignore[no-any-return]
+        given: dict[str, Tensor] = {**cond, "x": x, "t": t.to(device=x.device, dtype=torch.float32)}
+        if control is None or "edge" not in cond:
+            return net(*(given.get(name) for name in net.inputs))  # type: ignore[no-any-return]
+        given["scale"] = cond.get("control_scale", torch.ones(x.shape[0], device=x.device))
+        residuals = control(*(given[name] for name in control.inputs))
+        given |= dict(zip(control.outputs, residuals, strict=True))
+        return steered(*(given.get(name) for name in steered.inputs))  # type: ignore[no-any-return]
 
     return run

@@ -17,11 +17,13 @@ from .paths import Path, path_from_json, path_to_json
 from .predictions import check_prediction
 
 SPEC_VERSION = 1
-SAMPLERS = ("lcm", "ddim", "tcd", "euler", "trig", "edm", "phased")
-STOCHASTIC = ("lcm", "trig", "edm")
+SAMPLERS = ("lcm", "ddim", "tcd", "euler", "euler-ancestral", "dpmpp-2m", "trig", "edm", "phased")
+STOCHASTIC = ("lcm", "trig", "edm", "euler-ancestral")
 """Samplers that draw noise between steps; "tcd" does unless its gamma is 0, the others never do."""
 GUIDANCE_MODES = ("none", "embedded", "cfg")
 SPACINGS = ("trailing", "leading")
+STARTS = ("unit", "sigma")
+SIZE_IDS = ("sdxl", "pixart")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,31 @@ class Guidance:
 
     none: the scale was distilled away; only w = 1 is accepted. embedded: the network takes w as an input, trained on
     `range`. cfg: two evaluations per step; `range` is what a request may ask for. Only cfg takes a negative prompt.
+    zero_empty: an empty negative prompt is all-zero conditions, not the encoded empty text (SDXL).
     """
 
     mode: str
     default: float = 1.0
     range: tuple[float, float] = (1.0, 1.0)
+    zero_empty: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInput:
+    """How one tokenizer of the model reads a prompt: the k-th gives `ids` (k = 1), `ids_2`, `ids_3`.
+
+    tokenizer: its folder. length: tokens it is padded to, None for the tokenizer's own limit. mask: whether the network
+    also takes the mask of real tokens (`mask`, `mask_2`, ...). prefix: text put in front of every prompt. lower: the
+    prompt is stripped and put in small letters first. cut: longer prompts are cut, since another input reads the rest;
+    else they are refused.
+    """
+
+    tokenizer: str = "tokenizer"
+    length: int | None = None
+    mask: bool = False
+    prefix: str = ""
+    lower: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +119,9 @@ class SamplerSpec:
     grids: step count -> the exact times of its evaluations, noisiest first. sampler: the update between them
     (`fewstep.runtime.samplers`). gamma: TCD's stochasticity, and the phase edges' for none. final_alpha_one: whether
     the last step lands on clean data (else on the path's least noisy time, as diffusers' `set_alpha_to_one=False`).
-    clip: bound on |x0| in latent units, or None.
+    start: the noise a picture begins with is of size 1 ("unit") or sigma at the first time ("sigma"). text: how prompts
+    become token ids. size_ids: the picture-size condition that the network takes ("sdxl": height, width, crop 0 0,
+    height, width; "pixart": height, width, height/width), or None. clip: bound on |x0| in latent units, or None.
     """
 
     version: int = SPEC_VERSION
@@ -110,6 +134,9 @@ class SamplerSpec:
     gamma: float | None = None
     phases: int | None = None
     final_alpha_one: bool = True
+    start: str = "unit"
+    text: tuple[TextInput, ...] = (TextInput(),)
+    size_ids: str | None = None
     guidance: Guidance
     boundary: Boundary | None = None
     latent: Latent
@@ -126,6 +153,11 @@ class SamplerSpec:
         check_prediction(self.prediction, self.path)
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("guidance.mode", self.guidance.mode, GUIDANCE_MODES)
+        _one_of("start", self.start, STARTS)
+        if self.size_ids is not None:
+            _one_of("size_ids", self.size_ids, SIZE_IDS)
+        if not self.text:
+            raise SpecError("text is empty; name at least one tokenizer")
         low, high = self.guidance.range
         if not low <= self.guidance.default <= high:
             raise SpecError(f"guidance.default is {self.guidance.default}; it must lie in guidance.range {[low, high]}")

@@ -8,13 +8,13 @@ import torch
 
 from .costs import Costs
 from .engine import DECODER, DENOISER, DENOISER_CONTROL, TEXT
-from .loop import latent_shape
+from .loop import latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
 from .rng import NoiseStream
 from .scheduler import Lane
 from .step import RowState, advance, run_batch
-from .work import Served, decode
+from .work import Served, decode, embed
 
 REPEATS = 3
 
@@ -29,17 +29,19 @@ def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
     """
     engine, device = model.engine, model.engine.capabilities.device
     request = resolve(GenerateRequest(prompt="-"), model.spec)
-    row = replace(compile_plan(request, model.spec).rows[-1], pair=False, control=0.0, c=0.0)
-    ids = torch.tensor([model.prompts.tokens("").ids], device=device)
-    ctx = run_batch(engine, TEXT, {"ids": ids})[0][0].clone()
-    model.prompts.embeddings.put("", ctx)
+    row = replace(compile_plan(request, model.spec).rows[-1], pair=False, control=0.0, c=0.0, d=0.0, keep=None)
+    (empty,) = embed(engine, model.prompts, [""])
+    model.prompts.embeddings.put("", empty)
+    cond = {**empty, **{name: value.to(device) for name, value in size_conditions(request, model.spec).items()}}
+    read = model.prompts.tokens("").feeds
+    tokens = {name: torch.tensor([values], device=device) for name, values in read.items()}
     noise = NoiseStream(0)
     x = noise.draw(latent_shape(request, model.spec)).to(device)
-    plain = RowState(row, x, ctx, noise)
+    plain = RowState(row, x, cond, noise)
     calls: dict[str, Callable[[int], object]] = {
         DENOISER: lambda n: advance(engine, [plain] * n, model.spec),
         DECODER: lambda n: decode(engine, torch.stack([x] * n)),
-        TEXT: lambda n: run_batch(engine, TEXT, {"ids": ids.expand(n, -1).contiguous()}),
+        TEXT: lambda n: run_batch(engine, TEXT, {k: v.expand(n, -1).contiguous() for k, v in tokens.items()}),
     }
     if model.has_control:
         edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)

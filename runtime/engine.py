@@ -4,12 +4,15 @@ An engine runs *roles*. All tensors are torch tensors on the engine's device, ev
 
 | role | feeds | gives |
 | --- | --- | --- |
-| text | ids [B, L] int64 | (ctx [B, L, D],) |
-| denoiser | x [B, C, h, w], t [B], ctx; w [B] if the model takes it | (F,) |
+| text | ids [B, L] int64; ids_2, mask, ... where the model reads them | the `text_outputs`: ctx [B, L, D], ... |
+| denoiser | x [B, C, h, w], t [B]; the text outputs; size_ids [B, K], w [B] if the model takes them | (F,) |
 | denoiser+control | the same and residual_0 .. residual_K | (F,) |
 | controlnet | x, t, ctx, edge [B, 3, H, W] in [0, 1], scale [B] | residuals, K+1 of them |
 | decoder | latent [B, C, h, w] | (picture [B, 3, H, W] in [-1, 1],) |
 | encoder | picture | (latent,) |
+
+Text outputs are the conditions of the model's family (`fewstep.models.families`): ctx always, and ctx_mask [B, L],
+pooled [B, P] where it has them. The networks themselves name their inputs and outputs.
 
 An engine is called from one thread at a time. It may return outputs that it reuses at the next call of the same role.
 """
@@ -18,12 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from fewstep.models.roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, ROLES, TEXT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEXT, DENOISER, DENOISER_CONTROL = "text", "denoiser", "denoiser+control"
-CONTROLNET, DECODER, ENCODER = "controlnet", "decoder", "encoder"
-ROLES = (TEXT, DENOISER, DENOISER_CONTROL, CONTROLNET, DECODER, ENCODER)
+__all__ = [
+    "CONTROLNET", "DECODER", "DENOISER", "DENOISER_CONTROL", "ENCODER", "ROLES", "TEXT", "Capabilities", "Engine",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Capabilities:
     batch_sizes: tuple[int, ...] = ()
     device: str = "cpu"
     takes_w: bool = False
+    text_outputs: tuple[str, ...] = ("ctx",)
 
 
 class Engine(Protocol):

@@ -184,7 +184,7 @@ def fake_spec(**changes: Any) -> SamplerSpec:
 def fake_bundle(name: str = "fake", spec: SamplerSpec | None = None) -> Bundle:
     """A bundle with a spec, a tokenizer and no folder behind it; its engine goes to `Runtime(engines={name: ...})`."""
     bundle = Bundle(Path("fake"), name, spec or fake_spec())
-    bundle.tokenizer = FakeTokenizer()
+    bundle.tokenizer = FakeTokenizer()  # what `Bundle.tokenizers` opens first
     return bundle
 
 

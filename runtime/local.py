@@ -191,7 +191,7 @@ class Runtime:
             engine = open_engine(bundle, kind, threads=config.threads)
             self._own_engines.append(engine)
             budget_s = DEFAULT_BUDGET_S if budget_s is None else budget_s
-        prompts = Prompts(bundle.tokenizer, config.text_cache)
+        prompts = Prompts(bundle, config.text_cache)
         served = Served(bundle.name, bundle.spec, engine, prompts)
         lane = _lane(engine, config)
         if budget_s:

@@ -19,7 +19,7 @@ from .events import Result, Timings
 from .plan import Plan, compile_plan
 from .request import GenerateRequest, Limits, resolve
 from .rng import NoiseStream
-from .step import RowState, advance
+from .step import Conditions, History, RowState, advance
 from .text import Prompts
 from .work import Canvas, Live, Served, decode_rows, encode_texts
 
@@ -39,6 +39,7 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
         notes += model.prompts.tokens(text, where).notes
     device = model.engine.capabilities.device
     edge = None if request.control is None else edge_tensor(request.control.edge).to(device)
+    fixed = {name: value.to(device) for name, value in size_conditions(request, model.spec).items()}
     shape = latent_shape(request, model.spec)
     canvases = []
     for i in range(request.n):
@@ -46,7 +47,7 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
         canvases.append(Canvas(request.seed + i, noise, (noise.draw(shape) * plan.start_scale).to(device)))
     found = {text: model.prompts.embeddings.get(text) for text in texts}
     embedded = {text: value for text, value in found.items() if value is not None}
-    return Live(model, request, plan, texts, tuple(dict.fromkeys(notes)), edge, canvases, embedded, begun_s)
+    return Live(model, request, plan, texts, tuple(dict.fromkeys(notes)), edge, fixed, canvases, embedded, begun_s)
 
 
 def finished(live: Live, now_s: float) -> Result:
@@ -76,25 +77,25 @@ def run_plan(
     plan: Plan,
     *,
     seed: int,
-    ctx: Tensor,
+    cond: Conditions,
     shape: tuple[int, ...],
-    uncond: Tensor | None = None,
+    uncond: Conditions | None = None,
     edge: Tensor | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The dull loop: one picture's latent [C, h, w], its steps one after the other, nothing shared.
 
-    shape: the latent's, without batch. ctx, uncond [L, D]; edge [3, H, W] in [0, 1]. `watch(k, x)` sees the latent
-    after k steps, the start noise as 0.
+    shape: the latent's, without batch. cond, uncond: named conditions without batch (ctx [L, D], ...); edge [3, H, W]
+    in [0, 1]. `watch(k, x)` sees the latent after k steps, the start noise as 0.
 
     Errors: `EngineFailed` where the engine breaks or an output is not finite.
     """
-    noise = NoiseStream(seed)
+    noise, history = NoiseStream(seed), History()
     x = (noise.draw(shape) * plan.start_scale).to(engine.capabilities.device)
     if watch is not None:
         watch(0, x)
     for row in plan.rows:
-        (outcome,) = advance(engine, [RowState(row, x, ctx, noise, uncond, edge)], spec)
+        (outcome,) = advance(engine, [RowState(row, x, cond, noise, uncond, edge, history)], spec)
         if isinstance(outcome, EngineFailed):
             raise outcome
         x = outcome
@@ -117,7 +118,7 @@ def run_request(
 
     Errors: `InvalidRequest` naming the field; `EngineFailed`.
     """
-    model = Served(bundle.name, bundle.spec, engine, prompts or Prompts(bundle.tokenizer, capacity=8))
+    model = Served(bundle.name, bundle.spec, engine, prompts or Prompts(bundle, capacity=8))
     live = admit(model, request, begun_s=time.monotonic())
     live.started_s = time.monotonic()
     if live.missing:
@@ -125,7 +126,7 @@ def run_request(
     for number, canvas in enumerate(live.canvases):
         seen = None if watch is None else _watching(watch, number)
         shape = tuple(canvas.x.shape)
-        contexts: dict[str, Any] = {"ctx": live.embedded[live.texts[0]], "uncond": live.embedded[live.texts[-1]]}
+        contexts: dict[str, Any] = {"cond": live.cond, "uncond": live.uncond}
         canvas.x = _timed(
             live,
             "denoise",
@@ -150,6 +151,15 @@ def latent_shape(request: GenerateRequest, spec: SamplerSpec) -> tuple[int, int,
         raise ValueError("latent_shape takes a resolved request")
     factor = spec.latent.factor
     return spec.latent.channels, request.height // factor, request.width // factor
+
+
+def size_conditions(request: GenerateRequest, spec: SamplerSpec) -> dict[str, Tensor]:
+    """What the network is told of a resolved request's size, without batch: `size_ids` as `spec.size_ids` says."""
+    if spec.size_ids is None:
+        return {}
+    height, width = float(request.height or 0), float(request.width or 0)
+    ids = {"sdxl": (height, width, 0.0, 0.0, height, width), "pixart": (height, width, height / width)}
+    return {"size_ids": torch.tensor(ids[spec.size_ids])}
 
 
 def _watching(watch: Callable[[int, int, Tensor], None], number: int) -> Callable[[int, Tensor], None]:

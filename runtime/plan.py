@@ -14,8 +14,10 @@ from .samplers import start_scale, updates
 
 @dataclass(frozen=True)
 class Row:
-    """One step of one picture: evaluate at time t, then `x <- a x + b F + c z`.
+    """One step of one picture: evaluate at time t, then `x <- a x + b F + c z + d m`.
 
+    m is the clean estimate that the step before left; `keep` says how this one leaves its own: `keep[0] x + keep[1] F`,
+    None where the next step asks for none.
     `w` is the guidance scale; `pair` says whether it needs the unconditional evaluation too (then F = u + w (c - u)),
     otherwise w goes to the network if the network takes it. `control` is the residuals' scale, 0 for none.
     """
@@ -28,6 +30,8 @@ class Row:
     w: float
     pair: bool
     control: float
+    d: float = 0.0
+    keep: tuple[float, float] | None = None
 
     @property
     def evaluations(self) -> int:
@@ -66,9 +70,11 @@ def compile_plan(request: GenerateRequest, spec: SamplerSpec) -> Plan:
                 w=request.guidance,
                 pair=pair,
                 control=_control_scale(request, k, request.steps),
+                d=update.d,
+                keep=update.keep,
             )
         )
-    return Plan(tuple(rows), start_scale(spec.path))
+    return Plan(tuple(rows), start_scale(spec, rows[0].t))
 
 
 def _control_scale(request: GenerateRequest, k: int, steps: int) -> float:

@@ -1,5 +1,7 @@
 """Few-step samplers as coefficients. Each step of each method is `x_next = A x + B F + C z`, z fresh standard noise.
 
+A multistep solver adds `D m`, m the clean estimate of the step before.
+
 A sampler here is a function from one step (its time, where it lands, and what the network's output means) to (A, B, C).
 Nothing is evaluated: plans hold the numbers, and one fused update applies them to rows of any mix (`runtime.step`).
 """
@@ -15,22 +17,28 @@ from fewstep.models.spec import SamplerSpec
 
 @dataclass(frozen=True)
 class Update:
-    """Coefficients of one row's update."""
+    """Coefficients of one row's update. `keep`: the clean estimate as (of x, of F), where the next step needs it."""
 
     a: float
     b: float
     c: float
+    d: float = 0.0
+    keep: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: from time t to time `to` (None: to clean data), `last` where no noise may follow."""
+    """One step: from time t to time `to` (None: to clean data), `last` where no noise may follow.
+
+    before: the time of the step before, None at the first.
+    """
 
     t: float
     to: float | None
     last: bool
     path: Path
     out: Affine
+    before: float | None = None
 
     def land(self) -> tuple[float, float]:
         """(alpha, sigma) where the step lands."""
@@ -53,6 +61,37 @@ def lcm(step: Step, spec: SamplerSpec) -> Update:
         skip, out = square / (scaled**2 + square), scaled / math.sqrt(scaled**2 + square)
     alpha, sigma = (1.0, 0.0) if step.last else step.land()
     return Update(alpha * (skip + out * step.out.x0_x), alpha * out * step.out.x0_f, sigma)
+
+
+def euler_ancestral(step: Step, spec: SamplerSpec) -> Update:
+    """Ancestral Euler (k-diffusion; SD-Turbo's): down to `sigma_down`, then noise up to `to`, in levels sigma/alpha."""
+    if step.to is None:
+        return ddim(step, spec)
+    alpha = step.path.alpha(step.to)
+    level = step.path.level(step.to)
+    down = level**2 * _inverse_level(step.path, step.t)
+    up = math.sqrt(level**2 - down**2)
+    out = step.out
+    return Update(alpha * (out.x0_x + down * out.eps_x), alpha * (out.x0_f + down * out.eps_f), alpha * up)
+
+
+def dpmpp_2m(step: Step, spec: SamplerSpec) -> Update:
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), midpoint; its first and last steps are of first order."""
+    out, keep = step.out, (step.out.x0_x, step.out.x0_f)
+    alpha, sigma = step.land()
+    here = _inverse_level(step.path, step.t)
+    shrink = 0.0 if step.to is None else step.path.level(step.to) * here  # exp(-h), h the step in log(alpha / sigma)
+    ratio, gain = sigma / step.path.sigma(step.t), alpha * (1.0 - shrink)
+    if step.before is None or step.last or step.to is None:
+        return Update(ratio + gain * out.x0_x, gain * out.x0_f, 0.0, keep=None if step.last else keep)
+    before = _inverse_level(step.path, step.before)  # 0 at pure noise: infinitely far, so its estimate has no weight
+    lean = 0.5 * math.log(shrink) / math.log(before / here) if before else 0.0
+    return Update(ratio + gain * (1 + lean) * out.x0_x, gain * (1 + lean) * out.x0_f, 0.0, -gain * lean, keep)
+
+
+def _inverse_level(path: Path, t: float) -> float:
+    """alpha / sigma: finite at pure noise, where the level is not."""
+    return path.alpha(t) / path.sigma(t)
 
 
 def tcd(step: Step, spec: SamplerSpec) -> Update:
@@ -88,6 +127,8 @@ def edm(step: Step, spec: SamplerSpec) -> Update:
 SAMPLERS: dict[str, Callable[[Step, SamplerSpec], Update]] = {
     "ddim": ddim,
     "euler": ddim,
+    "euler-ancestral": euler_ancestral,
+    "dpmpp-2m": dpmpp_2m,
     "phased": ddim,
     "lcm": lcm,
     "tcd": tcd,
@@ -123,10 +164,16 @@ def updates(spec: SamplerSpec, steps: int) -> list[tuple[float, Update]]:
     out = []
     for k, (t, to) in enumerate(pairs):
         last = k == len(pairs) - 1
-        out.append((t, rule(Step(t, to, last, spec.path, estimates(spec.prediction, spec.path, t)), spec)))
+        before = pairs[k - 1][0] if k else None
+        out.append((t, rule(Step(t, to, last, spec.path, estimates(spec.prediction, spec.path, t), before), spec)))
     return out
 
 
-def start_scale(path: Path) -> float:
-    """What standard noise is multiplied by to begin: sigma at the start for EDM and TrigFlow, else 1, as diffusers."""
+def start_scale(spec: SamplerSpec, t: float) -> float:
+    """What standard noise is multiplied by to begin at time t: the path's rule, or sigma where `spec.start` says so."""
+    return float(spec.path.sigma(t)) if spec.start == "sigma" else path_start(spec.path)
+
+
+def path_start(path: Path) -> float:
+    """Sigma at the start for EDM and TrigFlow, else 1, as diffusers."""
     return float(path.sigma(path.start)) if path.kind in ("edm", "trig") else 1.0

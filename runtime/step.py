@@ -1,11 +1,12 @@
 """One step of any mix of pictures: one denoiser call for all rows, then one fused update `a x + b F + c z` in float32.
 
-Shapes: a row's latent is [C, ...] without batch, its ctx [L, D], its edge [3, H, W]. Rows may come from different
-requests, samplers, step counts and step indices; a row's result does not depend on its neighbours.
+Shapes: a row's latent is [C, ...] without batch, its conditions likewise (ctx [L, D], ...), its edge [3, H, W]. Rows
+may come from different requests, samplers, step counts and step indices; a row's result does not depend on others.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,17 +20,31 @@ from .errors import EngineFailed
 from .plan import Row
 from .rng import NoiseStream
 
+T = TypeVar("T")
+
+Conditions = Mapping[str, Tensor]
+"""Named inputs of the denoiser beside x, t, w and residuals, without batch; the same names in every row of a call."""
+
+
+@dataclass
+class History:
+    """What a multistep solver keeps of a picture's last step: its clean estimate [C, ...]."""
+
+    estimate: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class RowState:
-    """Everything one row's step needs. `uncond` is needed where `row.pair`, `edge` where `row.control` is not 0."""
+    """Everything one row's step needs. `uncond` is needed where `row.pair`, `edge` where `row.control` is not 0,
+    `history` where the row keeps or reads an estimate."""
 
     row: Row
     x: Tensor
-    ctx: Tensor
+    cond: Conditions
     noise: NoiseStream
-    uncond: Tensor | None = None
+    uncond: Conditions | None = None
     edge: Tensor | None = None
+    history: History | None = None
 
 
 @torch.inference_mode()
@@ -52,6 +67,7 @@ def advance(engine: Engine, states: Sequence[RowState], spec: SamplerSpec) -> li
     if any(row.c for row in rows):
         z = torch.stack([_noise(state) for state in states])
         out = torch.addcmul(out, _column([row.c for row in rows], x), z.to(x.device))
+    out = _remember(states, x, f, out)
     return [
         latent if ok else EngineFailed(f"engine {engine.name} gave a non-finite output at step {row.index + 1}")
         for latent, ok, row in zip(out.unbind(), finite, rows, strict=True)
@@ -63,11 +79,11 @@ def evaluate(engine: Engine, states: Sequence[RowState], x: Tensor) -> Tensor:
     rows = [state.row for state in states]
     pairs = [i for i, row in enumerate(rows) if row.pair]
     order = [*range(len(rows)), *pairs]
-    contexts = [state.ctx for state in states] + [_present(states[i].uncond, "uncond", rows[i]) for i in pairs]
+    conds = [state.cond for state in states] + [_present(states[i].uncond, "uncond", rows[i]) for i in pairs]
     feeds = {
         "x": torch.cat([x, x[pairs]]) if pairs else x,
         "t": _vector([rows[i].t for i in order], x),
-        "ctx": torch.stack(contexts),
+        **{name: torch.stack([cond[name] for cond in conds]) for name in conds[0]},
     }
     role = DENOISER
     residuals = _residuals(engine, states, order, feeds)
@@ -122,6 +138,22 @@ def _residuals(
     return tuple(filled)
 
 
+def _remember(states: Sequence[RowState], x: Tensor, f: Tensor, out: Tensor) -> Tensor:
+    """Multistep rows: add `d m` of the estimate kept before, then keep this step's; others pass untouched."""
+    if not any(state.row.d or state.row.keep for state in states):
+        return out
+    out = out.clone()
+    for k, state in enumerate(states):
+        row = state.row
+        if not (row.d or row.keep):
+            continue
+        history = _present(state.history, "history", row)
+        if row.d:
+            out[k] += row.d * _present(history.estimate, "the estimate of the step before", row)
+        history.estimate = None if row.keep is None else row.keep[0] * x[k] + row.keep[1] * f[k]
+    return out
+
+
 def _clip(x: Tensor, f: Tensor, states: Sequence[RowState], spec: SamplerSpec) -> Tensor:
     """F changed so that its clean estimate lies within `spec.clip`; the noise estimate follows the clipped one."""
     bound = spec.clip
@@ -137,7 +169,7 @@ def _noise(state: RowState) -> Tensor:
     return torch.zeros(state.x.shape)
 
 
-def _present(value: Tensor | None, name: str, row: Row) -> Tensor:
+def _present(value: T | None, name: str, row: Row) -> T:
     if value is None:
         raise ValueError(f"row {row.index} needs {name}")
     return value

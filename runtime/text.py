@@ -3,8 +3,12 @@
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from fewstep.models.bundle import Bundle
+from fewstep.models.spec import TextInput
 
 from .errors import BundleError, InvalidRequest
 
@@ -16,26 +20,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised prompt, padded to the model's length, and what the user should know about it."""
+    """A tokenised prompt: what the text role is fed (`ids`, `ids_2`, `mask`, ...), padded, and what the user should
+    know about it."""
 
-    ids: tuple[int, ...]
+    feeds: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
 
 
-def tokenise(tokenizer: Any, prompt: str, field: str = "prompt") -> Tokens:
-    """Token ids as diffusers feeds them: padded to `model_max_length`, never cut.
+def tokenise(
+    tokenizers: Sequence[Any], prompt: str, field: str = "prompt", texts: Sequence[TextInput] = (TextInput(),)
+) -> Tokens:
+    """Token ids as diffusers feeds them, for each tokenizer as its `TextInput` says.
 
     Errors: `InvalidRequest` where the prompt has more tokens than the model reads.
     """
-    longest = int(tokenizer.model_max_length)
+    feeds: dict[str, tuple[int, ...]] = {}
+    notes: list[str] = []
+    for k, (tokenizer, text) in enumerate(zip(tokenizers, texts, strict=True), start=1):
+        suffix = "" if k == 1 else f"_{k}"
+        out = _padded(tokenizer, text, prompt, field)
+        feeds[f"ids{suffix}"] = tuple(out["input_ids"])
+        if text.mask:
+            feeds[f"mask{suffix}"] = tuple(out["attention_mask"])
+        if unknown := unknown_words(tokenizer, prompt):
+            notes.append(f"not in this model's vocabulary: {', '.join(unknown)}")
+    return Tokens(feeds, tuple(dict.fromkeys(notes)))
+
+
+def _padded(tokenizer: Any, text: TextInput, prompt: str, field: str) -> Mapping[str, list[int]]:
+    longest = int(text.length or tokenizer.model_max_length)
     if longest > 100_000:  # transformers' stand-in for "not set"
-        raise BundleError("tokenizer/tokenizer_config.json has no model_max_length; set the text encoder's length")
-    ids = tokenizer(prompt, padding="max_length", max_length=longest, truncation=False)["input_ids"]
-    if len(ids) > longest:
-        raise InvalidRequest(field, f"{field} has {len(ids)} tokens; this model reads at most {longest}: shorten it")
-    unknown = unknown_words(tokenizer, prompt)
-    notes = (f"not in this model's vocabulary: {', '.join(unknown)}",) if unknown else ()
-    return Tokens(tuple(ids), notes)
+        raise BundleError(
+            f"{text.tokenizer}/tokenizer_config.json has no model_max_length; set the text encoder's length"
+        )
+    written = text.prefix + (prompt.lower().strip() if text.lower else prompt)
+    out: Mapping[str, list[int]] = tokenizer(written, padding="max_length", max_length=longest, truncation=text.cut)
+    count = len(out["input_ids"])
+    if count > longest:
+        raise InvalidRequest(field, f"{field} has {count} tokens; this model reads at most {longest}: shorten it")
+    return out
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
@@ -84,14 +107,15 @@ class Cache(Generic[T]):
 
 
 class Prompts:
-    """A model's tokenizer and the embeddings of its recent prompts; the empty prompt is one of them.
+    """A model's tokenizers and the embeddings of its recent prompts; the empty prompt is one of them.
 
-    `tokens` may be called from any thread; the tokenizer itself is used by one at a time.
+    `tokens` may be called from any thread; the tokenizers themselves are used by one at a time.
     """
 
-    def __init__(self, tokenizer: Any, capacity: int) -> None:
+    def __init__(self, bundle: Bundle, capacity: int) -> None:
         self.embeddings: Cache[Any] = Cache(capacity)
-        self._tokenizer = tokenizer
+        self._tokenizers = bundle.tokenizers()
+        self._texts = bundle.spec.text
         self._tokens: Cache[Tokens] = Cache(capacity)
         self._lock = threading.Lock()
 
@@ -99,6 +123,6 @@ class Prompts:
         found = self._tokens.get(prompt)
         if found is None:
             with self._lock:
-                found = tokenise(self._tokenizer, prompt, field)
+                found = tokenise(self._tokenizers, prompt, field, self._texts)
             self._tokens.put(prompt, found)
         return found

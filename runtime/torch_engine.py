@@ -1,14 +1,15 @@
 """The definition of right: a bundle's own networks in eager float32."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.models.bundle import Bundle
 
-from .engine import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, TEXT, Capabilities
+from .engine import DENOISER, ENCODER, TEXT, Capabilities
 from .errors import EngineFailed, EngineUnavailable
 
 MAX_BATCH = 16
@@ -29,46 +30,37 @@ class TorchEngine:
             torch.set_num_threads(threads)
         self.name = "torch"
         self._bundle = bundle
-        denoiser = bundle.denoiser_net()
-        self._modules: dict[str, nn.Module] = {
-            TEXT: bundle.text_encoder(),
-            DENOISER: denoiser,
-            DECODER: bundle.decoder(),
-        }
-        if bundle.has("controlnet"):
-            self._modules |= {CONTROLNET: bundle.controlnet(), DENOISER_CONTROL: denoiser}
-        for module in self._modules.values():
-            module.to(device)
+        self._load = cache(bundle.load)  # the denoiser with and without residuals has one set of weights
+        self._modules: dict[str, Any] = {}
+        self._closed = False
+        for role in bundle.roles:
+            if role != ENCODER:  # opened when first asked for
+                self._modules[role] = bundle.network(role, self._load).to(device)
         self.capabilities = Capabilities(
-            roles=frozenset({*self._modules, ENCODER}), max_batch=MAX_BATCH, device=device, takes_w=denoiser.takes_w
+            roles=frozenset(bundle.roles),
+            max_batch=MAX_BATCH,
+            device=device,
+            takes_w="w" in self._modules[DENOISER].inputs,
+            text_outputs=self._modules[TEXT].outputs,
         )
 
     @torch.inference_mode()
     def run(self, role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        module = self._module(role)
         try:
-            out = self._module(role)(*arguments(role, feeds))
+            out = module(*(feeds.get(name) for name in module.inputs))
         except (RuntimeError, IndexError, TypeError) as error:
             raise EngineFailed(f"engine torch broke in {role!r}: {error}") from error
         return out if isinstance(out, tuple) else (out,)
 
     def close(self) -> None:
+        self._closed = True
         self._modules.clear()
 
     def _module(self, role: str) -> Any:
-        if role == ENCODER and ENCODER not in self._modules and self._modules:
-            self._modules[ENCODER] = self._bundle.encoder().to(self.capabilities.device)
+        if self._closed or role not in self.capabilities.roles:
+            able = "nothing: it is closed" if self._closed else ", ".join(sorted(self.capabilities.roles))
+            raise EngineFailed(f"engine torch cannot run {role!r}; it runs {able}")
         if role not in self._modules:
-            raise EngineFailed(
-                f"engine torch cannot run {role!r}; it runs {', '.join(sorted(self._modules)) or 'nothing'}"
-            )
+            self._modules[role] = self._bundle.network(role, self._load).to(self.capabilities.device)
         return self._modules[role]
-
-
-def arguments(role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """Feeds in the order of the role's `forward` (`fewstep.models.networks`)."""
-    if role in (DENOISER, DENOISER_CONTROL):
-        residuals = [feeds[f"residual_{k}"] for k in range(sum(name.startswith("residual_") for name in feeds))]
-        return (feeds["x"], feeds["t"], feeds["ctx"], feeds.get("w"), *residuals)
-    if role == CONTROLNET:
-        return tuple(feeds[name] for name in ("x", "t", "ctx", "edge", "scale"))
-    return (next(iter(feeds.values())),)

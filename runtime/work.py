@@ -20,7 +20,7 @@ from .plan import Plan
 from .request import GenerateRequest
 from .rng import NoiseStream
 from .scheduler import DENOISE, Item, Work
-from .step import RowState, advance, run_batch
+from .step import Conditions, History, RowState, advance, run_batch
 from .text import Prompts
 
 
@@ -45,13 +45,15 @@ class Canvas:
     seed: int
     noise: NoiseStream
     x: Tensor
+    history: History = field(default_factory=History)
     step: int = 0
     picture: Picture | None = None
 
 
 @dataclass
 class Live:
-    """A checked request on its way. `texts` are the prompts it needs: its own and, under guidance, the negative one."""
+    """A checked request on its way. `texts` are the prompts it needs: its own and, under guidance, the negative one;
+    `fixed` are the conditions that no text gives."""
 
     model: Served
     request: GenerateRequest
@@ -59,8 +61,9 @@ class Live:
     texts: tuple[str, ...]
     notes: tuple[str, ...]
     edge: Tensor | None
+    fixed: Conditions
     canvases: list[Canvas]
-    embedded: dict[str, Tensor]
+    embedded: dict[str, Conditions]
     begun_s: float
     started_s: float | None = None
     spent_s: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
@@ -70,6 +73,18 @@ class Live:
         """Texts without an embedding yet."""
         return [text for text in self.texts if text not in self.embedded]
 
+    @property
+    def cond(self) -> Conditions:
+        return {**self.embedded[self.texts[0]], **self.fixed}
+
+    @property
+    def uncond(self) -> Conditions:
+        """The other side of classifier-free guidance: the negative prompt, or nothing."""
+        negative = self.embedded[self.texts[-1]]
+        if self.model.spec.guidance.zero_empty and not self.texts[-1]:
+            negative = {name: torch.zeros_like(value) for name, value in negative.items()}
+        return {**negative, **self.fixed}
+
 
 @torch.inference_mode()
 def encode_texts(model: Served, lives: Sequence[Live]) -> int:
@@ -77,17 +92,28 @@ def encode_texts(model: Served, lives: Sequence[Live]) -> int:
     fresh: dict[str, Any] = {text: model.prompts.embeddings.peek(text) for live in lives for text in live.missing}
     wanted = [text for text, value in fresh.items() if value is None]
     if wanted:
-        ids = torch.tensor([model.prompts.tokens(text).ids for text in wanted], device=model.engine.capabilities.device)
-        (out,) = run_batch(model.engine, TEXT, {"ids": ids})
-        bad = [text for text, ok in zip(wanted, _finite(out), strict=True) if not ok]
-        if bad:
-            raise EngineFailed(f"engine {model.engine.name} gave a non-finite text embedding of {bad[0]!r}")
-        for text, ctx in zip(wanted, out.clone(), strict=True):  # the engine may reuse its outputs
-            fresh[text] = ctx
-            model.prompts.embeddings.put(text, ctx)
+        for text, found in zip(wanted, embed(model.engine, model.prompts, wanted), strict=True):
+            fresh[text] = found
+            model.prompts.embeddings.put(text, found)
     for live in lives:
         live.embedded.update({text: fresh[text] for text in live.missing})
     return len(wanted)
+
+
+@torch.inference_mode()
+def embed(engine: Engine, prompts: Prompts, texts: Sequence[str]) -> list[Conditions]:
+    """The conditions that the text role gives for each text, without batch.
+
+    Errors: `EngineFailed` where one is not finite, or whatever the engine raises.
+    """
+    read = [prompts.tokens(text).feeds for text in texts]
+    device = engine.capabilities.device
+    feeds = {name: torch.tensor([tokens[name] for tokens in read], device=device) for name in read[0]}
+    outs = [out.clone() for out in run_batch(engine, TEXT, feeds)]  # the engine may reuse its outputs
+    for out in outs:
+        if bad := [text for text, ok in zip(texts, _finite(out), strict=True) if not ok]:
+            raise EngineFailed(f"engine {engine.name} gave a non-finite text embedding of {bad[0]!r}")
+    return [dict(zip(engine.capabilities.text_outputs, values, strict=True)) for values in zip(*outs, strict=True)]
 
 
 def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
@@ -164,8 +190,8 @@ def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
 
 def _row_state(live: Live, canvas: Canvas) -> RowState:
     row = live.plan.rows[canvas.step]
-    uncond = live.embedded[live.texts[1]] if row.pair else None
-    return RowState(row, canvas.x, live.embedded[live.texts[0]], canvas.noise, uncond, live.edge)
+    uncond = live.uncond if row.pair else None
+    return RowState(row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history)
 
 
 def _finite(x: Tensor) -> list[bool]:

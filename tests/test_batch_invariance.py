@@ -74,7 +74,9 @@ def random_state(rng, spec, shape, ctx_shape, size, control):
     ctx, uncond = torch.randn(ctx_shape, generator=draw), torch.randn(ctx_shape, generator=draw)
     edge_tensor = torch.rand(3, size, size, generator=draw) if row.control else None
     x = torch.randn(shape, generator=draw)
-    return RowState(row, x, ctx, NoiseStream(rng.randrange(2**32)), uncond if row.pair else None, edge_tensor)
+    return RowState(
+        row, x, {"ctx": ctx}, NoiseStream(rng.randrange(2**32)), {"ctx": uncond} if row.pair else None, edge_tensor
+    )
 
 
 def same_noise(state):

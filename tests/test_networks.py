@@ -63,7 +63,7 @@ def test_control_residuals(tiny_teacher, feeds):
         down, mid = control.controlnet(feeds["x"], feeds["t"], feeds["ctx"], feeds["edge"], return_dict=False)
         for mine, theirs in zip(ours, (*down, mid), strict=True):
             torch.testing.assert_close(mine, theirs * scale.reshape(-1, 1, 1, 1))
-        steered = net(feeds["x"], feeds["t"], feeds["ctx"], None, *ours)
+        steered = net.steered()(feeds["x"], feeds["t"], feeds["ctx"], *ours)
         plain = net(feeds["x"], feeds["t"], feeds["ctx"])
     torch.testing.assert_close(steered[0], plain[0], rtol=1e-4, atol=1e-5)
     assert (steered[2] - plain[2]).abs().max() > 1e-3, "an edge map must be felt"
@@ -74,8 +74,8 @@ def test_as_network_reads_the_condition(tiny_teacher, feeds):
     run = as_network(net, control)
     cond = {"ctx": feeds["ctx"], "edge": feeds["edge"], "control_scale": torch.tensor([0.0, 0.5, 1.0])}
     with torch.no_grad():
-        direct = net(
-            feeds["x"], feeds["t"], feeds["ctx"], None,
+        direct = net.steered()(
+            feeds["x"], feeds["t"], feeds["ctx"],
             *control(feeds["x"], feeds["t"], feeds["ctx"], feeds["edge"], cond["control_scale"]),
         )  # fmt: skip
         assert torch.equal(run(feeds["x"], feeds["t"].double(), cond), direct)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.export.graphs import random_feeds, role_graph, roles_of
+from fewstep.export.graphs import random_feeds, role_graph
 from fewstep.export.onnx import export_onnx, export_role
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.runtime.errors import EngineUnavailable
@@ -108,7 +108,7 @@ def test_a_bundle_without_controlnet_has_fewer_roles(exported_lcm, tmp_path):
     root = copy_bundle(exported_lcm, tmp_path / "plain")
     shutil.rmtree(root / "controlnet")
     plain = Bundle(root, "plain", exported_lcm.spec)
-    assert roles_of(plain) == ("text", "denoiser", "decoder", "encoder")
+    assert plain.roles == ("text", "denoiser", "decoder", "encoder")
     with pytest.raises(EngineUnavailable, match=r"'controlnet'; .* has the roles text, denoiser, decoder, encoder"):
         export_onnx(plain, roles=("controlnet",))
 

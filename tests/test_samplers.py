@@ -4,18 +4,26 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.predictions import estimates
 from fewstep.models.spec import Boundary, Spacing
 from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.samplers import SAMPLERS, start_scale, time_pairs, updates
+from fewstep.runtime.samplers import SAMPLERS, path_start, start_scale, time_pairs, updates
 
 TABLE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TABLE |= {"clip_sample": False}
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SHAPE = (1, 4, 8, 8)
+BETAS = {name: value for name, value in TABLE.items() if name != "clip_sample"}
 DETERMINISTIC = {"stochastic": False, "boundary": None}
 
 
@@ -27,9 +35,14 @@ def fake_output(x, t):
 def ours(spec, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SHAPE, generator=generator)
-    seen = []
+    x = x * start_scale(spec, time_pairs(spec, steps)[0][0])
+    seen, kept = [], None
     for t, row in updates(spec, steps):
-        out = row.a * x + row.b * fake_output(x, t)
+        f = fake_output(x, t)
+        out = row.a * x + row.b * f
+        if row.d:
+            out = out + row.d * kept
+        kept = row.keep and row.keep[0] * x + row.keep[1] * f
         x = out + row.c * torch.randn(SHAPE, generator=generator) if row.c else out
         seen.append(x)
     return seen
@@ -90,6 +103,68 @@ def test_tcd_is_diffusers_tcd(gamma, steps):
     assert_steps_equal(ours(spec, steps, 7), theirs(scheduler, steps, 7, eta=gamma))
 
 
+def grid_of(scheduler, steps, unit=1.0):
+    """The times a scheduler asks for, as a spec's grid in the path's unit."""
+    scheduler.set_timesteps(steps)
+    return {steps: tuple(float(t) / unit for t in scheduler.timesteps)}
+
+
+@pytest.mark.parametrize("prediction", NAMES)
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_euler_is_diffusers_euler_in_other_units(prediction, cls, spacing, steps):
+    """diffusers' Euler lives at x / alpha; its start noise is sigma / alpha, or one more in quadrature."""
+    ancestral = cls is EulerAncestralDiscreteScheduler
+    scheduler = cls(**BETAS, prediction_type=NAMES[prediction], timestep_spacing=spacing, steps_offset=1)
+    if ancestral and prediction == "x0":
+        pytest.skip("diffusers' ancestral Euler has no x0 prediction")
+    spec = fake_spec(
+        prediction=prediction, sampler="euler-ancestral" if ancestral else "euler", stochastic=ancestral,
+        boundary=None, grids=grid_of(scheduler, steps), start="sigma" if spacing == "trailing" else "unit",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(8)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma
+    reference = []
+    for k, t in enumerate(scheduler.timesteps):
+        output = fake_output(scheduler.scale_model_input(x, t), float(t))
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+        reference.append(x / (1 + float(scheduler.sigmas[k + 1]) ** 2) ** 0.5)
+    assert_steps_equal(ours(spec, steps, 8), reference)
+
+
+@pytest.mark.parametrize("prediction", NAMES)
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
+def test_dpmpp_2m_is_diffusers(prediction, spacing, steps):
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS, prediction_type=NAMES[prediction], timestep_spacing=spacing, steps_offset=1
+    )
+    grids = grid_of(scheduler, steps)
+    spec = fake_spec(**DETERMINISTIC, prediction=prediction, sampler="dpmpp-2m", grids=grids)
+    assert_steps_equal(ours(spec, steps, 9), theirs(scheduler, steps, 9))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_dpmpp_2m_on_flow_is_diffusers(steps):
+    """As SANA samples: times are 1000 sigma there, cut to whole numbers only when they reach the network."""
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    grids = {steps: tuple(float(s) for s in scheduler.sigmas[:-1])}
+    flow = {"path": RectifiedFlow(), "prediction": "flow"}
+    spec = fake_spec(**DETERMINISTIC, **flow, sampler="dpmpp-2m", grids=grids)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(SHAPE, generator=generator)
+    reference = []
+    for k, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(fake_output(x, grids[steps][k]), t, x).prev_sample
+        reference.append(x)
+    assert_steps_equal(ours(spec, steps, 3), reference)
+
+
 def test_gamma_zero_is_ddim_and_gamma_one_forgets_the_noise():
     grids = {3: (0.9, 0.6, 0.3)}
     flow = {"path": RectifiedFlow(), "prediction": "flow", "grids": grids, "boundary": None}
@@ -118,7 +193,7 @@ def test_trigflow_rows_are_the_papers():
     assert first.b == pytest.approx(-math.cos(1.1) * math.sin(t))
     assert first.c == pytest.approx(0.5 * math.sin(1.1))
     assert (last.a, last.b, last.c) == pytest.approx((math.cos(1.1), -math.sin(1.1), 0.0))
-    assert start_scale(path) == pytest.approx(0.5)
+    assert path_start(path) == pytest.approx(0.5)
 
 
 def test_edm_consistency_rows_are_the_papers():
@@ -128,7 +203,7 @@ def test_edm_consistency_rows_are_the_papers():
     assert (first.a, first.b) == (0.0, 1.0)
     assert first.c == pytest.approx(math.sqrt(0.8**2 - 0.002**2))
     assert (last.a, last.b, last.c) == (0.0, 1.0, 0.0)
-    assert start_scale(path) == 80.0
+    assert path_start(path) == 80.0
 
 
 PATHS = [
@@ -149,18 +224,20 @@ def test_every_sampler_keeps_a_perfect_student_on_the_path(sampler, path, predic
 
     The noise is eps where the step is deterministic, fresh where it is LCM-like; either way its weight is sigma.
     """
-    stochastic = sampler in ("lcm", "trig", "edm", "tcd")
+    stochastic = sampler in ("lcm", "trig", "edm", "tcd", "euler-ancestral")
     spec = fake_spec(
         path=path, prediction=prediction, sampler=sampler, boundary=None, grids={3: grid}, stochastic=stochastic,
         gamma=0.4 if sampler == "tcd" else None, phases=3 if sampler == "phased" else None,
     )  # fmt: skip
     x0, eps = 0.37, -1.2
+    kept_estimate = 0.0
     for (t, row), (_, to) in zip(updates(spec, 3), time_pairs(spec, 3), strict=True):
         out = estimates(prediction, path, t)
         x = path.alpha(t) * x0 + path.sigma(t) * eps
         f = (x0 - out.x0_x * x) / out.x0_f  # the raw output that means this x0
         alpha, sigma = (1.0, 0.0) if to is None else (path.alpha(to), path.sigma(to))
-        mean = row.a * x + row.b * f
+        mean = row.a * x + row.b * f + row.d * kept_estimate
+        kept_estimate = row.keep[0] * x + row.keep[1] * f if row.keep else 0.0
         kept = (mean - alpha * x0) / eps  # what is left of the old noise
         assert math.hypot(kept, row.c) == pytest.approx(sigma, abs=3e-3 if sampler == "edm" else 1e-9)
 

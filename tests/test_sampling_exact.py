@@ -67,7 +67,9 @@ def generate(engine, spec, requests, starts, ctx=0.0):
     xs = list(starts)
     for index in range(max(len(plan.rows) for plan in plans)):
         live = [i for i, plan in enumerate(plans) if index < len(plan.rows)]
-        states = [RowState(plans[i].rows[index], xs[i], ctxs[0], noises[i], uncond=ctxs[1]) for i in live]
+        states = [
+            RowState(plans[i].rows[index], xs[i], {"ctx": ctxs[0]}, noises[i], uncond={"ctx": ctxs[1]}) for i in live
+        ]
         for i, x in zip(live, advance(engine, states, spec), strict=True):
             assert isinstance(x, torch.Tensor)
             xs[i] = x

@@ -21,12 +21,12 @@ def state(seed, row=ROW, edge=None):
     words = torch.Generator().manual_seed(1000 + seed)
     noise = NoiseStream(seed)
     x, ctx, uncond = noise.draw(SHAPE), torch.randn(5, 8, generator=words), torch.randn(5, 8, generator=words)
-    return RowState(row, x, ctx, noise, uncond, edge)
+    return RowState(row, x, {"ctx": ctx}, noise, {"ctx": uncond}, edge)
 
 
 def raw(engine, role, states, **more):
     feeds = {"x": torch.stack([s.x for s in states]), "t": torch.tensor([s.row.t for s in states])}
-    feeds["ctx"] = torch.stack([more.pop("ctx", s.ctx) for s in states])
+    feeds["ctx"] = torch.stack([more.pop("ctx", s.cond["ctx"]) for s in states])
     if engine.capabilities.takes_w:
         feeds["w"] = torch.tensor([s.row.w for s in states])
     return engine.run(role, {**feeds, **more})
@@ -50,7 +50,7 @@ def test_a_guided_row_is_two_rows_of_the_same_call():
     out = advance(engine, states, spec)
     assert [call.batch for call in engine.calls] == [3]
     cond = raw(engine, DENOISER, states)[0]
-    uncond = raw(engine, DENOISER, states[1:], ctx=states[1].uncond)[0]
+    uncond = raw(engine, DENOISER, states[1:], ctx=states[1].uncond["ctx"])[0]
     f = uncond[0] + 4.0 * (cond[1] - uncond[0])
     assert torch.allclose(out[1], 0.9 * states[1].x - 0.4 * f, atol=1e-6)
     assert torch.allclose(out[0], 0.9 * states[0].x - 0.4 * cond[0], atol=1e-6)

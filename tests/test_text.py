@@ -3,8 +3,9 @@ from unittest.mock import Mock
 import pytest
 from transformers import CLIPTokenizer
 
+from fewstep.models.spec import TextInput
 from fewstep.runtime.errors import BundleError, InvalidRequest
-from fewstep.runtime.fake_engine import FakeTokenizer
+from fewstep.runtime.fake_engine import FakeTokenizer, fake_bundle
 from fewstep.runtime.text import Cache, Prompts, tokenise, unknown_words
 
 
@@ -20,32 +21,32 @@ def word_tokenizer(extra=0):
 def test_ids_are_diffusers_ids():
     tokenizer = word_tokenizer()
     ids = tokenizer("red cat", padding="max_length", max_length=10, truncation=True).input_ids
-    assert tokenise(tokenizer, "red cat").ids == tuple(ids)
-    assert len(tokenise(tokenizer, "").ids) == 10
+    assert tokenise([tokenizer], "red cat").feeds == {"ids": tuple(ids)}
+    assert len(tokenise([tokenizer], "").feeds["ids"]) == 10
 
 
 def test_an_over_long_prompt_is_refused_with_both_counts():
     with pytest.raises(InvalidRequest, match=r"negative_prompt has 14 tokens; this model reads at most 10") as caught:
-        tokenise(word_tokenizer(), "abcdefghijkl", "negative_prompt")
+        tokenise([word_tokenizer()], "abcdefghijkl", "negative_prompt")
     assert caught.value.field == "negative_prompt"
 
 
 def test_words_outside_a_small_vocabulary_are_named_once():
-    assert tokenise(word_tokenizer(), "Red cat").notes == ()
-    assert tokenise(word_tokenizer(), "red ox, ox up").notes == ("not in this model's vocabulary: ox, up",)
+    assert tokenise([word_tokenizer()], "Red cat").notes == ()
+    assert tokenise([word_tokenizer()], "red ox, ox up").notes == ("not in this model's vocabulary: ox, up",)
 
 
 def test_byte_pair_and_letter_vocabularies_do_not_warn(tiny_teacher):
     assert unknown_words(word_tokenizer(extra=5000), "red ox") == []
     assert unknown_words(tiny_teacher.tokenizer, "red ox") == []
-    assert tokenise(FakeTokenizer(), "red ox").notes == ()
+    assert tokenise([FakeTokenizer()], "red ox").notes == ()
 
 
 def test_a_tokenizer_without_a_length_is_the_bundles_fault():
     tokenizer = FakeTokenizer()
     tokenizer.model_max_length = int(1e30)
     with pytest.raises(BundleError, match="model_max_length"):
-        tokenise(tokenizer, "red")
+        tokenise([tokenizer], "red")
 
 
 def test_the_cache_keeps_the_latest_used_and_counts():
@@ -68,6 +69,21 @@ def test_a_cache_of_none_keeps_nothing():
 
 def test_prompts_tokenise_once():
     tokenizer = Mock(wraps=FakeTokenizer(), model_max_length=32)
-    prompts = Prompts(tokenizer, 4)
+    bundle = fake_bundle()
+    bundle.tokenizer = tokenizer
+    prompts = Prompts(bundle, 4)
     assert prompts.tokens("red cat") is prompts.tokens("red cat")
     assert tokenizer.call_count == 1
+
+
+def test_each_tokenizer_reads_the_prompt_its_own_way():
+    texts = (
+        TextInput(length=6, cut=True),
+        TextInput(tokenizer="tokenizer_2", length=8, mask=True, prefix="ca", lower=True),
+    )
+    tokens = tokenise([word_tokenizer(), word_tokenizer()], " Red cat red cat", texts=texts).feeds
+    one, two = word_tokenizer(), word_tokenizer()
+    assert tokens["ids"] == tuple(one(" Red cat red cat", max_length=6, truncation=True).input_ids)
+    expected = two("cared cat red cat", padding="max_length", max_length=8)
+    assert tokens["ids_2"] == tuple(expected.input_ids)
+    assert tokens["mask_2"] == tuple(expected.attention_mask) and 0 in tokens["mask_2"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import VP
-from fewstep.runtime.samplers import start_scale, updates
+from fewstep.runtime.samplers import path_start, updates
 
 from .jumps import LcmJump
 from .oracle_world import SHAPE, Bent, Check, World, absorbed, below, between, holds, recipe_spec, turn, world
@@ -86,7 +86,7 @@ def rollout_checks(recipe: Recipe, rollout: BackwardSimulation) -> Iterator[Chec
 def _sample(student: Denoiser, spec: Any, walked: tuple[float, ...], like: Tensor, cond: Any, again: Any) -> Tensor:
     """The runtime's sampler along the first times of one of its grids, ending there as at a last step."""
     steps = next(n for n, grid in sorted(spec.grids.items()) if grid[: len(walked)] == walked)
-    x = again.noise(like) * start_scale(spec.path)
+    x = again.noise(like) * path_start(spec.path)
     rows = updates(spec, steps)[: len(walked)]
     last = updates(replace(spec, grids={len(walked): walked}), len(walked))[-1]
     for (t, update), _ in pairwise([*rows[:-1], last]):

@@ -16,7 +16,7 @@ from fewstep.models.analytic import Landing, gaussian
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.paths import EDM, VP, Path, RectifiedFlow, TrigFlow
 from fewstep.models.spec import SAMPLERS, STOCHASTIC, Guidance, Latent, SamplerSpec
-from fewstep.runtime.samplers import start_scale, time_pairs, updates
+from fewstep.runtime.samplers import path_start, time_pairs, updates
 
 from .oracle_world import SHIFT, Check, World, below, between, holds, recipe_spec
 from .recipe import Recipe
@@ -57,7 +57,7 @@ def sampler_checks(sampler: str) -> Iterator[Check]:
         if sampler in ("ddim", "euler", "phased"):
             yield from _order_checks(label, spec)
         wanted = {"edm": path.start, "trig": getattr(path, "sigma_data", 1.0)}.get(path.kind, 1.0)
-        yield below(f"{label}: scale of the start noise", start_scale(path) - wanted, 1e-12)
+        yield below(f"{label}: scale of the start noise", path_start(path) - wanted, 1e-12)
     if sampler == "tcd":
         still = replace(plain_spec("tcd", VP(), "v"), gamma=0.0, stochastic=False)
         ddim = replace(still, sampler="ddim", gamma=None)

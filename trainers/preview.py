@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.models.denoiser import Condition, Network, guide, times
 from fewstep.models.spec import SamplerSpec
-from fewstep.runtime.samplers import start_scale, updates
+from fewstep.runtime.samplers import path_start, updates
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def sample(
     def noise() -> Tensor:
         return torch.randn(tuple(shape), generator=rng).to(device)
 
-    x = noise() * start_scale(spec.path)
+    x = noise() * path_start(spec.path)
     scale = times(w, x)
     for t, update in updates(spec, steps):
         f = net(x, times(t, x), {**cond, "w": scale})

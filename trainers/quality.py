@@ -100,7 +100,7 @@ def sample_pictures(
     parts: list[Pictures] = []
     bar = tqdm(total=len(requests), desc=f"{bundle.name}, {steps} steps", unit="picture", disable=not progress)
     with bar, closing(open_engine(bundle, "torch")) if engine is None else nullcontext(engine) as opened:
-        model = Served(bundle.name, bundle.spec, opened, Prompts(bundle.tokenizer, capacity=4 * batch))
+        model = Served(bundle.name, bundle.spec, opened, Prompts(bundle, capacity=4 * batch))
         for start in range(0, len(requests), batch):
             parts.append(_sample_batch(model, requests[start : start + batch]))
             bar.update(len(parts[-1]))

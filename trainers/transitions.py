@@ -42,10 +42,10 @@ class NoisedData:
 
 
 def pure_noise(path: Path, noise: Tensor) -> Tensor:
-    """What a sampler starts from (`fewstep.runtime.samplers.start_scale`)."""
-    from fewstep.runtime.samplers import start_scale
+    """What a sampler starts from (`fewstep.runtime.samplers.path_start`)."""
+    from fewstep.runtime.samplers import path_start
 
-    return noise * start_scale(path)
+    return noise * path_start(path)
 
 
 def guided(teacher: Denoiser, uncond: Condition, w: Tensor) -> Denoiser:
