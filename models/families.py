@@ -15,16 +15,31 @@ from torch import nn
 from .errors import BundleError
 from .networks import ControlNet, Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
 from .roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, TEXT
+from .spec import Latent, TextInput
 
 Load = Callable[[str], Any]
 """A component's name -> the component, as its own class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a folder of the family states beside its scheduler: fields of the `SamplerSpec`.
+
+    size: (width, height) that the denoiser was trained for. zero_empty: as in `Guidance`.
+    """
+
+    latent: Latent
+    size: tuple[int, int]
+    text: tuple[TextInput, ...] = (TextInput(),)
+    size_ids: str | None = None
+    zero_empty: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
     """denoiser: (component, with ControlNet inputs or not) -> network. text: the encoders' network, which gives
     `text_outputs`. Of the denoiser's config: takes_w, whether it takes a guidance scale; stride, what a latent's sides
-    must be multiples of."""
+    must be multiples of. facts: what the folder states, for `fewstep import`."""
 
     name: str
     folder: str
@@ -33,6 +48,7 @@ class Family:
     text_outputs: tuple[str, ...]
     takes_w: Callable[[Mapping[str, Any]], bool]
     stride: Callable[[Mapping[str, Any]], int]
+    facts: Callable[[Path], Facts]
 
     def network(self, role: str, load: Load) -> nn.Module:
         """The network of one role, for evaluation; `load` gives its components."""
@@ -59,6 +75,47 @@ def _unet_stride(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
+def read_config(root: Path, component: str, file: str = "config.json") -> dict[str, Any]:
+    """A component's settings.
+
+    Errors: `BundleError` where the file is missing or not JSON.
+    """
+    path = root / component / file
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}); a diffusers folder holds it") from error
+    return found
+
+
+def latent_of(root: Path) -> Latent:
+    """The latent that a diffusers autoencoder of the usual kinds makes (`AutoencoderKL`, `AutoencoderTiny`)."""
+    vae = read_config(root, "vae")
+    if vae.get("latents_mean") is not None:
+        raise BundleError(
+            f"{root}/vae/config.json has latents_mean, a scaling per channel that this release cannot state"
+        )
+    blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return Latent(
+        channels=int(vae["latent_channels"]),
+        factor=2 ** (len(blocks) - 1),
+        scale=float(vae["scaling_factor"]),
+        shift=float(vae.get("shift_factor") or 0.0),
+    )
+
+
+def _sd_facts(root: Path) -> Facts:
+    latent = latent_of(root)
+    side = int(read_config(root, "unet")["sample_size"]) * latent.factor
+    return Facts(latent=latent, size=(side, side))
+
+
+def _sdxl_facts(root: Path) -> Facts:
+    zeros = bool(read_config(root, "", "model_index.json").get("force_zeros_for_empty_prompt", True))
+    text = (TextInput(), TextInput(tokenizer="tokenizer_2"))
+    return replace(_sd_facts(root), text=text, size_ids="sdxl", zero_empty=zeros)
+
+
 SD = Family(
     name="sd",
     folder="unet",
@@ -67,12 +124,14 @@ SD = Family(
     text_outputs=TextEncoder.outputs,
     takes_w=_unet_takes_w,
     stride=_unet_stride,
+    facts=_sd_facts,
 )
 SDXL = replace(
     SD,
     name="sdxl",
     text=lambda load: TextEncoderXL(load("text_encoder"), load("text_encoder_2")),
     text_outputs=TextEncoderXL.outputs,
+    facts=_sdxl_facts,
 )
 
 
