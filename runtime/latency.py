@@ -1,52 +1,30 @@
-"""`fewstep bench latency`: prompt to PNG bytes, per engine and step count, beside diffusers' own pipeline.
+"""`fewstep bench latency`: prompt to PNG bytes and each network alone, per engine, batch and steps, beside peers.
 
-Fair means here: the same weights, prompt, seed, guidance and size, one process, one thread count, contestants taking
-turns (A B C A B C ...), every prompt new so that no text embedding is reused, the same PNG level.
+Fair means here: the same weights, prompt, guidance and size, one process, one thread count, contestants taking turns
+(A B C A B C ...), every prompt new so that no text embedding is reused, the same PNG encoder.
 """
 
 import argparse
-import io
 import json
-import os
-import platform
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .contestants import STAGES, Contestant, Sample, bench_runtime, runtime_contestant
 from .errors import EngineUnavailable, InvalidRequest
+from .measurement import WARM_UP, machine_facts, percentiles, take_turns
+from .peers import DIFFUSERS, PEERS, Peer, pipeline_name
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
 
-    from .events import Picture
-    from .local import Runtime
+    from .engine import Engine
 
 STEPS = (1, 2, 4, 8, 25)
-STAGES = ("text", "denoiser", "decode", "encode", "overhead")
-DIFFUSERS = "diffusers"
-PNG_LEVEL = 1
-WARM_UP = 2
-PAUSE_S = 0.005
-"""Between contestants, for the threads of the last one to fall asleep."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt to PNG bytes: seconds in all and, where known, by stage; the first picture."""
-
-    total_s: float
-    stages_s: Mapping[str, float]
-    picture: "Picture"
-
-
-Contestant = Callable[[str, int, int, int], Sample]
-"""(prompt, seed, steps, batch) -> sample."""
+Tell = Callable[[str], None]
 
 
 def bench_latency(
@@ -54,65 +32,61 @@ def bench_latency(
     *,
     engines: Sequence[str],
     steps: Sequence[int] = STEPS,
+    batches: Sequence[int] = (1,),
+    peers: Sequence[str] = (),
+    components: bool = True,
     repeats: int = 20,
     threads: int | None = None,
-    batch: int = 1,
-    progress: Callable[[str], None] | None = None,
+    progress: Tell | None = None,
 ) -> dict[str, Any]:
-    """The report as `--json` writes it. Step counts that the bundle does not allow are left out and named in `skipped`.
+    """The report as `--json` writes it. diffusers in eager float32 is always a peer: ratios are to it.
+
+    Step counts that the bundle does not allow and peers that cannot run it are left out and named in `skipped`.
 
     Errors: `EngineUnavailable` where an engine cannot be had; `InvalidRequest` where no step count is left.
     """
     import torch
+
+    from .engines import open_engine
 
     allowed = [n for n in steps if bundle.spec.allows(n)]
     if not allowed:
         raise InvalidRequest("steps", f"steps are {list(steps)}; {bundle.name} allows {list(bundle.spec.steps)}")
     if threads is not None:
         torch.set_num_threads(threads)
+    tell = progress or (lambda part: None)
+    skipped: list[dict[str, Any]] = [
+        {"steps": n, "why": "not allowed by the bundle"} for n in steps if n not in allowed
+    ]
     with ExitStack() as stack:
-        contestants: dict[str, Contestant] = {DIFFUSERS: _pipeline(bundle)}
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ready = _open_peers(bundle, peers, threads, work, skipped)
+        opened: dict[str, Engine] = {}
         for kind in engines:
-            contestants[kind] = _runtime(stack.enter_context(_open(bundle, kind, threads)))
-        rows, peers = [], []
-        for count in allowed:
-            samples = _take_turns(contestants, count, batch, repeats, progress or (lambda part: None))
-            peer = [s.total_s for s in samples[DIFFUSERS]]
-            peers.append({"steps": count, "batch": batch, **_percentiles(peer, batch)})
-            rows += [_row(kind, count, batch, samples[kind], samples[DIFFUSERS]) for kind in engines]
+            opened[kind] = open_engine(bundle, kind, threads=threads)
+            stack.callback(opened[kind].close)
+        contestants: dict[str, Contestant] = {name: peer.run for name, peer in ready.items()}
+        for kind, engine in opened.items():
+            runtime = stack.enter_context(bench_runtime(bundle, engine, threads))
+            contestants[kind] = runtime_contestant(runtime)
+        rows, peer_rows = _end_to_end(contestants, tuple(ready), allowed, batches, repeats, tell)
+        alone = _components(bundle, opened, batches, repeats, threads, tell) if components else {}
     width, height = bundle.spec.sizes[0]
     return {
+        "kind": "latency",
         "machine": machine_facts(),
         "bundle": bundle.name,
         "weights_digest": bundle.weights_digest,
         "size": [width, height],
         "guidance": bundle.spec.guidance.default,
-        "measured": f"prompt to PNG bytes (compress level {PNG_LEVEL}), new prompts, {repeats} interleaved turns",
-        "diffusers_pipeline": _pipeline_name(bundle),
+        "measured": f"prompt to PNG bytes, new prompts, {repeats} interleaved turns, one encoder for all",
+        "diffusers_pipeline": pipeline_name(bundle),
         "rows": rows,
-        "diffusers": peers,
-        "skipped": [{"steps": n, "why": "not allowed by the bundle"} for n in steps if n not in allowed],
-    }
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a reader needs to place the figures."""
-    import torch
-
-    versions = {}
-    for package in ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "openvino"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **versions,
+        "diffusers": [row for row in peer_rows if row["engine"] == DIFFUSERS],
+        "peers": [row for row in peer_rows if row["engine"] != DIFFUSERS],
+        "peer_notes": {name: list(peer.notes) for name, peer in ready.items() if peer.notes},
+        **alone,
+        "skipped": skipped,
     }
 
 
@@ -123,12 +97,14 @@ def command(argv: Sequence[str]) -> int:
 
     from fewstep.models.bundle import load_bundle
 
+    from .latency_page import page
     from .latency_report import plot, table
 
     bundle = load_bundle(args.bundle)
     engines = args.engines or ready_engines(bundle)
-    turns = sum(bundle.spec.allows(n) for n in args.steps) * (len(engines) + 1) * (args.repeats + WARM_UP)
-    with tqdm(total=turns, desc="bench latency", unit="picture", disable=None) as bar:
+    peers = {DIFFUSERS, *args.peers}
+    turns = sum(bundle.spec.allows(n) for n in args.steps) * len(args.batch)
+    with tqdm(total=turns * (len(engines) + len(peers)) * (args.repeats + WARM_UP), unit="turn", disable=None) as bar:
 
         def tell(part: str) -> None:
             bar.set_postfix_str(part)
@@ -138,16 +114,21 @@ def command(argv: Sequence[str]) -> int:
             bundle,
             engines=engines,
             steps=args.steps,
+            batches=args.batch,
+            peers=args.peers,
+            components=not args.no_components,
             repeats=args.repeats,
             threads=args.threads,
-            batch=args.batch,
             progress=tell,
         )
+    report["command"] = " ".join(["fewstep bench latency", bundle.name, *_settings(args)])
     print(table(report))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot is not None:
         plot(report, args.plot)
+    if args.html is not None:
+        args.html.write_text(page(report))
     return 0
 
 
@@ -159,120 +140,59 @@ def ready_engines(bundle: "Bundle") -> tuple[str, ...]:
     return ("torch", *(kind for kind in exported_kinds(bundle) if usable_export(bundle, kind)))
 
 
-def _take_turns(
-    contestants: Mapping[str, Contestant], steps: int, batch: int, repeats: int, tell: Callable[[str], None]
-) -> dict[str, list[Sample]]:
-    """Each contestant once per turn, on the same new prompt and seed; the first turns only warm up."""
-    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
-    for turn in range(WARM_UP + repeats):
-        for name, run in contestants.items():
-            tell(f"{steps} steps, {name}")
-            time.sleep(PAUSE_S)
-            sample = run(f"a red circle {steps} {turn}", turn, steps, batch)
-            if turn >= WARM_UP:
-                samples[name].append(sample)
-    return samples
+def _open_peers(
+    bundle: "Bundle", names: Sequence[str], threads: int | None, work: Path, skipped: list[dict[str, Any]]
+) -> dict[str, Peer]:
+    """diffusers first and in any case, then the peers asked for that can run the bundle."""
+    ready = {DIFFUSERS: PEERS[DIFFUSERS](bundle, threads, work)}
+    for name in names:
+        if name in ready:
+            continue
+        try:
+            ready[name] = PEERS[name](bundle, threads, work)
+        except EngineUnavailable as error:
+            skipped.append({"peer": name, "why": str(error)})
+    return ready
 
 
-def _open(bundle: "Bundle", kind: str, threads: int | None) -> "Runtime":
-    from .config import RuntimeConfig
-    from .local import Runtime
-
-    cached = (
-        0 if bundle.spec.guidance.mode == "cfg" else 1
-    )  # 1 holds just the running prompt; under guidance "" would stay
-    return Runtime([bundle], engine=kind, config=RuntimeConfig(threads=threads, text_cache=cached))
-
-
-def _runtime(runtime: "Runtime") -> Contestant:
-    from .images import encode
-    from .request import GenerateRequest
-
-    def run(prompt: str, seed: int, steps: int, batch: int) -> Sample:
-        begun = time.perf_counter()
-        result = runtime.generate(GenerateRequest(prompt=prompt, seed=seed, steps=steps, n=batch))
-        made = time.perf_counter()
-        for picture in result.pictures:
-            encode(picture, "png")
-        ended = time.perf_counter()
-        spent = result.timings
-        stages = {"text": spent.text_s, "denoiser": spent.denoise_s, "decode": spent.decode_s, "encode": ended - made}
-        stages["overhead"] = max(0.0, ended - begun - sum(stages.values()))
-        return Sample(ended - begun, stages, result.pictures[0])
-
-    return run
+def _end_to_end(
+    contestants: Mapping[str, Contestant],
+    peers: Sequence[str],
+    steps: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    tell: Tell,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of our engines and rows of the peers, for every step count and batch size."""
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
+    for count in steps:
+        for batch in batches:
+            calls = {name: _on_new_prompts(run, count, batch) for name, run in contestants.items()}
+            samples = take_turns(calls, repeats, lambda name, n=count: tell(f"{n} steps, {name}"))  # type: ignore[misc]
+            medians = {name: statistics.median(s.total_s for s in samples[name]) for name in samples}
+            for name, found in samples.items():
+                row = {"engine": name, "steps": count, "batch": batch, **percentiles([s.total_s for s in found], batch)}
+                row["vs_diffusers"] = round(medians[DIFFUSERS] / medians[name], 3)
+                if name in peers:
+                    theirs.append(row)
+                    continue
+                row["vs"] = {peer: round(medians[peer] / medians[name], 3) for peer in peers}
+                ours.append(row | _inside(found, samples[DIFFUSERS]))
+    return ours, theirs
 
 
-def _pipeline(bundle: "Bundle") -> Contestant:
-    """diffusers' own pipeline on the bundle's folder, as its `model_index.json` says: eager, float32."""
-    import diffusers
-    import numpy as np
-    import torch
-
-    with _hushed():
-        maker = getattr(diffusers, _pipeline_name(bundle))
-        pipeline = maker.from_pretrained(bundle.root, local_files_only=True, use_safetensors=True).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    width, height = bundle.spec.sizes[0]
-    guidance = bundle.spec.guidance.default
-
-    def run(prompt: str, seed: int, steps: int, batch: int) -> Sample:
-        begun = time.perf_counter()
-        pictures = pipeline(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
-            num_images_per_prompt=batch,
-            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)],
-        ).images
-        for picture in pictures:
-            picture.save(io.BytesIO(), "PNG", compress_level=PNG_LEVEL)
-        return Sample(time.perf_counter() - begun, {}, np.asarray(pictures[0].convert("RGB")))
-
-    return run
+def _on_new_prompts(run: Contestant, steps: int, batch: int) -> Callable[[int], Sample]:
+    return lambda turn: run(f"a red circle {steps} {turn}", turn, steps, batch)
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the remarks of diffusers and transformers on packages and classes that nobody here chose."""
-    import diffusers
-    import transformers
-
-    settings = [(house.utils.logging, house.utils.logging.get_verbosity()) for house in (diffusers, transformers)]
-    for logging, _ in settings:
-        logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logging, verbosity in settings:
-            logging.set_verbosity(verbosity)
-
-
-def _pipeline_name(bundle: "Bundle") -> str:
-    try:
-        return str(json.loads((bundle.root / "model_index.json").read_text())["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineUnavailable(
-            f"{bundle.root}/model_index.json names no pipeline ({error!r}); diffusers needs it"
-        ) from error
-
-
-def _row(kind: str, steps: int, batch: int, ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
+def _inside(ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
+    """Where the time went, and how far the pictures are from diffusers'."""
     stages = {stage: statistics.fmean(s.stages_s[stage] for s in ours) for stage in STAGES}
     whole = sum(stages.values())
-    peer_p50 = statistics.median(s.total_s for s in theirs)
     return {
-        "engine": kind,
-        "steps": steps,
-        "batch": batch,
-        **_percentiles([s.total_s for s in ours], batch),
         "share": {stage: round(seconds / whole, 4) for stage, seconds in stages.items()},
         "overhead_ms": round(statistics.median(s.stages_s["overhead"] for s in ours) * 1e3, 3),
-        "vs_diffusers": round(peer_p50 / statistics.median(s.total_s for s in ours), 3),
         "max_difference_from_diffusers": max(_difference(a, b) for a, b in zip(ours, theirs, strict=True)),
     }
 
@@ -282,55 +202,81 @@ def _difference(ours: Sample, theirs: Sample) -> int:
     return int(abs(ours.picture.astype(int) - theirs.picture.astype(int)).max())
 
 
-def _percentiles(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """Nearest-rank percentiles, and pictures per second at the median."""
-    ranked = sorted(seconds)
+def _components(
+    bundle: "Bundle",
+    engines: Mapping[str, "Engine"],
+    batches: Sequence[int],
+    repeats: int,
+    threads: int | None,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Each network alone, and the peak of this machine that its speed is a fraction of."""
+    from .components import Peaks, component_rows, operations_per_role, record_feeds
+    from .torch_engine import TorchEngine
 
-    def at(percent: int) -> float:
-        return round(ranked[max(0, -(-len(ranked) * percent // 100) - 1)] * 1e3, 3)
-
-    median = statistics.median(ranked)
-    return {
-        "p50_ms": round(median * 1e3, 3),
-        "p95_ms": at(95),
-        "p99_ms": at(99),
-        "images_per_s": round(batch / median, 2),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+    oracle = engines.get("torch") or TorchEngine(bundle, threads=threads)
+    feeds = record_feeds(oracle, bundle)
+    operations = operations_per_role(oracle, feeds)
+    if "torch" not in engines:
+        oracle.close()
+    peaks = Peaks(tuple(engines))
+    rows = component_rows(engines, feeds, operations, peaks, batches=batches, repeats=repeats, tell=tell)
+    return {"peak_gflop_per_s": peaks.best, "components": rows}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fewstep bench latency",
-        description="Latency from prompt to PNG bytes per engine and step count, beside diffusers' own pipeline on the "
-        "same weights in the same process, taking turns.",
-        epilog="example: fewstep bench latency scenes-lcm --engines torch,onnx --steps 1,4 --json latency.json",
+        description="Latency from prompt to PNG bytes and of each network alone, per engine, batch and step count, "
+        "beside peers on the same weights in the same process, taking turns.",
+        epilog="example: fewstep bench latency scenes-lcm --engines torch,onnx --steps 1,4 --peers openvino-genai "
+        "--threads 1 --json latency.json --html latency.html",
     )
-    parser.add_argument("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
-    parser.add_argument("--engines", type=_names, help="comma-separated; default: torch and every verified engine")
-    parser.add_argument("--steps", type=_counts, default=STEPS, help="comma-separated; default: 1,2,4,8,25")
-    parser.add_argument("--repeats", type=_count, default=20, help="turns measured per step count; default: 20")
-    parser.add_argument("--threads", type=_count, help="CPU threads of every contestant; default: torch's choice")
-    parser.add_argument("--batch", type=_count, default=1, help="pictures per request; default: 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the report there (PNG, SVG, PDF)")
+    add = parser.add_argument
+    add("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
+    add("--engines", type=_engines, help="comma-separated; default: torch and every verified engine")
+    add("--steps", type=_counts, default=STEPS, help="comma-separated; default: 1,2,4,8,25")
+    add("--batch", type=_counts, default=(1,), help="pictures per request, comma-separated; default: 1")
+    add(
+        "--peers",
+        type=_peers,
+        default=(),
+        help=f"beside diffusers, which is always one: {', '.join(PEERS)}; the compiled one takes minutes to warm up",
+    )
+    add("--repeats", type=_count, default=20, help="turns measured per step count and batch; default: 20")
+    add("--threads", type=_count, help="CPU threads of every contestant; default: torch's choice")
+    add("--no-components", action="store_true", help="leave out the networks alone")
+    add("--json", type=Path, metavar="FILE", help="write the report there")
+    add("--plot", type=Path, metavar="FILE", help="write a picture of the report there (PNG, SVG, PDF)")
+    add("--html", type=Path, metavar="FILE", help="write the report there as one page with its plots")
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _settings(args: argparse.Namespace) -> list[str]:
+    """The settings that shape the figures, as they were said."""
+    said = []
+    for name in ("engines", "steps", "batch", "peers"):
+        if getattr(args, name):
+            said += [f"--{name}", ",".join(map(str, getattr(args, name)))]
+    if args.threads is not None:
+        said += ["--threads", str(args.threads)]
+    return [*said, "--repeats", str(args.repeats)]
+
+
+def _engines(text: str) -> tuple[str, ...]:
     from .engines import KINDS
 
+    return _names(text, tuple(KINDS), "engine")
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return _names(text, tuple(PEERS), "peer")
+
+
+def _names(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no engine; use {', '.join(KINDS)}")
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no {what}; use {', '.join(known)}")
     return names
 
 

@@ -1,29 +1,17 @@
-"""The report of `fewstep bench latency` as a table and as a picture."""
+"""The report of `fewstep bench latency` as a table, and as a picture by matplotlib."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .contestants import STAGES
 from .errors import EngineUnavailable
 
-COLOURS = {
-    "diffusers": "#8c8c8c",
-    "torch": "#4477aa",
-    "onnx": "#228833",
-    "openvino": "#ccbb44",
-    "openvino-bf16": "#ee6677",
-}
-STAGE_COLOURS = {
-    "text": "#88ccee",
-    "denoiser": "#332288",
-    "decode": "#117733",
-    "encode": "#ddcc77",
-    "overhead": "#cc6677",
-}
+STAGE_COLOURS = dict(zip(STAGES, ("#88ccee", "#332288", "#117733", "#ddcc77", "#cc6677"), strict=True))
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Lines for a terminal: the machine, one line per step count and contestant, what was left out."""
+    """Lines for a terminal: the machine, end to end, each network alone, what was left out."""
     machine = report["machine"]
     width, height = report["size"]
     lines = [
@@ -31,21 +19,21 @@ def table(report: Mapping[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}; "
         f"diffusers' {report['diffusers_pipeline']} in eager float32",
         "",
-        f"{'steps':>5} {'engine':<14} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'img/s':>7} {'vs diffusers':>13}   "
-        "text denoise decode encode  rest",
+        *_end_to_end(report),
+        *_alone(report),
     ]
-    for peer in report["diffusers"]:
-        lines.append(f"{_timing(peer, 'diffusers')} {'1.00x':>13}")
-        for row in report["rows"]:
-            if row["steps"] == peer["steps"]:
-                shares = " ".join(f"{share:>6.0%}" for share in row["share"].values())
-                lines.append(f"{_timing(row, row['engine'])} {row['vs_diffusers']:>12.2f}x {shares}")
-    lines += [f"left out: {gone['steps']} steps, {gone['why']}" for gone in report["skipped"]]
-    return "\n".join(lines)
+    lines += [f"{name}: {note}" for name, notes in report["peer_notes"].items() for note in notes]
+    return "\n".join([*lines, *map(left_out, report["skipped"])])
+
+
+def left_out(gone: Mapping[str, Any]) -> str:
+    """One entry of `skipped` as a line."""
+    what = f"{gone['steps']} steps" if "steps" in gone else f"peer {gone['peer']}"
+    return f"left out: {what}, {gone['why']}"
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Left: median latency against steps. Right: where the time goes at the fewest steps.
+    """Left: median latency against steps at the smallest batch. Right: where the time goes at the fewest steps.
 
     Errors: `EngineUnavailable` where matplotlib is missing.
     """
@@ -53,7 +41,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EngineUnavailable("--plot needs matplotlib; pip install 'fewstep[train]'") from error
+        raise EngineUnavailable("--plot needs matplotlib; pip install 'fewstep[train]', or use --html") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -66,21 +54,59 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _timing(row: Mapping[str, Any], name: str) -> str:
-    times = " ".join(f"{row[key]:>8.1f}" for key in ("p50_ms", "p95_ms", "p99_ms"))
-    return f"{row['steps']:>5} {name:<14} {times} {row['images_per_s']:>7.1f}"
+def contestants(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every end-to-end row, peers first."""
+    return [*report["diffusers"], *report["peers"], *report["rows"]]
+
+
+def smallest_batch(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    least = min(row["batch"] for row in rows)
+    return [row for row in rows if row["batch"] == least]
+
+
+def _end_to_end(report: Mapping[str, Any]) -> list[str]:
+    wide = max(14, *(len(row["engine"]) for row in contestants(report)))
+    lines = [
+        f"{'steps':>5} {'batch':>5} {'engine':<{wide}} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'img/s':>7} "
+        f"{'vs diffusers':>13}   text denoise decode encode  rest"
+    ]
+    for row in sorted(contestants(report), key=lambda row: (row["steps"], row["batch"])):
+        times = " ".join(f"{row[key]:>8.1f}" for key in ("p50_ms", "p95_ms", "p99_ms"))
+        shares = " ".join(f"{share:>6.0%}" for share in row.get("share", {}).values())
+        line = f"{row['steps']:>5} {row['batch']:>5} {row['engine']:<{wide}} {times} {row['images_per_s']:>7.1f}"
+        lines.append(f"{line} {row['vs_diffusers']:>12.2f}x {shares}".rstrip())
+    return lines
+
+
+def _alone(report: Mapping[str, Any]) -> list[str]:
+    if "components" not in report:
+        return []
+    rows = report["components"]
+    wide = max(14, *(len(row["engine"]) for row in rows))
+    peak = ", ".join(f"{name} {speed:g} GFLOP/s" for name, speed in report["peak_gflop_per_s"].items())
+    lines = ["", f"each network alone; matrix peak of this machine in this run: {peak}"]
+    lines.append(
+        f"{'role':<17} {'batch':>5} {'engine':<{wide}} {'p50 ms':>8} {'GFLOP':>8} {'GFLOP/s':>8} {'of peak':>8}"
+    )
+    for row in rows:
+        share = "-" if row["fraction_of_peak"] is None else f"{row['fraction_of_peak']:.0%}"
+        lines.append(
+            f"{row['role']:<17} {row['batch']:>5} {row['engine']:<{wide}} {row['p50_ms']:>8.2f} {row['gflop']:>8.3f} "
+            f"{row['gflop_per_s']:>8.1f} {share:>8}"
+        )
+    return lines
 
 
 def _curves(axes: Any, report: Mapping[str, Any]) -> None:
     from matplotlib.ticker import LogLocator
 
-    curves = {"diffusers": [(p["steps"], p["p50_ms"]) for p in report["diffusers"]]}
-    for row in report["rows"]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in smallest_batch(contestants(report)):
         curves.setdefault(row["engine"], []).append((row["steps"], row["p50_ms"]))
     for name, points in curves.items():
         steps, times = zip(*sorted(points), strict=True)
-        axes.plot(steps, times, marker="o", label=name, color=COLOURS.get(name))
-    ticks = sorted({p["steps"] for p in report["diffusers"]})
+        axes.plot(steps, times, marker="o", label=name, linestyle="-" if name in _engines(report) else "--")
+    ticks = sorted({row["steps"] for row in report["rows"]})
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="median latency, ms")
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -90,9 +116,14 @@ def _curves(axes: Any, report: Mapping[str, Any]) -> None:
     axes.legend()
 
 
+def _engines(report: Mapping[str, Any]) -> set[str]:
+    return {row["engine"] for row in report["rows"]}
+
+
 def _stages(axes: Any, report: Mapping[str, Any]) -> None:
-    fewest = min(row["steps"] for row in report["rows"])
-    rows = [row for row in report["rows"] if row["steps"] == fewest]
+    least = smallest_batch(report["rows"])
+    fewest = min(row["steps"] for row in least)
+    rows = [row for row in least if row["steps"] == fewest]
     names = [row["engine"] for row in rows]
     bottom = [0.0] * len(rows)
     for stage, colour in STAGE_COLOURS.items():

@@ -1,0 +1,124 @@
+"""Each network alone: what one call takes per engine and batch size, its operations, and what of the peak that is."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .engine import CONTROLNET, Capabilities, Engine
+from .measurement import percentiles, take_turns
+from .operations import count_operations
+from .peak import matrix_peak
+from .request import Control, GenerateRequest
+from .step import run_batch
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import Bundle
+
+Feeds = Mapping[str, Tensor]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Those whose peak this machine is asked for; fp16 and int8 have no fast matrix product in torch on a CPU."""
+
+
+def precision_of(kind: str) -> str:
+    """The precision that ends an engine's kind (`openvino-bf16`); "fp32" for a kind that names none."""
+    last = kind.rpartition("-")[2]
+    return last if last in ("bf16", "fp16", "fp8", "int8") else "fp32"
+
+
+class Peaks:
+    """GFLOP/s of a square matrix product in fp32 and every other precision that engines of these kinds compute in.
+
+    Taken again and again through a run, and the best kept, since a neighbour on the machine slows a single one.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        wanted = {"fp32", *map(precision_of, kinds)} & set(PRECISIONS)
+        self.best = dict.fromkeys(sorted(wanted, reverse=True), 0.0)
+
+    def sample(self) -> None:
+        for name, best in self.best.items():
+            self.best[name] = max(best, round(matrix_peak(PRECISIONS[name], repeats=2) / 1e9, 1))
+
+
+def record_feeds(engine: Engine, bundle: "Bundle") -> dict[str, Feeds]:
+    """What each role of `engine` is fed by a real request of one picture, ControlNet included where there is one."""
+    from .loop import run_request
+
+    recorder = _Recorder(engine)
+    run_request(recorder, bundle, GenerateRequest(prompt="a red circle"))
+    if CONTROLNET in engine.capabilities.roles:
+        width, height = bundle.spec.sizes[0]
+        edge = np.zeros((height, width, 3), np.uint8)
+        run_request(recorder, bundle, GenerateRequest(prompt="a red circle", control=Control(edge=edge)))
+    return recorder.feeds
+
+
+def operations_per_role(engine: Engine, feeds: Mapping[str, Feeds]) -> dict[str, int]:
+    """Operations of one picture's call of each role. `engine` is torch's eager one, which the counter can see into."""
+    return {role: count_operations(lambda r=role, f=fed: engine.run(r, f)) for role, fed in feeds.items()}  # type: ignore[misc]
+
+
+def component_rows(
+    engines: Mapping[str, Engine],
+    feeds: Mapping[str, Feeds],
+    operations: Mapping[str, int],
+    peaks: Peaks,
+    *,
+    batches: Sequence[int],
+    repeats: int,
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One row per role, batch size and engine that has the role; engines take turns on the same feeds."""
+    rows = []
+    for role, fed in feeds.items():
+        able = {kind: engine for kind, engine in engines.items() if role in engine.capabilities.roles}
+        for batch in batches:
+            peaks.sample()
+            many = {name: value.repeat(batch, *[1] * (value.ndim - 1)) for name, value in fed.items()}
+            calls = {kind: _timed(engine, role, many) for kind, engine in able.items()}
+            for kind, seconds in take_turns(calls, repeats, lambda kind, r=role: tell(f"{r}, {kind}")).items():  # type: ignore[misc]
+                row = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
+                speed = operations[role] * batch / row["p50_ms"] / 1e6
+                row |= {"gflop": round(operations[role] * batch / 1e9, 4), "gflop_per_s": round(speed, 1)}
+                rows.append(row)
+    peaks.sample()
+    for row in rows:
+        peak = peaks.best.get(precision_of(row["engine"]))
+        row["fraction_of_peak"] = None if peak is None else round(row["gflop_per_s"] / peak, 3)
+    return rows
+
+
+def _timed(engine: Engine, role: str, feeds: Feeds) -> Callable[[int], float]:
+    def call(turn: int) -> float:
+        begun = time.perf_counter()
+        run_batch(engine, role, feeds)
+        return time.perf_counter() - begun
+
+    return call
+
+
+class _Recorder:
+    """An engine that keeps copies of what each role was last fed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.feeds: dict[str, Feeds] = {}
+
+    @property
+    def name(self) -> str:
+        return self._engine.name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._engine.capabilities
+
+    def run(self, role: str, feeds: Feeds) -> tuple[Tensor, ...]:
+        self.feeds[role] = {name: value[:1].clone() for name, value in feeds.items()}
+        return self._engine.run(role, feeds)
+
+    def close(self) -> None:
+        self._engine.close()

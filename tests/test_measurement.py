@@ -1,0 +1,56 @@
+"""Turns, percentiles, counted operations, measured peaks."""
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.runtime.components import Peaks, precision_of
+from fewstep.runtime.measurement import machine_facts, percentiles, take_turns
+from fewstep.runtime.operations import count_operations
+from fewstep.runtime.peak import copy_bandwidth, matrix_peak
+
+
+def test_contestants_take_turns_and_the_first_turns_do_not_count():
+    order = []
+    found = take_turns({"a": lambda k: ("a", k), "b": lambda k: ("b", k)}, 3, order.append, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert found == {"a": [("a", 1), ("a", 2), ("a", 3)], "b": [("b", 1), ("b", 2), ("b", 3)]}
+
+
+def test_percentiles_by_nearest_rank():
+    found = percentiles([k / 1000 for k in range(1, 101)], batch=4)
+    assert (found["p50_ms"], found["p95_ms"], found["p99_ms"]) == (50.5, 95.0, 99.0)
+    assert found["images_per_s"] == pytest.approx(4 / 0.0505, abs=0.01)
+
+
+def test_machine_facts():
+    facts = machine_facts()
+    assert (
+        facts["cpu"] and facts["cores"] >= 1 and facts["threads"] >= 1 and facts["torch"] and len(facts["date"]) == 10
+    )
+
+
+@torch.inference_mode()
+def test_operations_of_layers_whose_count_is_known():
+    convolution, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(4, 5)
+    assert count_operations(lambda: convolution(torch.zeros(2, 3, 16, 16))) == 2 * 2 * 16 * 16 * 8 * 3 * 9
+    assert count_operations(lambda: linear(torch.zeros(7, 4))) == 2 * 7 * 4 * 5
+    q, k, v = torch.zeros(2, 4, 8, 16), torch.zeros(2, 4, 12, 16), torch.zeros(2, 4, 12, 16)
+    products = 2 * 2 * 4 * 8 * 12 * (16 + 16)
+    assert count_operations(lambda: nn.functional.scaled_dot_product_attention(q, k, v)) == products
+
+
+def test_peak_and_bandwidth_are_what_a_processor_does():
+    assert 1e8 < matrix_peak(torch.float32, side=256, repeats=2) < 1e14
+    assert 1e7 < copy_bandwidth(size_bytes=1 << 22, repeats=2) < 1e13
+
+
+def test_peaks_are_taken_for_the_precisions_that_the_engines_compute_in(monkeypatch):
+    speeds = iter([3e9, 5e9, 2e9, 7e9])
+    monkeypatch.setattr("fewstep.runtime.components.matrix_peak", lambda dtype, repeats: next(speeds))
+    peaks = Peaks(("torch", "openvino-bf16", "openvino-int8"))
+    peaks.sample()
+    peaks.sample()
+    assert peaks.best == {"fp32": 3.0, "bf16": 7.0}
+    kinds = ("torch", "torch-compile", "openvino-bf16", "onnx-int8")
+    assert [precision_of(kind) for kind in kinds] == ["fp32", "fp32", "bf16", "int8"]
