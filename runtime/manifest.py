@@ -6,6 +6,7 @@ set by `fewstep verify` alone, after every comparison with torch passed. No torc
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,10 +17,17 @@ from fewstep.models.bundle import Bundle
 from .errors import EngineUnavailable
 
 MANIFEST_VERSION = 1
-KINDS = ("onnx", "openvino", "openvino-bf16", "tensorrt", "tensorrt-fp16", "tensorrt-bf16")
+KINDS = (
+    "torch-bf16", "torch-compile", "torch-compile-bf16", "torch-cudagraphs", "torch-cudagraphs-bf16",
+    "torch-compile-cudagraphs", "torch-compile-cudagraphs-bf16", "aoti", "aoti-bf16", "onnx-cuda", "onnx-tensorrt",
+    "onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8",
+    "tensorrt", "tensorrt-fp16", "tensorrt-bf16",
+)  # fmt: skip
 """Kinds of exported engine this release reads."""
 PRECISIONS = ("bf16", "fp16", "fp8", "int8")
 """Endings of engine kinds; a kind without one is of float32."""
+PARTIAL = ".partial"
+"""Ending of a file in the making."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +52,18 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """A comparison with torch that was made on these files (`fewstep.export.verify`)."""
+    """A comparison with torch that was made on these files (`fewstep.export.verify`, which says what the errors are).
+
+    drift: of a golden case, the relative error of the latent after each step.
+    """
 
     component: str
     max_relative_error: float | None
     tolerance: float
     ok: bool
+    max_peak_error: float | None = None
+    peak_tolerance: float | None = None
+    drift: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,9 @@ class Manifest:
 
     build: how an engine that was compiled ahead was built (package, version, device, settings, profiles); None where
     nothing was. executed_on: the device on which it has run and agreed with torch; None until it has. costs: what calls
-    cost on the machine that measured them; empty until then.
+    cost on the machine that measured them; empty until then. treatments: the precision of each role where roles differ.
+    budget: how much worse than torch it may be (`runtime.budget`). quality: its pictures beside torch's per step count,
+    empty until `fewstep bench quality` measured them.
     """
 
     engine: str
@@ -72,6 +88,9 @@ class Manifest:
     build: Mapping[str, Any] | None = None
     executed_on: Mapping[str, Any] | None = None
     costs: Mapping[str, Any] = field(default_factory=dict)
+    treatments: Mapping[str, str] = field(default_factory=dict)
+    budget: Mapping[str, float | None] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
 
@@ -92,13 +111,27 @@ def export_command(bundle: Bundle, kind: str) -> str:
 
 
 def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:
-    """Replace the manifest in one move: a reader sees the old one or the new one, whole."""
     path = engine_folder(bundle, manifest.engine) / "manifest.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".json.partial")
-    beside.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    beside.replace(path)
+    write_whole(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     return path
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write bytes (or a buffer) beside `path`, then move them there: a reader sees the old file or the new, never half.
+
+    Errors: `OSError`; the part written so far is removed.
+    """
+    beside = path.with_name(path.name + PARTIAL)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_manifest(bundle: Bundle, kind: str) -> Manifest:
@@ -167,8 +200,9 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         )
         for role, entry in data["roles"].items()
     }
-    parity = tuple(Parity(**row) for row in data.get("parity", ()))
-    for name, allowed in (("build", dict | None), ("executed_on", dict | None), ("costs", dict)):
+    parity = tuple(Parity(**{**row, "drift": tuple(row.get("drift", ()))}) for row in data.get("parity", ()))
+    objects = dict.fromkeys(("costs", "treatments", "budget", "quality"), dict)
+    for name, allowed in {**objects, "build": dict | None, "executed_on": dict | None}.items():
         if not isinstance(data.get(name, {}), allowed):
             raise ValueError(f"{name} is {data[name]!r}; it must be an object")
     return Manifest(**{**data, "roles": roles, "parity": parity})
