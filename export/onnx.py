@@ -18,6 +18,7 @@ from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, sha256_of, write_manifest
 
+from .graph_patches import mend
 from .graphs import RoleGraph, role_graph
 
 OPSET = 21
@@ -74,6 +75,7 @@ def export_role(graph: RoleGraph, folder: Path, *, external_over_bytes: int = EX
     weights_bytes = sum(p.numel() * p.element_size() for p in graph.module.parameters())
     program.save(path, external_data=weights_bytes > external_over_bytes)
     proto = onnx.load(path, load_external_data=False)
+    mend(proto)
     _strip(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     return Graph(

@@ -1,0 +1,58 @@
+"""Mends of exported graphs: each on a graph that is refused without it, and blind to graphs that need none."""
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.export.graph_patches import mend, squeeze_of_longer_axis_is_identity
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+
+def squeeze_graph(shape, axes, *, constant_node=False):
+    """y = squeeze(2 x): what the exporter writes for torch's `squeeze` of these axes."""
+    stored = numpy_helper.from_array(np.array(axes, np.int64), "axes")
+    nodes = [helper.make_node("Add", ["x", "x"], ["twice"]), helper.make_node("Squeeze", ["twice", "axes"], ["y"])]
+    if constant_node:
+        nodes.insert(0, helper.make_node("Constant", [], ["axes"], value=stored))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [] if constant_node else [stored],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def open_graph(proto):
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("constant_node", [False, True])
+def test_a_squeeze_of_a_longer_axis_is_refused_until_mended(constant_node):
+    proto = squeeze_graph(["batch", 5, 3], [1], constant_node=constant_node)
+    with pytest.raises(Exception, match="Dimension of input 1 must be 1 instead of 5"):
+        open_graph(proto)
+    assert mend(proto) == ["squeeze_of_longer_axis_is_identity"]
+    x = torch.randn(2, 5, 3)
+    (found,) = open_graph(proto).run(None, {"x": x.numpy()})
+    assert np.array_equal(found, (2 * x).squeeze(1).numpy())
+    assert mend(proto) == []
+
+
+@pytest.mark.parametrize("shape", [["batch", 1, 3], ["batch", "rows", 3]])
+def test_a_squeeze_that_is_right_or_not_known_to_be_wrong_stays(shape):
+    proto = squeeze_graph(shape, [1])
+    before = proto.SerializeToString(deterministic=True)
+    assert squeeze_of_longer_axis_is_identity(proto) == 0
+    assert proto.SerializeToString(deterministic=True) == before
+
+
+def test_axes_that_nobody_can_read_stay():
+    proto = squeeze_graph(["batch", 5, 3], [1])
+    proto.graph.input.append(helper.make_tensor_value_info("axes", TensorProto.INT64, [1]))
+    del proto.graph.initializer[:]
+    assert mend(proto) == []
