@@ -7,14 +7,14 @@ was sealed. Only safetensors and JSON are read: loading never runs code from the
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
-from .roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, ROLES, TEXT
+from .roles import CONTROLNET, DECODER, DENOISER, ENCODER, NEEDS, ROLES, TEXT
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Bundle:
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that its networks can play, in the order of `fewstep.models.roles`."""
-        return tuple(r for r in ROLES if self.has("controlnet") or r not in (DENOISER_CONTROL, CONTROLNET))
+        return tuple(role for role in ROLES if role not in NEEDS or self.has(NEEDS[role]))
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's `config.json`."""
@@ -113,7 +113,7 @@ class Bundle:
         return self.network(TEXT)
 
     def load(self, component: str) -> Any:
-        """A component as its diffusers or transformers class, float32, with every weight present.
+        """A component as its class, float32, with every weight present.
 
         Errors: `BundleError` where the component is absent, its class unknown, or a weight missing or unexpected.
         """
@@ -124,13 +124,20 @@ class Bundle:
         import torch
         import transformers
 
+        from .linear_attention import FIELD, load_linear
+        from .own_components import OWN
+
         config = json.loads((folder / "config.json").read_text())
         name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        if name in OWN:
+            return OWN[name](folder)
         cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
         if cls is None:
             raise BundleError(
                 f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it"
             )
+        if FIELD in config:
+            return load_linear(cls, folder, config)
         try:
             model, report = cls.from_pretrained(
                 folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -195,19 +202,25 @@ def find_bundle(where: str | Path) -> Path:
     raise BundleError(f"{where} is not a folder; shipped bundles are {', '.join(shipped) or '(none)'}")
 
 
-def seal_bundle(root: Path, name: str, spec: SamplerSpec) -> Bundle:
-    """Write `bundle.json` over a folder whose files are final, and open it."""
+def seal_bundle(root: Path, name: str, spec: SamplerSpec, *, sources: Sequence[Mapping[str, Any]] = ()) -> Bundle:
+    """Write `bundle.json` over a folder whose files are final, and open it.
+
+    sources: what was put in from elsewhere (a LoRA's file, digest and weight), kept for the reader.
+    """
     _refuse_code(root)
     _forget_origins(root)
     files = {f: _digest(root / f) for f in _sealed_files(root)}
     data = {"version": BUNDLE_VERSION, "name": name, "spec": spec.to_json(), "files": files}
+    if sources:
+        data["sources"] = [dict(source) for source in sources]
     (root / "bundle.json").write_text(json.dumps(data, indent=1) + "\n")
     return load_bundle(root)
 
 
 def reseal(bundle: Bundle, **changes: Any) -> Bundle:
     """The same folder with fields of its spec replaced (quality, golden cases)."""
-    return seal_bundle(bundle.root, bundle.name, replace(bundle.spec, **changes))
+    kept = json.loads((bundle.root / "bundle.json").read_text()).get("sources", [])
+    return seal_bundle(bundle.root, bundle.name, replace(bundle.spec, **changes), sources=kept)
 
 
 def _forget_origins(root: Path) -> None:
@@ -225,12 +238,20 @@ def _sealed_files(root: Path) -> Iterator[str]:
             yield relative.as_posix()
 
 
+def find_code(root: Path, folders: Sequence[str] | None = None) -> Path | None:
+    """The first file that may hold code (a pickle, a script) in a folder, or in those of its sub-folders."""
+    for folder in [root] if folders is None else [root / name for name in folders]:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in _CODE_SUFFIXES and path.relative_to(root).parts[0] != "engines":
+                return path
+    return None
+
+
 def _refuse_code(root: Path) -> None:
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in _CODE_SUFFIXES and path.relative_to(root).parts[0] != "engines":
-            raise BundleError(
-                f"{path} may hold code; a bundle holds only safetensors and JSON. Convert the weights and delete it"
-            )
+    if (path := find_code(root)) is not None:
+        raise BundleError(
+            f"{path} may hold code; a bundle holds only safetensors and JSON. Convert the weights and delete it"
+        )
 
 
 def _check_files(root: Path, files: dict[str, str], check_digests: bool) -> None:

@@ -6,16 +6,19 @@ A family is recognised by the class that its denoiser's `config.json` names. Eve
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .errors import BundleError
-from .networks import ControlNet, Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
-from .roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, TEXT
+from .networks import Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
+from .roles import DECODER, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, TEXT
+from .schedulers import SetTimes, plain_times
 from .spec import Latent, TextInput
+from .unet_roles import UNET_ROLES
 
 Load = Callable[[str], Any]
 """A component's name -> the component, as its own class."""
@@ -39,7 +42,8 @@ class Facts:
 class Family:
     """denoiser: (component, with ControlNet inputs or not) -> network. text: the encoders' network, which gives
     `text_outputs`. Of the denoiser's config: takes_w, whether it takes a guidance scale; stride, what a latent's sides
-    must be multiples of. facts: what the folder states, for `fewstep import`."""
+    must be multiples of. more: the networks of further roles, each from the components it needs.
+    For `fewstep import`: facts, what the folder states; set_times, how diffusers' pipeline sets its scheduler."""
 
     name: str
     folder: str
@@ -49,6 +53,8 @@ class Family:
     takes_w: Callable[[Mapping[str, Any]], bool]
     stride: Callable[[Mapping[str, Any]], int]
     facts: Callable[[Path], Facts]
+    set_times: SetTimes = plain_times
+    more: Mapping[str, Callable[[Load], nn.Module]] = field(default_factory=dict)
 
     def network(self, role: str, load: Load) -> nn.Module:
         """The network of one role, for evaluation; `load` gives its components."""
@@ -56,8 +62,12 @@ class Family:
             net = self.denoiser(load(self.folder), role == DENOISER_CONTROL)
         elif role == TEXT:
             net = self.text(load)
-        elif role == CONTROLNET:
-            net = ControlNet(load("controlnet"))
+        elif role in self.more:
+            net = self.more[role](load)
+        elif role in NEEDS:
+            raise BundleError(
+                f"the {self.name} family has no network for {role!r}: import again without {NEEDS[role]}/"
+            )
         else:
             net = {DECODER: Decoder, ENCODER: Encoder}[role](load("vae"))
         return net.eval()
@@ -125,6 +135,7 @@ SD = Family(
     takes_w=_unet_takes_w,
     stride=_unet_stride,
     facts=_sd_facts,
+    more=UNET_ROLES,
 )
 SDXL = replace(
     SD,
@@ -139,7 +150,24 @@ def _unet_family(config: Mapping[str, Any]) -> Family:
     return SDXL if config.get("addition_embed_type") == "text_time" else SD
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {"UNet2DConditionModel": _unet_family}
+def _transformer(file: str) -> Callable[[Mapping[str, Any]], Family]:
+    """`family` of a file of this room, which is imported when first asked."""
+
+    def choose(config: Mapping[str, Any]) -> Family:
+        found: Family = import_module(f".{file}", __package__).family(config)
+        return found
+
+    return choose
+
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "UNet2DConditionModel": _unet_family,
+    "PixArtTransformer2DModel": _transformer("net_pixart"),
+    "SanaTransformer2DModel": _transformer("net_sana"),
+    "SD3Transformer2DModel": _transformer("net_sd3"),
+    "FluxTransformer2DModel": _transformer("net_flux"),
+    "ZImageTransformer2DModel": _transformer("net_zimage"),
+}
 """The denoiser's class -> what chooses the family by the denoiser's config."""
 
 

@@ -6,6 +6,7 @@ Shapes: x [B, C, h, w]; t [B] float; ctx [B, L, D]; pooled [B, P]; size_ids [B, 
 picture [B, 3, H, W] in [-1, 1]; edge [B, 3, H, W] in [0, 1]; scale [B] ControlNet strength.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,16 +42,20 @@ class DenoiserNet(nn.Module):
     def forward(self, *feeds: Tensor) -> Tensor:
         given = named(self.inputs, feeds)
         settings: dict[str, Any] = {}
+        residuals = tuple(value for name, value in given.items() if name.startswith("residual_"))
+        if residuals:
+            settings["down_block_additional_residuals"] = residuals[:-1]
+            settings["mid_block_additional_residual"] = residuals[-1]
+        return self.run(given, given["ctx"], **settings)
+
+    def run(self, given: Mapping[str, Tensor], ctx: Any, **settings: Any) -> Tensor:
+        """The U-Net's call. ctx: what its cross-attentions read; settings: further arguments of its `forward`."""
         if self.takes_w:
             embedded = guidance_embedding(given["w"], self.unet.config.time_cond_proj_dim)
             settings["timestep_cond"] = embedded.to(given["x"].dtype)
         if self.sized:
             settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
-        residuals = tuple(value for name, value in given.items() if name.startswith("residual_"))
-        if residuals:
-            settings["down_block_additional_residuals"] = residuals[:-1]
-            settings["mid_block_additional_residual"] = residuals[-1]
-        out: Tensor = self.unet(given["x"], given["t"], given["ctx"], return_dict=False, **settings)[0]
+        out: Tensor = self.unet(given["x"], given["t"], ctx, return_dict=False, **settings)[0]
         return out
 
 

@@ -1,5 +1,17 @@
 """The roles that a bundle's networks play behind an engine. No torch here; the table is in `fewstep.runtime.engine`."""
 
 TEXT, DENOISER, DENOISER_CONTROL = "text", "denoiser", "denoiser+control"
-CONTROLNET, DECODER, ENCODER = "controlnet", "decoder", "encoder"
-ROLES = (TEXT, DENOISER, DENOISER_CONTROL, CONTROLNET, DECODER, ENCODER)
+DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT = "denoiser+adapter", "denoiser+image-prompt"
+DENOISER_NEGATIVE = "denoiser+negative"
+CONTROLNET, ADAPTER, IMAGE_PROMPT = "controlnet", "adapter", "image-prompt"
+DECODER, ENCODER = "decoder", "encoder"
+DENOISERS = (DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_NEGATIVE)
+ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, ENCODER)
+
+NEEDS = {
+    DENOISER_CONTROL: "controlnet", CONTROLNET: "controlnet",
+    DENOISER_ADAPTER: "t2i_adapter", ADAPTER: "t2i_adapter",
+    DENOISER_IMAGE_PROMPT: "ip_adapter", IMAGE_PROMPT: "ip_adapter",
+    DENOISER_NEGATIVE: "negative",
+}  # fmt: skip
+"""The component beside the pipeline's own that a role needs; roles not listed are there in every bundle."""

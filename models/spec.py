@@ -46,17 +46,20 @@ class TextInput:
     """How one tokenizer of the model reads a prompt: the k-th gives `ids` (k = 1), `ids_2`, `ids_3`.
 
     tokenizer: its folder. length: tokens it is padded to, None for the tokenizer's own limit. mask: whether the network
-    also takes the mask of real tokens (`mask`, `mask_2`, ...). prefix: text put in front of every prompt. lower: the
+    also takes the mask of real tokens (`mask`, `mask_2`, ...). prefix, suffix: text put around every prompt. lower: the
     prompt is stripped and put in small letters first. cut: longer prompts are cut, since another input reads the rest;
-    else they are refused.
+    else they are refused. keep: the network sees so many of the tokens, and is told which (`keep`, `keep_2`, ...): the
+    first and, behind the prefix, the last; a negative prompt is then read without prefix and suffix (SANA).
     """
 
     tokenizer: str = "tokenizer"
     length: int | None = None
     mask: bool = False
     prefix: str = ""
+    suffix: str = ""
     lower: bool = False
     cut: bool = False
+    keep: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,56 @@
+"""A U-Net whose cross-attentions read more than the prompt: the same weights, other attention processors.
+
+The U-Net hands `encoder_hidden_states` to its cross-attentions as it is; here that is a tuple, the prompt first.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import BundleError
+
+CROSS = ".attn2.processor"
+
+
+def with_processors(unet: Any, make: Callable[[int], nn.Module]) -> Any:
+    """A copy of a `UNet2DConditionModel` that shares its weights, with `make(k)` in the k-th cross-attention.
+
+    The given U-Net keeps its own processors, so its plain outputs stay as they are to the bit.
+
+    Errors: `BundleError` where an attention does more than the one that `attend` and `finish` compute.
+    """
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    clone = copy.deepcopy(unet, shared)
+    processors = dict(clone.attn_processors)
+    for k, name in enumerate(cross_attentions(unet)):
+        attention = clone.get_submodule(name.removesuffix(".processor"))
+        special = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+        if attention.residual_connection or any(getattr(attention, part, None) is not None for part in special):
+            raise BundleError(f"{name} of this U-Net is not the plain cross-attention; its prompt cannot be joined")
+        processors[name] = make(k)
+    clone.set_attn_processor(processors)
+    return clone
+
+
+def cross_attentions(unet: Any) -> list[str]:
+    """The names of its cross-attentions' processors, in the order in which IP-Adapter files count them."""
+    return [name for name in unet.attn_processors if name.endswith(CROSS)]
+
+
+def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt d) V over the heads; [B, N, D], [B, L, D], [B, L, D] -> [B, N, D]."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+    out = functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+    return out.transpose(1, 2).flatten(2)
+
+
+def finish(attention: Any, out: Tensor) -> Tensor:
+    """The attention's projection of what was attended to; its dropout is none outside training."""
+    projected: Tensor = attention.to_out[1](attention.to_out[0](out)) / attention.rescale_output_factor
+    return projected

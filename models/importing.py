@@ -1,0 +1,213 @@
+"""A diffusers folder becomes a bundle: its networks checked, its sampling contract written down, nothing guessed.
+
+What the folder states is read; what it does not state (step counts, guidance, a student's own times) is asked for by
+name with the known answer suggested (`fewstep.models.known`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import Bundle, find_code, seal_bundle
+from .errors import BundleError, SpecError
+from .families import Facts, Family, find_family, read_config
+from .known import KNOWN, Answers, suggestion
+from .schedulers import Wanted, replaced_scheduler, sampling_of
+from .spec import Guidance, SamplerSpec
+
+VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".fp32.")
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+"""Components of a pipeline that make no part of the picture here."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA file and the weight it is merged with."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def import_folder(
+    source: Path,
+    out: Path,
+    *,
+    answers: Answers = Answers(),  # noqa: B008
+    name: str | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
+    change: Callable[[Path], Sequence[dict[str, Any]]] | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write the bundle `out` from the diffusers folder `source`, and load every network once.
+
+    sizes: (width, height) it shall serve; the trained one where left out. change: may edit the copied components (merge
+    LoRAs, adopt a ControlNet) and returns what it put in, which is kept as the bundle's `sources`. Weight files are
+    hard links where the file system allows it.
+
+    Errors: `BundleError` naming the file, setting or missing answer and its remedy. `out` appears only when whole.
+    """
+    tell = progress or (lambda part: None)
+    _check_source(source, out)
+    family = find_family(source)
+    spec = read_spec(source, family, answers, sizes, name or out.name)
+    beside = out.with_name(out.name + ".importing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        tell("copy")
+        _copy(source, beside)
+        if answers.sampler is not None:
+            _write_scheduler(source, beside, answers)
+        sources = [] if change is None else list(change(beside))
+        bundle = seal_bundle(beside, name or out.name, spec, sources=sources)
+        for role in bundle.roles:
+            tell(role)
+            bundle.network(role)
+        beside.rename(out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return Bundle(out, bundle.name, spec)
+
+
+def read_spec(
+    root: Path, family: Family, answers: Answers, sizes: Sequence[tuple[int, int]] = (), name: str = ""
+) -> SamplerSpec:
+    """The sampling contract of a diffusers folder and the answers to what it does not say.
+
+    Errors: `BundleError`, also for a `SpecError` of what came out.
+    """
+    facts = family.facts(root)
+    takes_w = family.takes_w(read_config(root, family.folder))
+    steps = answers.steps or tuple(sorted(answers.grids))
+    if not steps:
+        raise BundleError(
+            f"{root} does not state the step counts it is for: say --steps 1,2,4 or the like; {suggestion(family.name)}"
+        )
+    guidance = _guidance(root, family, facts, answers, takes_w)
+    config = read_config(root, "scheduler", "scheduler_config.json")
+    if answers.sampler is not None:
+        config = replaced_scheduler(config, answers.sampler, answers.prediction)
+    elif answers.prediction is not None:
+        config = {**config, "prediction_type": answers.prediction}
+    served = tuple(sizes) or (facts.size,)
+    if len(served) > 1 and config.get("use_dynamic_shifting"):
+        raise BundleError("this scheduler's times depend on the picture's size: import it once for each --size")
+    wanted = Wanted(
+        steps=tuple(sorted(steps)), size=served[0], grids=answers.grids, gamma=answers.gamma, set_times=family.set_times
+    )
+    try:
+        return SamplerSpec(
+            **sampling_of(config, wanted), guidance=guidance, latent=facts.latent, sizes=served, text=facts.text,
+            size_ids=facts.size_ids, recipe="imported",
+        )  # fmt: skip
+    except SpecError as error:
+        raise BundleError(f"{root} gives no sampling contract: {error}") from error
+
+
+def _guidance(root: Path, family: Family, facts: Facts, answers: Answers, takes_w: bool) -> Guidance:
+    given = answers.guidance
+    if given is None:
+        why = "its network takes the guidance scale" if takes_w else "guidance may be gone or still to be applied"
+        shape = "embedded:DEFAULT:LOW-HIGH" if takes_w else "none or --guidance cfg:DEFAULT:LOW-HIGH"
+        raise BundleError(
+            f"{root} does not state its guidance ({why}): say --guidance {shape}; {suggestion(family.name)}"
+        )
+    if takes_w != (given.mode == "embedded"):
+        has = "takes" if takes_w else "does not take"
+        raise BundleError(f"guidance is {given.mode!r}, but the network of {root} {has} the guidance scale as an input")
+    zeros = facts.zero_empty and given.mode == "cfg"
+    return Guidance(mode=given.mode, default=given.default, range=given.range, zero_empty=zeros)
+
+
+def merged_answers(stated: Answers, name: str | None) -> Answers:
+    """What the user stated, over what is known of the checkpoint `name`."""
+    from dataclasses import replace
+
+    if name is None:
+        return stated
+    if name not in KNOWN:
+        raise BundleError(f"--as is {name!r}; known checkpoints are {', '.join(KNOWN)}")
+    fields = ("steps", "guidance", "sampler", "grids", "prediction", "gamma")
+    said = {field: getattr(stated, field) for field in fields if getattr(stated, field) not in (None, (), {})}
+    base = KNOWN[name]
+    if "steps" in said and "grids" not in said and base.grids:
+        missing = [n for n in said["steps"] if n not in base.grids]
+        if missing:
+            raise BundleError(f"--as {name} knows the times of {list(base.grids)} steps, not of {missing}: say --grid")
+    return replace(base, **said)
+
+
+def _check_source(source: Path, out: Path) -> None:
+    if not (source / "model_index.json").is_file():
+        raise BundleError(f"{source} has no model_index.json; name a diffusers pipeline folder")
+    if out.exists():
+        raise BundleError(f"{out} exists already; delete it or name another --out")
+    if (found := find_code(source, _components(source))) is not None:
+        raise BundleError(
+            f"{found} may hold code; only safetensors and JSON are read: convert it with "
+            "diffusers' save_pretrained(..., safe_serialization=True) and delete it"
+        )
+
+
+def _components(source: Path) -> list[str]:
+    index = read_config(source, "", "model_index.json")
+    named = [k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None and k not in SKIPPED]
+    present = [k for k in named if (source / k).is_dir()]
+    if missing := sorted(set(named) - set(present)):
+        raise BundleError(f"{source}/model_index.json names {missing[0]}, and there is no such folder: complete it")
+    return sorted({*present, *(k for k in ("controlnet",) if (source / k).is_dir())})
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Components and the index; of several variants of a weight file the plain one, else the only one, renamed."""
+    out.mkdir(parents=True)
+    for component in _components(source):
+        (out / component).mkdir()
+        for path in sorted((source / component).iterdir()):
+            target = out / component / path.name
+            plain = _plain_name(path.name)
+            if plain != path.name:
+                if (source / component / plain).is_file():
+                    continue
+                target = out / component / plain
+                if target.exists():
+                    raise BundleError(f"{source}/{component} has several variants of {plain}; keep one of them")
+            if path.is_file() and path.suffix in (".safetensors", ".json", ".txt", ".model"):
+                _link(path, target)
+    index = read_config(source, "", "model_index.json")
+    for skipped in SKIPPED:
+        if skipped in index:
+            index[skipped] = [None, None]
+    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _plain_name(name: str) -> str:
+    for variant in VARIANTS:
+        name = name.replace(variant, ".")
+    return name
+
+
+def _link(path: Path, target: Path) -> None:
+    """A hard link for weights, a copy for what may be edited or where links cannot be."""
+    if path.suffix == ".safetensors":
+        try:
+            os.link(path.resolve(), target)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(path, target)
+
+
+def _write_scheduler(source: Path, out: Path, answers: Answers) -> None:
+    """The scheduler that the answers put in place of the folder's, so that diffusers samples the same way."""
+    config = read_config(source, "scheduler", "scheduler_config.json")
+    made = replaced_scheduler(config, answers.sampler or "", answers.prediction)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(made, indent=1) + "\n")
+    index = read_config(out, "", "model_index.json")
+    index["scheduler"] = ["diffusers", made["_class_name"]]
+    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")

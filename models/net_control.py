@@ -1,0 +1,87 @@
+"""Networks that follow a picture: ControlNet-Union and T2I-Adapter.
+
+Shapes as in `fewstep.models.networks`; kind [B] int64, which of a union's control types a row's picture is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import expand
+from .networks import ControlNet, DenoiserNet, named, residual_count
+
+
+def control_network(controlnet: Any) -> nn.Module:
+    """The network of a `ControlNetModel` or a `ControlNetUnionModel`."""
+    return UnionControl(controlnet) if hasattr(controlnet, "task_embedding") else ControlNet(controlnet)
+
+
+class UnionControl(nn.Module):
+    """`ControlNetUnionModel` as (x, t, ctx[, pooled, size_ids], edge, kind, scale) -> residuals, the middle last.
+
+    One picture per row. Every row may be of another kind: diffusers' `control_type_idx` takes numbers for the whole
+    batch, and is given here each row's own.
+    """
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+        self.kinds = int(controlnet.config.num_control_type)
+        self.sized = controlnet.config.addition_embed_type == "text_time"
+        sizes = ("pooled", "size_ids") if self.sized else ()
+        self.inputs = ("x", "t", "ctx", *sizes, "edge", "kind", "scale")
+        self.outputs = tuple(f"residual_{k}" for k in range(residual_count(controlnet)))
+
+    def forward(self, *feeds: Tensor) -> tuple[Tensor, ...]:
+        given = named(self.inputs, feeds)
+        settings: dict[str, Any] = {}
+        if self.sized:
+            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
+        kind, x = given["kind"], given["x"]
+        one_hot = (kind[:, None] == torch.arange(self.kinds, device=kind.device)).to(x.dtype)
+        down, mid = self.controlnet(
+            x, given["t"], given["ctx"], controlnet_cond=[given["edge"]], control_type=one_hot,
+            control_type_idx=[kind], conditioning_scale=[expand(given["scale"], x)], return_dict=False, **settings,
+        )  # fmt: skip
+        return (*down, mid)
+
+
+class Adapter(nn.Module):
+    """`T2IAdapter` as (edge) -> feature maps for the U-Net's down blocks, from the picture alone: once per request.
+
+    An adapter of one channel reads the picture's first: its pictures are grey.
+    """
+
+    inputs = ("edge",)
+
+    def __init__(self, adapter: Any) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.channels = int(adapter.config.in_channels)
+        self.outputs = feature_names(adapter)
+
+    def forward(self, edge: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.adapter(edge[:, : self.channels]))
+
+
+class AdaptedDenoiser(nn.Module):
+    """`DenoiserNet` with an adapter's feature maps as inputs, already multiplied by their scale; zeros are none."""
+
+    outputs = ("f",)
+
+    def __init__(self, unet: Any, adapter: Any) -> None:
+        super().__init__()
+        self.net = DenoiserNet(unet)
+        self.features = feature_names(adapter)
+        self.inputs = (*self.net.inputs, *self.features)
+
+    def forward(self, *feeds: Tensor) -> Tensor:
+        given = named(self.inputs, feeds)
+        features = [given[name] for name in self.features]
+        return self.net.run(given, given["ctx"], down_intrablock_additional_residuals=features)
+
+
+def feature_names(adapter: Any) -> tuple[str, ...]:
+    """feature_0, feature_1, ...: one for each of a `T2IAdapter`'s blocks."""
+    return tuple(f"feature_{k}" for k in range(len(adapter.config.channels)))

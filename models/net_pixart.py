@@ -1,0 +1,105 @@
+"""PixArt-alpha and -sigma: a transformer on a VP path, with T5 text under a mask.
+
+Chen et al. 2023 (arXiv 2310.00426) and 2024 (arXiv 2403.04692); networks and numbers as in diffusers' pipelines.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Facts, Family, latent_of, read_config
+from .networks import named
+from .spec import TextInput
+
+LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+"""The pipeline's class -> tokens of a prompt."""
+
+
+class PixArtNet(nn.Module):
+    """`PixArtTransformer2DModel` as (x, t, ctx, ctx_mask[, size_ids]) -> eps.
+
+    t [B] in 0 .. 999; ctx_mask [B, L] 1 at real tokens; size_ids [B, 3] height, width, height/width. The learned
+    variances that it also gives are dropped: no sampler here reads them.
+    """
+
+    outputs = ("f",)
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.sized = bool(transformer.use_additional_conditions)
+        self.inputs = ("x", "t", "ctx", "ctx_mask", *(("size_ids",) if self.sized else ()))
+
+    def forward(self, *feeds: Tensor) -> Tensor:
+        given = named(self.inputs, feeds)
+        x = given["x"]
+        same_batch(x, given["ctx"], given["ctx_mask"])
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.sized:
+            size = given["size_ids"].to(x.dtype)
+            added = {"resolution": size[:, :2], "aspect_ratio": size[:, 2:]}
+        out: Tensor = self.transformer(
+            x,
+            encoder_hidden_states=given["ctx"],
+            encoder_attention_mask=given["ctx_mask"],
+            timestep=given["t"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return out[:, : x.shape[1]]
+
+
+class T5Text(nn.Module):
+    """T5's encoder: ids, mask [B, L] int64 -> ctx [B, L, D], ctx_mask [B, L] float."""
+
+    inputs, outputs = ("ids", "mask"), ("ctx", "ctx_mask")
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        same_batch(ids, mask)
+        ctx = self.text_encoder(ids, attention_mask=mask)[0]
+        return ctx, mask.to(ctx.dtype)
+
+
+def same_batch(first: Tensor, *others: Tensor) -> None:
+    """Tell an exporter that the batches are one: attention code asks, and would fix the batch of the example."""
+    for other in others:
+        torch._check(other.shape[0] == first.shape[0])
+
+
+def _facts(root: Path) -> Facts:
+    latent, config = latent_of(root), read_config(root, "transformer")
+    pipeline = read_config(root, "", "model_index.json").get("_class_name")
+    side = int(config["sample_size"])
+    sized = config.get("use_additional_conditions")
+    if sized is None:
+        sized = side == 128
+    return Facts(
+        latent=latent,
+        size=(side * latent.factor, side * latent.factor),
+        text=(TextInput(length=LENGTHS.get(str(pipeline), 300), mask=True, lower=True),),
+        size_ids="pixart" if sized else None,
+    )
+
+
+PIXART = Family(
+    name="pixart",
+    folder="transformer",
+    denoiser=lambda transformer, control: PixArtNet(transformer),
+    text=lambda load: T5Text(load("text_encoder")),
+    text_outputs=T5Text.outputs,
+    takes_w=lambda config: False,
+    stride=lambda config: int(config["patch_size"]),
+    facts=_facts,
+)
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """The family of a `PixArtTransformer2DModel`."""
+    return PIXART
