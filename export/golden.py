@@ -1,7 +1,8 @@
 """Golden cases: requests whose latents after every step the bundle carries, made once by torch in float32.
 
 A case is a safetensors file: `latent` [C, h, w] and `latents` [steps, C, h, w] as the denoiser sees them, `picture`
-[H, W, 3] uint8, and `edge` [H, W, 3] uint8 where a ControlNet steers it.
+[H, W, 3] uint8, and `edge` [H, W, 3] uint8 where a ControlNet steers it. Beside the cases lies the map for previews,
+fitted to their latents (`fewstep.runtime.preview`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle, reseal
 from fewstep.models.errors import BundleError
 from fewstep.models.spec import GoldenCase, SamplerSpec
+from fewstep.runtime import preview
 from fewstep.runtime.engine import Engine
 from fewstep.runtime.events import Picture
 from fewstep.runtime.loop import run_request
@@ -61,6 +63,7 @@ def make_golden(
         tensors = {"latents": torch.stack(trace.latents), "latent": trace.latents[-1].clone()}
         tensors["picture"] = torch.from_numpy(trace.picture)
         files[case.file] = tensors if edge is None else {**tensors, "edge": torch.from_numpy(edge)}
+    files[preview.FILE] = {preview.KEY: preview.preview_of_decoder(engine, [t["latent"] for t in files.values()])}
     try:
         _replace_files(bundle.root / "golden", files)
     except OSError as error:

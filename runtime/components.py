@@ -73,7 +73,7 @@ def component_rows(
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One row per role, batch size and engine that has the role; engines take turns on the same feeds."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for role, fed in feeds.items():
         able = {kind: engine for kind, engine in engines.items() if role in engine.capabilities.roles}
         for batch in batches:
@@ -81,7 +81,7 @@ def component_rows(
             many = {name: value.repeat(batch, *[1] * (value.ndim - 1)) for name, value in fed.items()}
             calls = {kind: _timed(engine, role, many) for kind, engine in able.items()}
             for kind, seconds in take_turns(calls, repeats, lambda kind, r=role: tell(f"{r}, {kind}")).items():  # type: ignore[misc]
-                row = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
+                row: dict[str, Any] = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
                 speed = operations[role] * batch / row["p50_ms"] / 1e6
                 row |= {"gflop": round(operations[role] * batch / 1e9, 4), "gflop_per_s": round(speed, 1)}
                 rows.append(row)

@@ -73,7 +73,7 @@ def genai_contestant(bundle: "Bundle", folder: Path, *, precision: str, threads:
 
 def check_genai(bundle: "Bundle") -> None:
     """Errors: `EngineUnavailable` saying which package is missing or what of the bundle is not covered."""
-    from .peers import pipeline_name
+    from .diffusers_pipeline import pipeline_name
 
     if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
         raise EngineUnavailable(
@@ -186,4 +186,4 @@ def _config(bundle: "Bundle", part: str, file: str = "config.json") -> dict[str,
 
 
 def _needs_epsilon(scheduler: dict[str, Any]) -> bool:
-    return scheduler["_class_name"] == "LCMScheduler" and scheduler.get("prediction_type", "epsilon") != "epsilon"
+    return bool(scheduler["_class_name"] == "LCMScheduler") and scheduler.get("prediction_type", "epsilon") != "epsilon"

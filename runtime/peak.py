@@ -27,7 +27,7 @@ def copy_bandwidth(*, device: str = "cpu", size_bytes: int = 1 << 28, repeats: i
 
 @torch.inference_mode()
 def _fastest_s(call: Callable[[], object], device: str, repeats: int) -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    wait: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     call()
     taken = []
     for _ in range(repeats):

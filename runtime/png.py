@@ -31,7 +31,7 @@ def write_png(picture: Picture, *, compress: bool = True, texts: Mapping[str, st
     rows[0, 1:] = flat[0]
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
     deflate = zlib.compressobj(int(compress), zlib.DEFLATED, _BITS, _MEMORY, zlib.Z_RLE)
-    data = deflate.compress(rows) + deflate.flush()
+    data = deflate.compress(rows.data) + deflate.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, colour, deflate, filters, not interlaced
     notes = [_chunk(b"iTXt", _text(key, value)) for key, value in (texts or {}).items()]
     return b"".join((_SIGNATURE, _chunk(b"IHDR", header), *notes, _chunk(b"IDAT", data), _chunk(b"IEND", b"")))
