@@ -50,20 +50,18 @@ class Bundle:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.root / "tokenizer", local_files_only=True)
+        return self._open_tokenizer("tokenizer")
 
     def tokenizers(self) -> tuple[Any, ...]:
         """The tokenizer of each of `spec.text`."""
+        folders = [text.tokenizer for text in self.spec.text]
+        return tuple(self.tokenizer if name == "tokenizer" else self._open_tokenizer(name) for name in folders)
+
+    def _open_tokenizer(self, folder: str) -> Any:
+        """Padding goes to the right whatever its class would do, as in diffusers' pipelines."""
         from transformers import AutoTokenizer
 
-        def open_one(folder: str) -> Any:
-            if folder == "tokenizer":
-                return self.tokenizer
-            return AutoTokenizer.from_pretrained(self.root / folder, local_files_only=True)
-
-        return tuple(open_one(text.tokenizer) for text in self.spec.text)
+        return AutoTokenizer.from_pretrained(self.root / folder, local_files_only=True, padding_side="right")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -117,43 +115,51 @@ class Bundle:
 
         Errors: `BundleError` where the component is absent, its class unknown, or a weight missing or unexpected.
         """
-        folder = self.root / component
-        if not self.has(component):
-            raise BundleError(f"{self.root} has no {component}/config.json; this bundle cannot do what was asked")
-        import diffusers
-        import torch
-        import transformers
+        return load_component(self.root, component)
 
-        from .linear_attention import FIELD, load_linear
-        from .own_components import OWN
 
-        config = json.loads((folder / "config.json").read_text())
-        name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
-        if name in OWN:
-            return OWN[name](folder)
-        cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
-        if cls is None:
+def load_component(root: Path, component: str) -> Any:
+    """A component of a bundle or diffusers folder, as `Bundle.load` gives it.
+
+    Errors: `BundleError` where the component is absent, its class unknown, or a weight missing or unexpected.
+    """
+    folder = root / component
+    if not (folder / "config.json").is_file():
+        raise BundleError(f"{root} has no {component}/config.json; this folder cannot do what was asked")
+    import diffusers
+    import torch
+    import transformers
+
+    from .linear_attention import FIELD, load_linear
+    from .own_components import OWN
+
+    config = json.loads((folder / "config.json").read_text())
+    name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+    if name in OWN:
+        return OWN[name](folder)
+    cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
+    if cls is None:
+        raise BundleError(
+            f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it"
+        )
+    if FIELD in config:
+        return load_linear(cls, folder, config)
+    try:
+        model, report = cls.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # absent or unreadable weights, or weights of another shape
+        raise BundleError(f"{folder} cannot be loaded: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := report.get(problem):
             raise BundleError(
-                f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it"
+                f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew"
             )
-        if FIELD in config:
-            return load_linear(cls, folder, config)
-        try:
-            model, report = cls.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # absent or unreadable weights, or weights of another shape
-            raise BundleError(f"{folder} cannot be loaded: {error}") from error
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := report.get(problem):
-                raise BundleError(
-                    f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew"
-                )
-        return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
