@@ -17,6 +17,7 @@ from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.loop import size_conditions
 from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.samplers import time_pairs
+from fewstep.runtime.text import kept_places
 
 MAX_BATCH = 32
 """diffusers' upsampling branches at a batch of 64: a graph that allowed it would be traced twice."""
@@ -123,6 +124,9 @@ def _random_tokens(bundle: Bundle, batch: int, draw: torch.Generator) -> dict[st
         if text.mask:
             real = torch.randint(1, length + 1, (batch, 1), generator=draw)
             feeds[f"mask{suffix}"] = (torch.arange(length) < real).long()
+        if text.keep is not None:
+            kept = kept_places(length, text.keep), kept_places(length, text.keep, bare=True)
+            feeds[f"keep{suffix}"] = torch.tensor([kept[k % 2] for k in range(batch)])
     return feeds
 
 

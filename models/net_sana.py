@@ -25,7 +25,7 @@ TOKENS = 300
 class SanaNet(nn.Module):
     """`SanaTransformer2DModel` as (x, t, ctx, ctx_mask) -> eps - x0, with t [B] in 0 .. 1, ctx_mask [B, L].
 
-    The network is told whole thousandths: diffusers cuts the times of its DPM-Solver so, while the noise levels are not.
+    The network is told whole thousandths: diffusers cuts the times of its DPM-Solver so, but not the noise levels.
     """
 
     inputs, outputs = ("x", "t", "ctx", "ctx_mask"), ("f",)
@@ -61,7 +61,6 @@ class SprintNet(nn.Module):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
-        self.time_scale = float(transformer.config.timestep_scale)
         self.w_scale = float(transformer.config.guidance_embeds_scale)
 
     def forward(self, *feeds: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ class SprintNet(nn.Module):
             encoder_hidden_states=given["ctx"],
             encoder_attention_mask=given["ctx_mask"],
             guidance=given["w"] * self.w_scale,
-            timestep=flow_t * self.time_scale,
+            timestep=flow_t,  # unscaled, whatever the config's timestep_scale says: diffusers' Sprint pipeline does so
             return_dict=False,
         )[0]
         v = v[:, : x.shape[1]]

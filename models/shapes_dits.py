@@ -52,7 +52,7 @@ def sana_sprint(out: Path) -> None:
     from diffusers import SCMScheduler
 
     scheduler = SCMScheduler(num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
-    more = {"guidance_embeds": True, "guidance_embeds_scale": 0.1, "timestep_scale": 1000.0}
+    more = {"guidance_embeds": True, "guidance_embeds_scale": 0.1}
     _sana(out, "SanaSprintPipeline", scheduler, qk_norm="rms_norm_across_heads", **more)
 
 
@@ -64,6 +64,9 @@ def _sana(out: Path, pipeline: str, scheduler: Any, **settings: Any) -> None:
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
         sample_size=8, patch_size=1, mlp_ratio=2.0, **settings,
     )  # fmt: skip
+    if settings.get("guidance_embeds"):
+        with torch.no_grad():  # so that the guidance scale is felt as much as the prompt
+            net.time_embed.guidance_embedder.linear_2.weight.mul_(10.0)
     save_gemma(out, width=24)
     _finish(out, pipeline, net, scheduler, _dc)
 
@@ -232,16 +235,3 @@ def _shaken(net: Any) -> Any:
         if weight.numel() > 1 and float(weight.std()) == 0.0:
             weight.add_(torch.randn_like(weight) * 0.2)
     return net.eval()
-
-
-SHAPES = {
-    "pixart-alpha-tiny": pixart_alpha,
-    "pixart-sigma-tiny": pixart_sigma,
-    "sana-tiny": sana,
-    "sana-sprint-tiny": sana_sprint,
-    "sd3-tiny": sd3,
-    "flux-schnell-tiny": flux_schnell,
-    "flux-dev-tiny": flux_dev,
-    "z-image-tiny": z_image,
-}
-"""Name -> what writes it, for `fewstep.models.shapes.SHAPES`."""

@@ -161,6 +161,9 @@ class SamplerSpec:
             _one_of("size_ids", self.size_ids, SIZE_IDS)
         if not self.text:
             raise SpecError("text is empty; name at least one tokenizer")
+        for read in self.text:
+            if read.keep is not None and not 0 < read.keep <= (read.length or 0):
+                raise SpecError(f"text.keep is {read.keep}; it must be 1 to text.length, which is {read.length}")
         low, high = self.guidance.range
         if not low <= self.guidance.default <= high:
             raise SpecError(f"guidance.default is {self.guidance.default}; it must lie in guidance.range {[low, high]}")

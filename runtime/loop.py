@@ -20,7 +20,7 @@ from .plan import Plan, compile_plan
 from .request import GenerateRequest, Limits, resolve
 from .rng import NoiseStream
 from .step import Conditions, History, RowState, advance
-from .text import Prompts
+from .text import Bare, Prompts
 from .work import Canvas, Live, Served, decode_rows, encode_texts
 
 
@@ -33,7 +33,9 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
     if request.control is not None and not model.has_control:
         raise InvalidRequest("control", f"control needs a ControlNet; model {model.name!r} has none: leave it out")
     plan = compile_plan(request, model.spec)
-    texts = (request.prompt, request.negative_prompt or "") if any(row.pair for row in plan.rows) else (request.prompt,)
+    texts: tuple[str, ...] = (request.prompt,)
+    if any(row.pair for row in plan.rows):
+        texts = (request.prompt, negative_text(request, model.spec))
     notes: list[str] = []
     for text, where in zip(texts, ("prompt", "negative_prompt"), strict=False):
         notes += model.prompts.tokens(text, where).notes
@@ -48,6 +50,12 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
     found = {text: model.prompts.embeddings.get(text) for text in texts}
     embedded = {text: value for text, value in found.items() if value is not None}
     return Live(model, request, plan, texts, tuple(dict.fromkeys(notes)), edge, fixed, canvases, embedded, begun_s)
+
+
+def negative_text(request: GenerateRequest, spec: SamplerSpec) -> str:
+    """The negative prompt, empty where there is none, as the model's text inputs read it."""
+    text = request.negative_prompt or ""
+    return Bare(text) if any(read.keep is not None for read in spec.text) else text
 
 
 def finished(live: Live, now_s: float) -> Result:

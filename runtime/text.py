@@ -18,6 +18,18 @@ SMALL_VOCABULARY = 5000
 T = TypeVar("T")
 
 
+class Bare(str):
+    """A negative prompt that is read without the prefix and suffix: not the same text as a prompt of the same words."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bare) and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A tokenised prompt: what the text role is fed (`ids`, `ids_2`, `mask`, ...), padded, and what the user should
@@ -42,6 +54,8 @@ def tokenise(
         feeds[f"ids{suffix}"] = tuple(out["input_ids"])
         if text.mask:
             feeds[f"mask{suffix}"] = tuple(out["attention_mask"])
+        if text.keep is not None:
+            feeds[f"keep{suffix}"] = kept_places(len(out["input_ids"]), text.keep, isinstance(prompt, Bare))
         if unknown := unknown_words(tokenizer, prompt):
             notes.append(f"not in this model's vocabulary: {', '.join(unknown)}")
     return Tokens(feeds, tuple(dict.fromkeys(notes)))
@@ -53,12 +67,19 @@ def _padded(tokenizer: Any, text: TextInput, prompt: str, field: str) -> Mapping
         raise BundleError(
             f"{text.tokenizer}/tokenizer_config.json has no model_max_length; set the text encoder's length"
         )
-    written = text.prefix + (prompt.lower().strip() if text.lower else prompt)
+    bare = isinstance(prompt, Bare) and text.keep is not None
+    prefix, suffix, room = ("", "", text.keep or longest) if bare else (text.prefix, text.suffix, longest)
+    written = prefix + (prompt.lower().strip() if text.lower else str(prompt)) + suffix
     out: Mapping[str, list[int]] = tokenizer(written, padding="max_length", max_length=longest, truncation=text.cut)
-    count = len(out["input_ids"])
-    if count > longest:
-        raise InvalidRequest(field, f"{field} has {count} tokens; this model reads at most {longest}: shorten it")
+    count = sum(out["attention_mask"]) if bare else len(out["input_ids"])
+    if count > room:
+        raise InvalidRequest(field, f"{field} has {count} tokens; this model reads at most {room}: shorten it")
     return out
+
+
+def kept_places(length: int, keep: int, bare: bool = False) -> tuple[int, ...]:
+    """Which of `length` tokens the network sees: the first and the last `keep - 1`, or of a bare text the first."""
+    return tuple(range(keep)) if bare else (0, *range(length - keep + 1, length))
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:

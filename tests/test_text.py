@@ -6,7 +6,7 @@ from transformers import CLIPTokenizer
 from fewstep.models.spec import TextInput
 from fewstep.runtime.errors import BundleError, InvalidRequest
 from fewstep.runtime.fake_engine import FakeTokenizer, fake_bundle
-from fewstep.runtime.text import Cache, Prompts, tokenise, unknown_words
+from fewstep.runtime.text import Bare, Cache, Prompts, tokenise, unknown_words
 
 
 def word_tokenizer(extra=0):
@@ -87,3 +87,25 @@ def test_each_tokenizer_reads_the_prompt_its_own_way():
     expected = two("cared cat red cat", padding="max_length", max_length=8)
     assert tokens["ids_2"] == tuple(expected.input_ids)
     assert tokens["mask_2"] == tuple(expected.attention_mask) and 0 in tokens["mask_2"]
+
+
+def test_a_bare_text_is_read_without_what_stands_around_prompts():
+    texts = (TextInput(length=10, mask=True, prefix="re", suffix=" d", keep=4),)
+
+    def read(prompt):
+        return tokenise([word_tokenizer()], prompt, "negative_prompt", texts).feeds
+
+    tokenizer = word_tokenizer()
+    prompt, negative = read("d cat"), read(Bare("d"))
+    assert prompt["ids"] == tuple(tokenizer("red cat d", padding="max_length", max_length=10).input_ids)
+    assert prompt["keep"] == (0, 7, 8, 9)
+    assert negative["ids"] == tuple(tokenizer("d", padding="max_length", max_length=10).input_ids)
+    assert negative["keep"] == (0, 1, 2, 3) and sum(negative["mask"]) == 3
+    with pytest.raises(InvalidRequest, match=r"negative_prompt has 5 tokens; this model reads at most 4"):
+        read(Bare("abc"))
+
+
+def test_a_bare_text_is_not_the_prompt_of_the_same_words():
+    kept = {"cat": 1, Bare("cat"): 2}
+    assert (kept["cat"], kept[Bare("cat")]) == (1, 2)
+    assert Bare("cat") != "cat" and Bare("cat") == Bare("cat") and not Bare("")
