@@ -1,7 +1,7 @@
 """PNG files written fast: one filter for all rows and run-length matching, losslessly, with nothing but zlib.
 
 General encoders try five filters per row and search for long matches. On pictures that gains a few per cent of size for
-4 to 12 times the time (`docs/performance.md`). Format: https://www.w3.org/TR/png-3/.
+2 to 5 times the time (`docs/performance.md`). Format: https://www.w3.org/TR/png-3/.
 """
 
 import struct
