@@ -27,8 +27,25 @@ def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
 
     Errors: `EngineFailed` where the engine breaks on its first calls.
     """
+    calls = role_calls(model)
+    sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
+    for role, call in calls.items():
+        share = 0.5 if role == DENOISER else 0.5 / (len(calls) - 1)
+        for size, seconds in measure(call, sizes, budget_s * share, time.perf_counter):
+            costs.record((model.name, role), size, seconds)
+
+
+def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, Callable[[int], object]]:
+    """Engine calls as serving makes them, by role: each takes the number of rows.
+
+    size: (width, height) of the picture; the spec's first where it is left out. The empty prompt's embedding stays in
+    the model's cache. To be called, as what it returns, under inference mode.
+
+    Errors: `EngineFailed` where the engine breaks on the empty prompt.
+    """
     engine, device = model.engine, model.engine.capabilities.device
-    request = resolve(GenerateRequest(prompt="-"), model.spec)
+    width, height = size or (None, None)
+    request = resolve(GenerateRequest(prompt="-", width=width, height=height), model.spec)
     row = replace(compile_plan(request, model.spec).rows[-1], pair=False, control=0.0, c=0.0, d=0.0, keep=None)
     (empty,) = embed(engine, model.prompts, [""])
     model.prompts.embeddings.put("", empty)
@@ -47,11 +64,7 @@ def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
         edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)
         steered = replace(plain, row=replace(row, control=1.0), edge=edge)
         calls[DENOISER_CONTROL] = lambda n: advance(engine, [steered] * n, model.spec)
-    sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
-    for role, call in calls.items():
-        share = 0.5 if role == DENOISER else 0.5 / (len(calls) - 1)
-        for size, seconds in measure(call, sizes, budget_s * share, time.perf_counter):
-            costs.record((model.name, role), size, seconds)
+    return calls
 
 
 def measure(

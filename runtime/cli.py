@@ -14,6 +14,7 @@ SUMMARIES = {
     "distill": "distil a teacher into a few-step student bundle",
     "import": "turn a diffusers folder into a bundle",
     "export": "export a bundle to an engine and prove it equal",
+    "engines": "which engines a bundle has, what they cost here and which one is taken",
     "verify": "check every engine of a bundle against torch",
     "generate": "make a picture from a prompt",
     "serve": "serve bundles over HTTP",

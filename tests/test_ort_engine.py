@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fewstep.export.graphs import random_feeds
-from fewstep.export.verify import relative_error
+from fewstep.export.parity import relative_error
 from fewstep.models.bundle import load_bundle, seal_bundle
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
 from fewstep.runtime.manifest import engine_folder
-from fewstep.runtime.ort_engine import OrtEngine, run_bound, run_on_cpu, session_options
+from fewstep.runtime.ort_engine import BoundCall, OrtEngine, provider_options, run_on_cpu, session_options
 from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
 
@@ -68,11 +68,32 @@ def test_inputs_of_any_layout_and_none_is_changed(engine, reference, exported_lc
     assert torch.equal(strided["x"], before)
 
 
-def test_bound_memory_gives_the_same_bits(engine, exported_lcm):
+def test_bound_memory_gives_the_same_bits_at_every_run(engine, exported_lcm):
     for role in ("text", "controlnet"):
         session, feeds = engine._session(role), feeds_of(exported_lcm, role, 2)
-        pairs = zip(run_bound(session, feeds), run_on_cpu(session, feeds), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
+        bound = BoundCall(session, feeds)
+        other = random_feeds(exported_lcm, role, batch=2, size=(32, 32), seed=99)
+        for given in (feeds, other, feeds):
+            wanted = [out.clone() for out in run_on_cpu(session, given)]
+            assert all(torch.equal(a, b) for a, b in zip(bound.run(given), wanted, strict=True))
+
+
+def test_buffers_are_bound_once_for_a_role_and_shapes(engine, exported_lcm, monkeypatch):
+    made = []
+    monkeypatch.setattr("fewstep.runtime.ort_engine.BoundCall", lambda *args: made.append(args) or BoundCall(*args))
+    for batch in (1, 2, 1):
+        (found,) = engine._run_bound("decoder", feeds_of(exported_lcm, "decoder", batch))
+        assert torch.equal(found, engine.run("decoder", feeds_of(exported_lcm, "decoder", batch))[0])
+    assert len(made) == 2
+    engine._bound.clear()
+
+
+def test_tensorrt_keeps_its_engines_by_the_weights(exported_lcm):
+    assert provider_options("CUDAExecutionProvider", exported_lcm) == {}
+    kept = provider_options("TensorrtExecutionProvider", exported_lcm)
+    assert kept["trt_engine_cache_path"] == kept["trt_timing_cache_path"]
+    assert exported_lcm.weights_digest[:16] in kept["trt_engine_cache_path"]
+    assert kept["trt_engine_cache_enable"] == kept["trt_timing_cache_enable"] == "True"
 
 
 def test_a_bad_call_fails_and_the_next_one_works(engine, exported_lcm):
@@ -133,3 +154,25 @@ def test_open_engine_gives_it_threads(exported_lcm):
     engine = open_engine(exported_lcm, "onnx", threads=2)
     assert isinstance(engine, OrtEngine) and engine._options.intra_op_num_threads == 2
     engine.close()
+
+
+@pytest.mark.parametrize(("kind", "first"), [("onnx-cuda", "CUDA"), ("onnx-tensorrt", "Tensorrt")])
+def test_kinds_ask_for_their_provider_first(exported_lcm, tmp_path, monkeypatch, kind, first):
+    from fewstep.export.variants import export_provider
+
+    bundle = load_bundle(copy_bundle(exported_lcm, tmp_path / "copy"))
+    manifest = export_provider(bundle, engine=kind)
+    assert manifest.engine == kind and manifest.roles["decoder"].file == "../onnx/decoder.onnx"
+    assert not manifest.verified and manifest.parity == ()
+    asked = []
+
+    def session(file, options, providers, **settings):
+        asked.append(providers)
+        return SimpleNamespace(get_providers=lambda: [name for name, _ in providers])
+
+    known = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: known)
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    engine = open_engine(bundle, kind)
+    assert engine.name == kind and engine.capabilities.device == "cuda"
+    assert asked[0][0][0] == f"{first}ExecutionProvider" and asked[0][-1][0] == "CPUExecutionProvider"
