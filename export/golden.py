@@ -90,7 +90,7 @@ def run_case(engine: Engine, bundle: Bundle, case: GoldenCase, edge: Any = None)
         if k > 0:
             latents.append(x.detach().float().cpu().clone())
 
-    control = None if edge is None else Control(edge=edge)
+    control = None if edge is None else Control(edge=edge, kind=next(iter(bundle.spec.control_kinds), None))
     request = GenerateRequest(
         prompt=case.prompt, seed=case.seed, steps=case.steps, guidance=case.guidance, control=control
     )

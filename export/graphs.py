@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle
-from fewstep.models.roles import CONTROLNET, DECODER, DENOISER_CONTROL, ENCODER, TEXT
+from fewstep.models.roles import (
+    ADAPTER,
+    CONTROLNET,
+    DECODER,
+    DENOISER_ADAPTER,
+    DENOISER_CONTROL,
+    DENOISER_IMAGE_PROMPT,
+    DENOISER_NEGATIVE,
+    ENCODER,
+    IMAGE_PROMPT,
+    TEXT,
+)
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.loop import size_conditions
 from fewstep.runtime.request import GenerateRequest
@@ -78,6 +89,11 @@ def random_feeds(
         return {"latent": torch.randn(latent, generator=draw)}
     if role == ENCODER:
         return {"picture": torch.rand(batch, 3, height, width, generator=draw) * 2 - 1}
+    if role == ADAPTER:
+        return {"edge": _random_edges(batch, size, draw)}
+    if role == IMAGE_PROMPT:
+        side = int(bundle.config("image_encoder")["image_size"])
+        return {"pixels": torch.randn(batch, 3, side, side, generator=draw)}
     run = run or own_networks(bundle)
     words = run(TEXT, _random_tokens(bundle, batch, draw))
     outputs = bundle.family.text_outputs
@@ -86,28 +102,35 @@ def random_feeds(
     sized = size_conditions(GenerateRequest(prompt="-", width=width, height=height), spec)
     feeds |= {name: value.expand(batch, -1).contiguous() for name, value in sized.items()}
     if role == CONTROLNET:
-        edge = (torch.rand(batch, 1, height, width, generator=draw) < 0.1).float().expand(-1, 3, -1, -1).contiguous()
-        return feeds | {"edge": edge, "scale": 0.5 + torch.rand(batch, generator=draw)}
+        feeds |= {"edge": _random_edges(batch, size, draw), "scale": 0.5 + torch.rand(batch, generator=draw)}
+        if kinds := bundle.config("controlnet").get("num_control_type"):
+            feeds["kind"] = torch.randint(0, kinds, (batch,), generator=draw)
+        return feeds
     if bundle.family.takes_w(bundle.config(bundle.family.folder)):
         low, high = spec.guidance.range
         feeds["w"] = low + (high - low) * torch.rand(batch, generator=draw)
     if role == DENOISER_CONTROL:
         inputs = random_feeds(bundle, CONTROLNET, batch=batch, size=size, seed=seed, run=run)
         feeds |= {f"residual_{k}": residual.clone() for k, residual in enumerate(run(CONTROLNET, inputs))}
+    if role == DENOISER_ADAPTER:
+        found = run(ADAPTER, {"edge": _random_edges(batch, size, draw)})
+        scale = 0.5 + torch.rand(batch, 1, 1, 1, generator=draw)
+        feeds |= {f"feature_{k}": feature * scale.to(feature.device) for k, feature in enumerate(found)}
+    if role == DENOISER_IMAGE_PROMPT:
+        (tokens,) = run(IMAGE_PROMPT, random_feeds(bundle, IMAGE_PROMPT, batch=batch, size=size, seed=seed))
+        layers = len(bundle.load("ip_adapter").attention) // 2
+        feeds |= {"img_tok": tokens.clone(), "img_scale": torch.rand(batch, layers, generator=draw)}
+    if role == DENOISER_NEGATIVE:
+        avoided = run(TEXT, _random_tokens(bundle, batch, draw))
+        feeds["neg_ctx"] = avoided[outputs.index("ctx")].clone()
+        feeds["neg_scale"] = 4 * torch.rand(batch, generator=draw)
     return feeds
 
 
-def own_networks(bundle: Bundle) -> Run:
-    """The bundle's networks in torch, each loaded once."""
-    network = cache(bundle.network)
-
-    @torch.no_grad()
-    def run(role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        module = network(role)
-        out = module(*(feeds[name] for name in module.inputs))
-        return out if isinstance(out, tuple) else (out,)
-
-    return run
+def _random_edges(batch: int, size: tuple[int, int], draw: torch.Generator) -> Tensor:
+    """Grey pictures [B, 3, H, W] with a tenth of their pixels white."""
+    width, height = size
+    return (torch.rand(batch, 1, height, width, generator=draw) < 0.1).float().expand(-1, 3, -1, -1).contiguous()
 
 
 def _random_tokens(bundle: Bundle, batch: int, draw: torch.Generator) -> dict[str, Tensor]:
@@ -151,7 +174,7 @@ def _axes(bundle: Bundle, feeds: Mapping[str, Tensor]) -> dict[str, Axes]:
     rows = torch.export.Dim("rows", min=1, max=max(h for _, h in sizes) // unit)
     columns = torch.export.Dim("columns", min=1, max=max(w for w, _ in sizes) // unit)
     for name, tensor in feeds.items():
-        if tensor.ndim == 4:
+        if tensor.ndim == 4 and name != "pixels":  # an image encoder has one size
             axes[name][2] = (tensor.shape[2] * unit // height) * rows
             axes[name][3] = (tensor.shape[3] * unit // width) * columns
     return axes

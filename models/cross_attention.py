@@ -22,8 +22,7 @@ def with_processors(unet: Any, make: Callable[[int], nn.Module]) -> Any:
 
     Errors: `BundleError` where an attention does more than the one that `attend` and `finish` compute.
     """
-    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    clone = copy.deepcopy(unet, shared)
+    clone = sharing_copy(unet)
     processors = dict(clone.attn_processors)
     for k, name in enumerate(cross_attentions(unet)):
         attention = clone.get_submodule(name.removesuffix(".processor"))
@@ -35,6 +34,11 @@ def with_processors(unet: Any, make: Callable[[int], nn.Module]) -> Any:
     return clone
 
 
+def sharing_copy(module: Any) -> Any:
+    """The same modules anew, to be rearranged, over the very same weights."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+
+
 def cross_attentions(unet: Any) -> list[str]:
     """The names of its cross-attentions' processors, in the order in which IP-Adapter files count them."""
     return [name for name in unet.attn_processors if name.endswith(CROSS)]
@@ -44,9 +48,9 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt d) V over the heads; [B, N, D], [B, L, D], [B, L, D] -> [B, N, D]."""
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], attention.heads, -1).transpose(1, 2)
 
-    out = functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+    out: Tensor = functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
     return out.transpose(1, 2).flatten(2)
 
 

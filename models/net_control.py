@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cross_attention import sharing_copy
 from .denoiser import expand
 from .networks import ControlNet, DenoiserNet, named, residual_count
 
@@ -20,13 +21,15 @@ def control_network(controlnet: Any) -> nn.Module:
 class UnionControl(nn.Module):
     """`ControlNetUnionModel` as (x, t, ctx[, pooled, size_ids], edge, kind, scale) -> residuals, the middle last.
 
-    One picture per row. Every row may be of another kind: diffusers' `control_type_idx` takes numbers for the whole
-    batch, and is given here each row's own.
+    One picture per row, and every row may be of another kind: diffusers' `control_type_idx` takes numbers for the whole
+    batch, and is given here each row's own. Equal to diffusers' call on one row, for every row: over several rows its
+    attention between control tokens takes the batch for their sequence and would mix the rows.
     """
 
     def __init__(self, controlnet: Any) -> None:
         super().__init__()
-        self.controlnet = controlnet
+        self.controlnet = sharing_copy(controlnet)
+        self.controlnet.transformer_layes = nn.ModuleList(map(_Alone, self.controlnet.transformer_layes))
         self.kinds = int(controlnet.config.num_control_type)
         self.sized = controlnet.config.addition_embed_type == "text_time"
         sizes = ("pooled", "size_ids") if self.sized else ()
@@ -45,6 +48,18 @@ class UnionControl(nn.Module):
             control_type_idx=[kind], conditioning_scale=[expand(given["scale"], x)], return_dict=False, **settings,
         )  # fmt: skip
         return (*down, mid)
+
+
+class _Alone(nn.Module):
+    """A layer over sequences [L, N, C], given tokens [B, K, C] as B K sequences of one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.layer(tokens.flatten(0, 1)[None])
+        return out.reshape(tokens.shape)
 
 
 class Adapter(nn.Module):
@@ -84,4 +99,4 @@ class AdaptedDenoiser(nn.Module):
 
 def feature_names(adapter: Any) -> tuple[str, ...]:
     """feature_0, feature_1, ...: one for each of a `T2IAdapter`'s blocks."""
-    return tuple(f"feature_{k}" for k in range(len(adapter.config.channels)))
+    return tuple(f"feature_{k}" for k in range(len(adapter.adapter.body)))

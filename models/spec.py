@@ -124,7 +124,9 @@ class SamplerSpec:
     the last step lands on clean data (else on the path's least noisy time, as diffusers' `set_alpha_to_one=False`).
     start: the noise a picture begins with is of size 1 ("unit") or sigma at the first time ("sigma"). text: how prompts
     become token ids. size_ids: the picture-size condition that the network takes ("sdxl": height, width, crop 0 0,
-    height, width; "pixart": height, width, height/width), or None. clip: bound on |x0| in latent units, or None.
+    height, width; "pixart": height, width, height/width), or None. control_kinds: what a ControlNet-Union's control
+    types are called, in its order; empty where a control picture is of one kind only. clip: bound on |x0| in latent
+    units, or None.
     """
 
     version: int = SPEC_VERSION
@@ -145,6 +147,7 @@ class SamplerSpec:
     latent: Latent
     sizes: tuple[tuple[int, int], ...]
     clip: float | None = None
+    control_kinds: tuple[str, ...] = ()
     recipe: str
     teacher: str | None = None
     quality: tuple[QualityRow, ...] = ()
@@ -182,6 +185,8 @@ class SamplerSpec:
         if self.stochastic != (self.sampler in STOCHASTIC or (self.sampler == "tcd" and self.gamma != 0.0)):
             raise SpecError(f"stochastic is {self.stochastic}; that is not so of the {self.sampler!r} sampler")
         self._check_numbers()
+        if len(set(self.control_kinds)) != len(self.control_kinds) or not all(self.control_kinds):
+            raise SpecError(f"control_kinds is {list(self.control_kinds)}; name each control type once")
         if not self.sizes:
             raise SpecError("sizes is empty; name at least one [width, height] in pixels")
         for size in self.sizes:

@@ -62,7 +62,8 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
     }
     if model.has_control:
         edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)
-        steered = replace(plain, row=replace(row, control=1.0), edge=edge)
+        kind = 0 if model.spec.control_kinds else None
+        steered = replace(plain, row=replace(row, control=1.0), edge=edge, kind=kind)
         calls[DENOISER_CONTROL] = lambda n: advance(engine, [steered] * n, model.spec)
     return calls
 

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, metavar="N", help="how many pictures (default 1)")
     add("--control", type=Path, metavar="EDGE.png", help="edge picture for the ControlNet, of the picture's size")
     add("--control-scale", type=float, metavar="K", help="strength of the control, 0 to 2 (default 1)")
+    add("--control-kind", metavar="KIND", help="what the control picture is, for a ControlNet-Union: canny, depth, ...")
     add("--engine", default="auto", metavar="KIND", help="auto, torch, onnx, openvino or openvino-bf16 (default auto)")
     add("--threads", type=int, metavar="N", help="CPU threads; the library's own choice if left out")
     add(
@@ -85,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _control(asked: argparse.Namespace) -> "Control | None":
     if asked.control is None:
-        if asked.control_scale is not None:
-            raise InvalidRequest("control_scale", "--control-scale needs --control EDGE.png")
+        for option in ("control_scale", "control_kind"):
+            if getattr(asked, option) is not None:
+                raise InvalidRequest(option, f"--{option.replace('_', '-')} needs --control EDGE.png")
         return None
     from .images import decode
     from .request import Control
@@ -96,7 +98,7 @@ def _control(asked: argparse.Namespace) -> "Control | None":
     except OSError as error:
         raise InvalidRequest("control", f"control is {asked.control}; it cannot be read: {error.strerror}") from error
     scale = 1.0 if asked.control_scale is None else asked.control_scale
-    return Control(edge=decode(data, field="control"), scale=scale)
+    return Control(edge=decode(data, field="control"), scale=scale, kind=asked.control_kind)
 
 
 def _write(result: "Result", out: Path, format: str, prompt: str) -> list[Path]:

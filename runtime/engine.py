@@ -7,7 +7,12 @@ An engine runs *roles*. All tensors are torch tensors on the engine's device, ev
 | text | ids [B, L] int64; ids_2, mask, ... where the model reads them | the `text_outputs`: ctx [B, L, D], ... |
 | denoiser | x [B, C, h, w], t [B]; the text outputs; size_ids [B, K], w [B] if the model takes them | (F,) |
 | denoiser+control | the same and residual_0 .. residual_K | (F,) |
-| controlnet | x, t, ctx, edge [B, 3, H, W] in [0, 1], scale [B] | residuals, K+1 of them |
+| denoiser+adapter | the same and feature_0 .. feature_K, multiplied by their scale; zeros for none | (F,) |
+| denoiser+image-prompt | the same and img_tok [B, T, D], img_scale [B, layers]; 0 for none | (F,) |
+| denoiser+negative | the same and neg_ctx [B, L, D], neg_scale [B]; 0 for none | (F,) |
+| controlnet | x, t, ctx, edge [B, 3, H, W] in [0, 1], scale [B]; kind [B] int64 of a union | residuals, K+1 of them |
+| adapter | edge | features, K+1 of them |
+| image-prompt | pixels [B, 3, S, S] as CLIP's processor makes them | (img_tok,) |
 | decoder | latent [B, C, h, w] | (picture [B, 3, H, W] in [-1, 1],) |
 | encoder | picture | (latent,) |
 
@@ -21,13 +26,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fewstep.models.roles import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, ROLES, TEXT
+from fewstep.models.roles import (
+    ADAPTER,
+    CONTROLNET,
+    DECODER,
+    DENOISER,
+    DENOISER_ADAPTER,
+    DENOISER_CONTROL,
+    ENCODER,
+    ROLES,
+    TEXT,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONTROLNET", "DECODER", "DENOISER", "DENOISER_CONTROL", "ENCODER", "ROLES", "TEXT", "Capabilities", "Engine",
+    "ADAPTER", "CONTROLNET", "DECODER", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL", "ENCODER",
+    "ROLES", "TEXT", "Capabilities", "Engine",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from .events import Result, Timings
 from .plan import Plan, compile_plan
 from .request import GenerateRequest, Limits, resolve
 from .rng import NoiseStream
-from .step import Conditions, History, RowState, advance
+from .step import Conditions, Features, History, RowState, advance
 from .text import Bare, Prompts
 from .work import Canvas, Live, Served, decode_rows, encode_texts
 
@@ -31,7 +31,9 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
     """
     request = resolve(request, model.spec, limits or Limits())
     if request.control is not None and not model.has_control:
-        raise InvalidRequest("control", f"control needs a ControlNet; model {model.name!r} has none: leave it out")
+        raise InvalidRequest(
+            "control", f"control needs a ControlNet or an adapter; model {model.name!r} has none: leave it out"
+        )
     plan = compile_plan(request, model.spec)
     texts: tuple[str, ...] = (request.prompt,)
     if any(row.pair for row in plan.rows):
@@ -89,21 +91,23 @@ def run_plan(
     shape: tuple[int, ...],
     uncond: Conditions | None = None,
     edge: Tensor | None = None,
+    kind: int | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The dull loop: one picture's latent [C, h, w], its steps one after the other, nothing shared.
 
     shape: the latent's, without batch. cond, uncond: named conditions without batch (ctx [L, D], ...); edge [3, H, W]
-    in [0, 1]. `watch(k, x)` sees the latent after k steps, the start noise as 0.
+    in [0, 1], and its kind as in `RowState`. `watch(k, x)` sees the latent after k steps, the start noise as 0.
 
     Errors: `EngineFailed` where the engine breaks or an output is not finite.
     """
-    noise, history = NoiseStream(seed), History()
+    noise, history, features = NoiseStream(seed), History(), Features()
     x = (noise.draw(shape) * plan.start_scale).to(engine.capabilities.device)
     if watch is not None:
         watch(0, x)
     for row in plan.rows:
-        (outcome,) = advance(engine, [RowState(row, x, cond, noise, uncond, edge, history)], spec)
+        state = RowState(row, x, cond, noise, uncond, edge, history, kind, features)
+        (outcome,) = advance(engine, [state], spec)
         if isinstance(outcome, EngineFailed):
             raise outcome
         x = outcome
@@ -134,7 +138,7 @@ def run_request(
     for number, canvas in enumerate(live.canvases):
         seen = None if watch is None else _watching(watch, number)
         shape = tuple(canvas.x.shape)
-        contexts: dict[str, Any] = {"cond": live.cond, "uncond": live.uncond}
+        contexts: dict[str, Any] = {"cond": live.cond, "uncond": live.uncond, "kind": live.kind}
         canvas.x = _timed(
             live,
             "denoise",

@@ -33,15 +33,17 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """An edge picture for the ControlNet: [H, W, 3] uint8 array of the request's size.
+    """A picture to follow (edges, for most models): [H, W, 3] uint8 array of the request's size.
 
-    `scale` multiplies the residuals; they are used in the part of the steps between `start` and `end` (0 to 1).
+    `scale` multiplies what the ControlNet or adapter gives; it is used in the part of the steps between `start` and
+    `end` (0 to 1). kind: which of the spec's `control_kinds` the picture is; None where the model follows one kind.
     """
 
     edge: Any
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    kind: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def resolve(request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits
         raise InvalidRequest(
             "negative_prompt", "negative_prompt does nothing at guidance 1: raise guidance or leave it out"
         )
-    _check_control(request.control, width, height)
+    _check_control(request.control, width, height, spec.control_kinds)
     return replace(request, steps=steps, width=width, height=height, guidance=guidance)
 
 
@@ -159,7 +161,7 @@ def _guidance(request: GenerateRequest, spec: SamplerSpec) -> float:
     return value
 
 
-def _check_control(control: Control | None, width: int, height: int) -> None:
+def _check_control(control: Control | None, width: int, height: int, kinds: tuple[str, ...]) -> None:
     if control is None:
         return
     shape, dtype = tuple(getattr(control.edge, "shape", ())), str(getattr(control.edge, "dtype", "nothing known"))
@@ -167,6 +169,12 @@ def _check_control(control: Control | None, width: int, height: int) -> None:
         raise InvalidRequest(
             "control.edge",
             f"control.edge has shape {shape} of {dtype}; it must be {(height, width, 3)} of uint8: resize it",
+        )
+    if kinds and control.kind not in kinds:
+        raise InvalidRequest("control.kind", f"control.kind is {control.kind!r}; this model follows {', '.join(kinds)}")
+    if not kinds and control.kind is not None:
+        raise InvalidRequest(
+            "control.kind", f"control.kind is {control.kind!r}; this model follows pictures of one kind: leave it out"
         )
     for name in ("scale", "start", "end"):
         value = getattr(control, name)

@@ -15,7 +15,7 @@ from fewstep.models.denoiser import expand, guide
 from fewstep.models.predictions import estimates
 from fewstep.models.spec import SamplerSpec
 
-from .engine import CONTROLNET, DENOISER, DENOISER_CONTROL, Engine
+from .engine import ADAPTER, CONTROLNET, DENOISER, DENOISER_ADAPTER, DENOISER_CONTROL, Engine
 from .errors import EngineFailed
 from .plan import Row
 from .rng import NoiseStream
@@ -33,10 +33,18 @@ class History:
     estimate: Tensor | None = None
 
 
+@dataclass
+class Features:
+    """What a T2I-Adapter made of a request's picture, once it has: feature maps [C, h, w] of several sizes."""
+
+    maps: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True)
 class RowState:
-    """Everything one row's step needs. `uncond` is needed where `row.pair`, `edge` where `row.control` is not 0,
-    `history` where the row keeps or reads an estimate."""
+    """Everything one row's step needs. `uncond` is needed where `row.pair`, `edge` where `row.control` is not 0 (with
+    `kind`, its place among the spec's `control_kinds`, where there are any), `history` where the row keeps or reads an
+    estimate. `features` keeps an adapter's answer for the steps that follow."""
 
     row: Row
     x: Tensor
@@ -45,6 +53,8 @@ class RowState:
     uncond: Conditions | None = None
     edge: Tensor | None = None
     history: History | None = None
+    kind: int | None = None
+    features: Features | None = None
 
 
 @torch.inference_mode()
@@ -85,14 +95,10 @@ def evaluate(engine: Engine, states: Sequence[RowState], x: Tensor) -> Tensor:
         "t": _vector([rows[i].t for i in order], x),
         **{name: torch.stack([cond[name] for cond in conds]) for name in conds[0]},
     }
-    role = DENOISER
-    residuals = _residuals(engine, states, order, feeds)
-    if residuals:
-        role = DENOISER_CONTROL
+    role, steering = _steering(engine, states, order, feeds)
     if engine.capabilities.takes_w:
         feeds["w"] = _vector([rows[i].w for i in order], x)
-    feeds.update({f"residual_{k}": residual for k, residual in enumerate(residuals)})
-    (out,) = run_batch(engine, role, feeds)
+    (out,) = run_batch(engine, role, {**feeds, **steering})
     if not pairs:
         return out
     f = out[: len(rows)].clone()
@@ -117,25 +123,53 @@ def run_batch(engine: Engine, role: str, feeds: Mapping[str, Tensor]) -> tuple[T
     return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
 
 
-def _residuals(
+def _steering(
     engine: Engine, states: Sequence[RowState], order: list[int], feeds: Mapping[str, Tensor]
-) -> tuple[Tensor, ...]:
-    """ControlNet residuals for the whole call, zero in rows without control; empty where no row has any."""
+) -> tuple[str, dict[str, Tensor]]:
+    """The denoiser's role in this call, and its inputs beside `feeds`: zero in rows without control."""
     steered = [k for k, i in enumerate(order) if states[i].row.control]
     if not steered:
-        return ()
-    sub = {name: value if len(steered) == len(order) else value[steered] for name, value in feeds.items()}
-    sub["edge"] = torch.stack([_present(states[order[k]].edge, "edge", states[order[k]].row) for k in steered])
-    sub["scale"] = _vector([states[order[k]].row.control for k in steered], feeds["x"])
-    found = run_batch(engine, CONTROLNET, sub)
-    if len(steered) == len(order):
-        return found
-    filled = []
-    for residual in found:
-        whole = residual.new_zeros((len(order), *residual.shape[1:]))
-        whole[steered] = residual
-        filled.append(whole)
-    return tuple(filled)
+        return DENOISER, {}
+    chosen = [states[order[k]] for k in steered]
+    if ADAPTER in engine.capabilities.roles:
+        role, name, found = DENOISER_ADAPTER, "feature", _features(engine, chosen, feeds["x"])
+    else:
+        sub = {name: value if len(steered) == len(order) else value[steered] for name, value in feeds.items()}
+        role, name, found = DENOISER_CONTROL, "residual", _residuals(engine, chosen, sub)
+    if len(steered) < len(order):
+        found = tuple(_spread(part, steered, len(order)) for part in found)
+    return role, {f"{name}_{k}": part for k, part in enumerate(found)}
+
+
+def _residuals(engine: Engine, states: Sequence[RowState], feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """ControlNet residuals [B, C, h, w] of rows under control."""
+    feeds["edge"] = torch.stack([_present(state.edge, "edge", state.row) for state in states])
+    feeds["scale"] = _vector([state.row.control for state in states], feeds["x"])
+    if states[0].kind is not None:
+        kinds = [_present(state.kind, "kind", state.row) for state in states]
+        feeds["kind"] = torch.tensor(kinds, dtype=torch.int64, device=feeds["x"].device)
+    return run_batch(engine, CONTROLNET, feeds)
+
+
+def _features(engine: Engine, states: Sequence[RowState], x: Tensor) -> tuple[Tensor, ...]:
+    """An adapter's feature maps [B, C, h, w] of rows under control, times their scale; each picture is read once."""
+    held = [state.features or Features() for state in states]
+    fresh = {id(kept): k for k, kept in enumerate(held) if not kept.maps}.values()
+    if fresh:
+        edges = torch.stack([_present(states[k].edge, "edge", states[k].row) for k in fresh])
+        found = [out.clone() for out in run_batch(engine, ADAPTER, {"edge": edges})]  # the engine may reuse its outputs
+        for k, maps in zip(fresh, zip(*found, strict=True), strict=True):
+            held[k].maps = maps
+    scales = [state.row.control for state in states]
+    stacked = (torch.stack(maps) for maps in zip(*(kept.maps for kept in held), strict=True))
+    return tuple(maps * _column(scales, maps) for maps in stacked)
+
+
+def _spread(part: Tensor, rows: list[int], count: int) -> Tensor:
+    """Rows at their places among `count`, zeros elsewhere."""
+    whole = part.new_zeros((count, *part.shape[1:]))
+    whole[rows] = part
+    return whole
 
 
 def _remember(states: Sequence[RowState], x: Tensor, f: Tensor, out: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fewstep.models.spec import SamplerSpec
 
-from .engine import CONTROLNET, DECODER, DENOISER_CONTROL, TEXT, Engine
+from .engine import ADAPTER, CONTROLNET, DECODER, DENOISER_ADAPTER, DENOISER_CONTROL, TEXT, Engine
 from .errors import EngineFailed, FewstepError
 from .events import Picture
 from .plan import Plan
 from .request import GenerateRequest
 from .rng import NoiseStream
 from .scheduler import DENOISE, Item, Work
-from .step import Conditions, History, RowState, advance, run_batch
+from .step import Conditions, Features, History, RowState, advance, run_batch
 from .text import Prompts
 
 
@@ -35,7 +35,8 @@ class Served:
 
     @property
     def has_control(self) -> bool:
-        return {CONTROLNET, DENOISER_CONTROL} <= self.engine.capabilities.roles
+        roles = self.engine.capabilities.roles
+        return {CONTROLNET, DENOISER_CONTROL} <= roles or {ADAPTER, DENOISER_ADAPTER} <= roles
 
 
 @dataclass
@@ -66,12 +67,19 @@ class Live:
     embedded: dict[str, Conditions]
     begun_s: float
     started_s: float | None = None
+    features: Features = field(default_factory=Features)
     spent_s: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
 
     @property
     def missing(self) -> list[str]:
         """Texts without an embedding yet."""
         return [text for text in self.texts if text not in self.embedded]
+
+    @property
+    def kind(self) -> int | None:
+        """Which of the model's control kinds its picture is."""
+        control, kinds = self.request.control, self.model.spec.control_kinds
+        return None if control is None or control.kind is None else kinds.index(control.kind)
 
     @property
     def cond(self) -> Conditions:
@@ -191,7 +199,9 @@ def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
 def _row_state(live: Live, canvas: Canvas) -> RowState:
     row = live.plan.rows[canvas.step]
     uncond = live.uncond if row.pair else None
-    return RowState(row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history)
+    return RowState(
+        row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history, live.kind, live.features
+    )
 
 
 def _finite(x: Tensor) -> list[bool]:

@@ -78,6 +78,7 @@ class ControlBody(Body):
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    kind: str | None = None
 
 
 class GenerateBody(Body):
@@ -232,4 +233,4 @@ def _control(body: ControlBody, width: int, height: int) -> Control:
     except ValueError:
         raise InvalidRequest(name, f"{name} is not base64; send a picture file's bytes in base64") from None
     edge = decode(file, max_pixels=width * height, field=name)
-    return Control(edge=edge, scale=body.scale, start=body.start, end=body.end)
+    return Control(edge=edge, scale=body.scale, start=body.start, end=body.end, kind=body.kind)
