@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .quantise_options import MEASURES
+
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
 
@@ -49,15 +51,19 @@ def verify(argv: Sequence[str]) -> int:
         "with the drift after each step. Exit code 1 where one is out of tolerance.",
         "fewstep verify scenes-lcm --json",
     )
+    for name, said in MEASURES.items():
+        parser.add_argument(f"--budget-{name}", type=float, metavar="X", help=f"of every engine, from now on: {said}")
     args = parser.parse_args(argv)
     from fewstep.models.bundle import load_bundle
+    from fewstep.runtime.budget import Budget
     from fewstep.runtime.manifest import exported_kinds
 
     from .verify import verify as check
 
     bundle = load_bundle(args.bundle)
     with _bar(_comparisons(bundle, exported_kinds(bundle)), "verify") as tell:
-        report = check(bundle, progress=tell)
+        budget = Budget(**{name: getattr(args, f"budget_{name}") for name in MEASURES})
+        report = check(bundle, budget=budget, progress=tell)
     _print_report(report, as_json=args.json)
     return 0 if report.ok else 1
 
@@ -122,15 +128,22 @@ def _print_report(report: "Report", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
         return
-    print(f"{'engine':<14} {'component':<24} {'error':>8} {'allowed':>8}       drift per step")
+    print(
+        f"{'engine':<14} {'component':<24} {'error':>8} {'allowed':>8} {'peak':>8} {'allowed':>8}       drift per step"
+    )
     for row in report.engines:
-        error = "-" if row.max_relative_error is None else f"{row.max_relative_error:.1e}"
+        error, peak, most = (_short(e) for e in (row.max_relative_error, row.max_peak_error, row.peak_tolerance))
         drift = ["-" if d is None else f"{d:.0e}" for d in row.drift]
         if len(drift) > 8:
             drift[4:-3] = ["..."]
         said = row.note or " ".join(drift)
         mark = "ok" if row.ok else "FAIL"
-        print(f"{row.engine:<14} {row.component:<24} {error:>8} {row.tolerance:>8.0e} {mark:>5} {said}".rstrip())
+        figures = f"{error:>8} {row.tolerance:>8.0e} {peak:>8} {most:>8}"
+        print(f"{row.engine:<14} {row.component:<24} {figures} {mark:>5} {said}".rstrip())
     for note in report.notes:
         print(note)
     print(f"{report.bundle}: {'all engines agree with torch' if report.ok else 'NOT equal: see FAIL above'}")
+
+
+def _short(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"

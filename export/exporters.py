@@ -2,10 +2,14 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fewstep.runtime.errors import EngineUnavailable
+
+from .option import Option, flag
+from .quantise_options import INT8_OPTIONS
+from .tensorrt_options import TENSORRT_OPTIONS
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
@@ -13,48 +17,75 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
-    """A setting of one engine: `--two-words VALUE` on the command line, `two_words=value` to the exporter.
-
-    read: text to value; it raises `ValueError` or `argparse.ArgumentTypeError` for a wrong one. Two engines that share
-    an option's name share how it is read.
-    """
-
-    name: str
-    help: str
-    read: Callable[[str], Any] = str
-    metavar: str = "VALUE"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Exporter:
-    """`fewstep.export<module>:<function>(bundle, *, precision, progress=None, **options) -> Manifest`.
+    """`fewstep.export<module>:<function>(bundle, *, precision, progress=None, **settings, **options)`, imported when
+    called. It gives the manifest that it wrote, or None where the engine is the bundle itself.
 
-    precisions: what it can make, the usual one first; `fp32` gives the engine kind its bare name. Imported when called.
+    precisions: what it can make, the usual one first; `fp32` gives the engine kind its bare name. settings: what the
+    engine fixes, options: what its user may set.
     """
 
     module: str
     function: str
     precisions: tuple[str, ...] = ("fp32",)
     options: tuple[Option, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-EXPORTERS: dict[str, Exporter | None] = {
-    "torch": None,
-    "onnx": Exporter(module=".onnx", function="export_onnx"),
-    "openvino": Exporter(module=".openvino", function="export_openvino", precisions=("fp32", "bf16")),
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+_ROLES = Option(name="roles", help="comma-separated; default: all", read=_names, metavar="ROLES")
+_GRAPHS = Option(
+    name="graphs", help="further graphs: picture (one-step requests in one call)", read=_names, metavar="GRAPHS"
+)
+_DEVICE = Option(name="device", help="cpu or cuda, what it is built for; default: cpu", metavar="DEVICE")
+
+
+def _variant(engine: str) -> Exporter:
+    return Exporter(
+        module=".variants", function="export_variant", precisions=("fp32", "bf16"), settings={"engine": engine}
+    )
+
+
+def _provider(engine: str) -> Exporter:
+    return Exporter(module=".variants", function="export_provider", settings={"engine": engine})
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "torch": _variant("torch"),
+    "torch-compile": _variant("torch-compile"),
+    "torch-cudagraphs": _variant("torch-cudagraphs"),
+    "torch-compile-cudagraphs": _variant("torch-compile-cudagraphs"),
+    "aoti": Exporter(module=".aoti", function="export_aoti", precisions=("fp32", "bf16"), options=(_ROLES, _DEVICE)),
+    "onnx": Exporter(
+        module=".quantise_onnx",
+        function="export_onnx_precision",
+        precisions=("fp32", "int8"),
+        options=(_GRAPHS, *INT8_OPTIONS),
+    ),
+    "onnx-cuda": _provider("onnx-cuda"),
+    "onnx-tensorrt": _provider("onnx-tensorrt"),
+    "tensorrt": Exporter(
+        module=".tensorrt",
+        function="export_tensorrt",
+        precisions=("fp32", "fp16", "bf16"),
+        options=(_ROLES, *TENSORRT_OPTIONS),
+    ),
+    "openvino": Exporter(
+        module=".openvino", function="export_openvino", precisions=("fp32", "bf16", "int8"), options=INT8_OPTIONS
+    ),
 }
-"""Engine -> what makes it. None: it is the bundle itself, so an export only makes golden cases and checks them."""
+"""Engine -> what makes it."""
 
 
 def precisions_of(engine: str) -> tuple[str, ...]:
-    exporter = EXPORTERS[engine]
-    return ("fp32",) if exporter is None else exporter.precisions
+    return EXPORTERS[engine].precisions
 
 
 def options_of(engine: str) -> dict[str, Option]:
-    exporter = EXPORTERS[engine]
-    return {} if exporter is None else {option.name: option for option in exporter.options}
+    return {option.name: option for option in EXPORTERS[engine].options}
 
 
 def all_options() -> dict[str, tuple[Option, tuple[str, ...]]]:
@@ -95,13 +126,6 @@ def make_engine(
     """
     check_choice(engine, precision, options)
     exporter = EXPORTERS[engine]
-    if exporter is None:
-        return None
     make = getattr(importlib.import_module(exporter.module, __package__), exporter.function)
-    manifest: Manifest = make(bundle, precision=precision, progress=progress, **options)
+    manifest: Manifest | None = make(bundle, precision=precision, progress=progress, **exporter.settings, **options)
     return manifest
-
-
-def flag(name: str) -> str:
-    """An option as the command line writes it."""
-    return "--" + name.replace("_", "-")

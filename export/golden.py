@@ -27,6 +27,8 @@ from fewstep.runtime.torch_engine import TorchEngine
 PROMPTS = ("a red circle", "a blue square", "a green star")
 SEED = 20
 TEACHER_STEPS = (4, 25)
+MOST_GRIDS = 8
+"""A spec with more grids than this states a rule count by count, as imported teachers do."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ def make_golden(
 
 
 def golden_steps(spec: SamplerSpec) -> tuple[int, ...]:
-    """The step counts with a case: every grid of its own, and for a teacher a short and a long run."""
-    free = [] if spec.spacing is None else [n for n in TEACHER_STEPS if n <= spec.spacing.max_steps] or [1]
-    return tuple(sorted({*spec.steps, *free}))
+    """The step counts with a case: a student's every grid, and for a teacher, whose counts are many, a short and a long
+    run."""
+    if spec.spacing is None and len(spec.steps) <= MOST_GRIDS:
+        return spec.steps
+    return tuple(n for n in TEACHER_STEPS if spec.allows(n)) or (1,)
 
 
 def run_case(engine: Engine, bundle: Bundle, case: GoldenCase, edge: Any = None) -> Trace:

@@ -16,18 +16,20 @@ from fewstep.models.roles import (
     ADAPTER,
     CONTROLNET,
     DECODER,
+    DENOISER,
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
     DENOISER_IMAGE_PROMPT,
     DENOISER_NEGATIVE,
     ENCODER,
     IMAGE_PROMPT,
+    PICTURE,
     TEXT,
 )
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.loop import size_conditions
 from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.samplers import time_pairs
+from fewstep.runtime.samplers import time_pairs, updates
 from fewstep.runtime.text import kept_places
 
 MAX_BATCH = 32
@@ -53,7 +55,7 @@ def role_graph(bundle: Bundle, role: str) -> RoleGraph:
 
     Errors: `EngineUnavailable` where the bundle has no network for the role.
     """
-    if role not in bundle.roles:
+    if role not in (*bundle.roles, *bundle.extra_roles):
         raise EngineUnavailable(f"role is {role!r}; {bundle.root} has the roles {', '.join(bundle.roles)}")
     network = bundle.network(role)
     feeds = random_feeds(bundle, role, batch=2, size=bundle.spec.sizes[0], seed=0)
@@ -94,6 +96,8 @@ def random_feeds(
     if role == IMAGE_PROMPT:
         side = int(bundle.config("image_encoder")["image_size"])
         return {"pixels": torch.randn(batch, 3, side, side, generator=draw)}
+    if role == PICTURE:
+        return _whole_feeds(bundle, batch, size, seed)
     run = run or own_networks(bundle)
     words = run(TEXT, _random_tokens(bundle, batch, draw))
     outputs = bundle.family.text_outputs
@@ -125,6 +129,28 @@ def random_feeds(
         feeds["neg_ctx"] = avoided[outputs.index("ctx")].clone()
         feeds["neg_scale"] = 4 * torch.rand(batch, generator=draw)
     return feeds
+
+
+def _whole_feeds(bundle: Bundle, batch: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """One-step requests from their tokens on: every row begins at the noisiest time."""
+    feeds = random_feeds(bundle, TEXT, batch=batch, size=size, seed=seed)
+    feeds |= random_feeds(bundle, DENOISER, batch=batch, size=size, seed=seed)
+    ((t, update),) = updates(bundle.spec, 1)
+    same = torch.ones(batch)
+    return feeds | {"t": t * same, "a": update.a * same, "b": update.b * same}
+
+
+def own_networks(bundle: Bundle) -> Run:
+    """The bundle's networks in torch, each loaded once."""
+    network = cache(bundle.network)
+
+    @torch.no_grad()
+    def run(role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        module = network(role)
+        out = module(*(feeds[name] for name in module.inputs))
+        return out if isinstance(out, tuple) else (out,)
+
+    return run
 
 
 def _random_edges(batch: int, size: tuple[int, int], draw: torch.Generator) -> Tensor:

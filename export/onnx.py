@@ -16,7 +16,16 @@ import torch
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, sha256_of, write_manifest
+from fewstep.runtime.manifest import (
+    Graph,
+    Manifest,
+    Port,
+    checked_files,
+    engine_folder,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)  # fmt: skip
 
 from .graph_patches import mend
 from .graphs import RoleGraph, role_graph
@@ -29,9 +38,16 @@ Progress = Callable[[str], None]
 
 
 def export_onnx(
-    bundle: Bundle, *, precision: str = "fp32", roles: Sequence[str] | None = None, progress: Progress | None = None
+    bundle: Bundle,
+    *,
+    precision: str = "fp32",
+    roles: Sequence[str] | None = None,
+    graphs: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write `<bundle>/engines/onnx/`: a graph per role and an unverified manifest (see `fewstep.export.verify`).
+
+    graphs: of the bundle's `extra_roles`, those to export too.
 
     Errors: `EngineUnavailable` where a package is missing, the precision is not fp32, a role is unknown or the folder
     cannot be written.
@@ -43,16 +59,16 @@ def export_onnx(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)  # graphs in the making have no manifest
-        graphs = {}
-        for role in bundle.roles if roles is None else roles:
+        made = {}
+        for role in (*(bundle.roles if roles is None else roles), *graphs):
             if progress is not None:
                 progress(role)
-            graphs[role] = export_role(role_graph(bundle, role), folder)
+            made[role] = export_role(role_graph(bundle, role), folder)
         manifest = Manifest(
             engine="onnx",
             precision="fp32",
             opset=OPSET,
-            roles=graphs,
+            roles=made,
             weights_digest=bundle.weights_digest,
             producers={name: version(name) for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")},
         )
@@ -61,6 +77,16 @@ def export_onnx(
         raise EngineUnavailable(
             f"{folder} cannot be written ({error}); export a copy of the bundle that you own"
         ) from error
+    return manifest
+
+
+def usable_onnx(bundle: Bundle) -> Manifest | None:
+    """The manifest of the ONNX export, if its files are intact and of these weights."""
+    try:
+        manifest = read_manifest(bundle, "onnx")
+        checked_files(bundle, manifest)
+    except EngineUnavailable:
+        return None
     return manifest
 
 

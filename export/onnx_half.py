@@ -30,13 +30,13 @@ from fewstep.runtime.ort_engine import run_on_cpu, session_options
 
 from .graphs import RoleGraph, role_graph
 from .onnx import EXTERNAL_OVER_BYTES, OPSET, export_role
-from .parity import relative_error
+from .parity import apart
 
 Progress = Callable[[str], None]
 PRODUCERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = 2e-2
-"""Of one network in half precision, relative (`verify.relative_error`)."""
+"""Of one network in half precision, relative (`fewstep.export.parity`)."""
 KEPT = ("size_ids",)
 """Inputs that only enter sines and cosines, beside those of one number per row (times, scales): they stay float32."""
 
@@ -131,7 +131,7 @@ def _outputs(module: Callable[..., Any], feeds: Mapping[str, Tensor]) -> tuple[T
 
 
 def _error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+    return apart(found, wanted).relative
 
 
 def _run_graph(file: Path, precision: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

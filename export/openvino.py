@@ -3,24 +3,34 @@
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, checked_files, read_manifest, write_manifest
+from fewstep.runtime.manifest import Manifest, write_manifest
 from fewstep.runtime.openvino_engine import PRECISIONS
 
-from .onnx import export_onnx
+from .onnx import export_onnx, usable_onnx
+from .quantise import quantise
+from .quantise_options import int8_settings
 
 
 def export_openvino(
-    bundle: Bundle, *, precision: str = "fp32", progress: Callable[[str], None] | None = None
+    bundle: Bundle, *, precision: str = "fp32", progress: Callable[[str], None] | None = None, **options: Any
 ) -> Manifest:
-    """Write an unverified manifest for the engine "openvino" ("openvino-bf16"), exporting to ONNX first where needed.
+    """Write an unverified manifest for the engine "openvino" ("openvino-bf16"), exporting to ONNX first where needed;
+    for int8, quantise with the options of `quantise_options`.
 
-    Errors: `EngineUnavailable` where OpenVINO is missing, the precision is unknown or the folder cannot be written.
+    Errors: `EngineUnavailable` where OpenVINO is missing, the precision is unknown, an option is not of the precision,
+    or the folder cannot be written.
     """
     if precision not in PRECISIONS:
         raise EngineUnavailable(f"precision is {precision!r}; the engine 'openvino' has {', '.join(PRECISIONS)}")
+    settings = int8_settings(precision, options)
+    if precision == "int8":
+        from .quantise_openvino import kit
+
+        return quantise(bundle, kit(), progress=progress, **settings)
     try:
         producer = version("openvino")
     except PackageNotFoundError as error:
@@ -39,14 +49,4 @@ def export_openvino(
         write_manifest(bundle, manifest)
     except OSError as error:
         raise EngineUnavailable(f"{bundle.root} cannot be written ({error}); export a copy that you own") from error
-    return manifest
-
-
-def usable_onnx(bundle: Bundle) -> Manifest | None:
-    """The manifest of the ONNX export, if its files are intact and of these weights."""
-    try:
-        manifest = read_manifest(bundle, "onnx")
-        checked_files(bundle, manifest)
-    except EngineUnavailable:
-        return None
     return manifest

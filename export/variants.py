@@ -8,8 +8,7 @@ from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import Manifest, write_manifest
 
-from .onnx import export_onnx
-from .openvino import usable_onnx
+from .onnx import export_onnx, usable_onnx
 
 Progress = Callable[[str], None]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
-from .roles import CONTROLNET, DECODER, DENOISER, ENCODER, NEEDS, ROLES, TEXT
+from .roles import CONTROLNET, DECODER, DENOISER, ENCODER, NEEDS, PICTURE, ROLES, TEXT
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ class Bundle:
         """A component's `config.json`."""
         found: dict[str, Any] = json.loads((self.root / component / "config.json").read_text())
         return found
+
+    @property
+    def extra_roles(self) -> tuple[str, ...]:
+        """Roles that are other forms of the same work, offered where an engine was exported with them: `picture`, the
+        whole of a one-step request without guidance pairs."""
+        one_step = 1 in self.spec.grids and self.spec.guidance.mode != "cfg" and self.spec.clip is None
+        return (PICTURE,) if one_step else ()
 
     @cached_property
     def family(self) -> "Family":

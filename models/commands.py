@@ -18,6 +18,12 @@ def import_(argv: Sequence[str]) -> int:
     from .importing import import_folder, merged_answers
 
     answers = merged_answers(_stated(args), args.known)
+
+    def change(root: Path) -> list[dict[str, Any]]:
+        from .lora import merge_loras
+
+        return list(merge_loras(root, args.lora)) if args.lora else []
+
     with tqdm(desc="import", unit="part", disable=None) as bar:
 
         def tell(part: str) -> None:
@@ -25,7 +31,13 @@ def import_(argv: Sequence[str]) -> int:
             bar.update()
 
         bundle = import_folder(
-            args.folder, args.out, answers=answers, name=args.name, sizes=tuple(args.size), progress=tell
+            args.folder,
+            args.out,
+            answers=answers,
+            name=args.name,
+            sizes=tuple(args.size),
+            change=change,
+            progress=tell,
         )
     spec = bundle.spec
     counts = ", ".join(map(str, spec.steps)) or f"1 to {spec.spacing.max_steps if spec.spacing else 0}"
@@ -87,6 +99,9 @@ def _import_parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="a size to serve; default: the trained one",
     )
+    parser.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="FILE[=WEIGHT]", help="merge a LoRA; repeat"
+    )
     return parser
 
 
@@ -127,6 +142,16 @@ def _guidance(text: str) -> "Guidance":
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not none, cfg:DEFAULT:LOW-HIGH or embedded:DEFAULT:LOW-HIGH")
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (Path(path), float(weight)) if equals else (Path(text), 1.0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no LoRA file with a weight such as style.safetensors=0.8"
+        ) from None
 
 
 def _grid(text: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".fp32.")
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 """Components of a pipeline that make no part of the picture here."""
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """A LoRA file and the weight it is merged with."""
-
-    path: Path
-    weight: float = 1.0
 
 
 def import_folder(
@@ -126,8 +118,6 @@ def _guidance(root: Path, family: Family, facts: Facts, answers: Answers, takes_
 
 def merged_answers(stated: Answers, name: str | None) -> Answers:
     """What the user stated, over what is known of the checkpoint `name`."""
-    from dataclasses import replace
-
     if name is None:
         return stated
     if name not in KNOWN:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .families import Facts, Family, latent_of, read_config
 from .net_pixart import same_batch
-from .networks import named
+from .networks import Decoder, Encoder, named
+from .roles import DECODER, ENCODER
+from .sana_attention import mend_autoencoder, mend_transformer
 from .spec import TextInput
 
 TOKENS = 300
@@ -32,7 +34,7 @@ class SanaNet(nn.Module):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer = mend_transformer(transformer)
         self.scale = float(transformer.config.timestep_scale)
 
     def forward(self, x: Tensor, t: Tensor, ctx: Tensor, ctx_mask: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class SprintNet(nn.Module):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer = mend_transformer(transformer)
         self.w_scale = float(transformer.config.guidance_embeds_scale)
 
     def forward(self, *feeds: Tensor) -> Tensor:
@@ -135,6 +137,10 @@ SANA = Family(
     takes_w=lambda config: False,
     stride=lambda config: int(config["patch_size"]),
     facts=_facts,
+    more={
+        DECODER: lambda load: Decoder(mend_autoencoder(load("vae"))),
+        ENCODER: lambda load: Encoder(mend_autoencoder(load("vae"))),
+    },
 )
 SPRINT = replace(
     SANA,

@@ -124,8 +124,8 @@ class Encoder(nn.Module):
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
     def forward(self, picture: Tensor) -> Tensor:
-        out = self.vae.encode(picture)
-        latent: Tensor = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        (out,) = self.vae.encode(picture, return_dict=False)
+        latent: Tensor = out if isinstance(out, Tensor) else out.mode()
         return (latent - self.shift) * self.scale
 
 

@@ -5,6 +5,8 @@ DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT = "denoiser+adapter", "denoiser+image-pr
 DENOISER_NEGATIVE = "denoiser+negative"
 CONTROLNET, ADAPTER, IMAGE_PROMPT = "controlnet", "adapter", "image-prompt"
 DECODER, ENCODER = "decoder", "encoder"
+PICTURE = "picture"
+"""Text to pixels in one graph; offered only where it was exported (`Bundle.extra_roles`)."""
 DENOISERS = (DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_NEGATIVE)
 ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, ENCODER)
 

@@ -162,6 +162,19 @@ _SSD: dict[str, Any] = {
     "mid_block_type": None, "layers_per_block": (1, 2), "transformer_layers_per_block": (1, 1),
     "reverse_transformer_layers_per_block": ((1, 1, 1), (2, 1)),
 }  # fmt: skip
+
+
+def _transformer(function: str) -> Callable[[Path], None]:
+    """A folder of `fewstep.models.shapes_dits`."""
+
+    def make(out: Path) -> None:
+        from importlib import import_module
+
+        getattr(import_module(".shapes_dits", __package__), function)(out)
+
+    return make
+
+
 _SMALL_TEXT = {"layers": 12, "heads": 4}
 _SD15_TEXT = {"layers": 12, "heads": 12}
 SHAPES: dict[str, Callable[[Path], None]] = {
@@ -172,6 +185,14 @@ SHAPES: dict[str, Callable[[Path], None]] = {
     "sdxl-tiny": sdxl,
     "sdxl-turbo-tiny": lambda out: sdxl(out, scheduler=_ancestral()),
     "ssd-tiny": lambda out: sdxl(out, unet=_SSD),
+    "pixart-alpha-tiny": _transformer("pixart_alpha"),
+    "pixart-sigma-tiny": _transformer("pixart_sigma"),
+    "sana-tiny": _transformer("sana"),
+    "sana-sprint-tiny": _transformer("sana_sprint"),
+    "sd3-tiny": _transformer("sd3"),
+    "flux-schnell-tiny": _transformer("flux_schnell"),
+    "flux-dev-tiny": _transformer("flux_dev"),
+    "z-image-tiny": _transformer("z_image"),
     "lcm-small": lambda out: _lcm(out, SMALL_UNET, vae=SMALL_VAE, text=_SMALL_TEXT),
     "sd15-small": lambda out: sd(out, unet=SMALL_UNET, vae=SMALL_VAE, text=_SMALL_TEXT),
     "lcm-full": lambda out: _lcm(out, SD15_UNET, vae=SD15_VAE, text=_SD15_TEXT, half=True),

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from .costs import Costs
-from .engine import DECODER, DENOISER, DENOISER_CONTROL, TEXT
-from .loop import latent_shape, size_conditions
+from .engine import DECODER, DENOISER, DENOISER_CONTROL, PICTURE, TEXT
+from .loop import admit, latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
 from .rng import NoiseStream
 from .scheduler import Lane
 from .step import RowState, advance, run_batch
-from .work import Served, decode, embed
+from .work import Served, decode, embed, paint_rows
 
 REPEATS = 3
 
@@ -60,6 +60,9 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
         DECODER: lambda n: decode(engine, torch.stack([x] * n)),
         TEXT: lambda n: run_batch(engine, TEXT, {k: v.expand(n, -1).contiguous() for k, v in tokens.items()}),
     }
+    if PICTURE in engine.capabilities.roles:
+        live = admit(model, GenerateRequest(prompt="-", steps=1))
+        calls[PICTURE] = lambda n: paint_rows(model, [(live, live.canvases[0])] * n)
     if model.has_control:
         edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)
         kind = 0 if model.spec.control_kinds else None

@@ -194,7 +194,7 @@ def capture_for(network: Call, feeds: Feeds, *, cuda: Any = torch.cuda, pool: An
 
     def run(*given: Tensor | None) -> Any:
         for kept, feed in zip(held, given, strict=True):
-            if kept is not None:
+            if kept is not None and feed is not None:
                 kept.copy_(feed)
         graph.replay()
         return outputs

@@ -32,6 +32,11 @@ class Device(Protocol):
         ...
 
 
+def device_here() -> dict[str, str] | None:
+    """Model and capability of this machine's first CUDA device; None where torch sees none."""
+    return CudaDevice().identity() if torch.cuda.is_available() else None
+
+
 class CudaDevice:
     """A CUDA device of torch.
 

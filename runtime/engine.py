@@ -13,6 +13,7 @@ An engine runs *roles*. All tensors are torch tensors on the engine's device, ev
 | controlnet | x, t, ctx, edge [B, 3, H, W] in [0, 1], scale [B]; kind [B] int64 of a union | residuals, K+1 of them |
 | adapter | edge | features, K+1 of them |
 | image-prompt | pixels [B, 3, S, S] as CLIP's processor makes them | (img_tok,) |
+| picture | the feeds of text and denoiser, a [B], b [B] | (picture of the latent a x + b F,) |
 | decoder | latent [B, C, h, w] | (picture [B, 3, H, W] in [-1, 1],) |
 | encoder | picture | (latent,) |
 
@@ -34,6 +35,7 @@ from fewstep.models.roles import (
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
     ENCODER,
+    PICTURE,
     ROLES,
     TEXT,
 )
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ADAPTER", "CONTROLNET", "DECODER", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL", "ENCODER",
+    "ADAPTER", "CONTROLNET", "DECODER", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL", "ENCODER", "PICTURE",
     "ROLES", "TEXT", "Capabilities", "Engine",
 ]  # fmt: skip
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .contestants import STAGES, Contestant, Sample, bench_runtime, runtime_contestant
+from .diffusers_pipeline import pipeline_name
 from .errors import EngineUnavailable, InvalidRequest
 from .measurement import WARM_UP, machine_facts, percentiles, take_turns
-from .peers import DIFFUSERS, PEERS, Peer, pipeline_name
+from .peers import DIFFUSERS, PEERS, Peer
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle

@@ -22,7 +22,7 @@ from fewstep.models.spec import SamplerSpec
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import Engine
+from .engine import DECODER, DENOISER, PICTURE, TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -41,7 +41,7 @@ from .request import GenerateRequest, Limits
 from .scheduler import Ended, Job, Lane, Rejected, Scheduler, Stepped, Work
 from .text import Prompts
 from .ticket import Ticket
-from .work import Live, Served, execute
+from .work import Live, Served, execute, fits_one_call
 
 _log = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 30.0
@@ -113,11 +113,14 @@ class Runtime:
         begun = time.monotonic()
         live = admit(self._pick(model), request, self._limits, begun)
         ticket = Ticket(secrets.token_hex(8))
+        whole = self._in_one_call(live)
+        rows = tuple((row.evaluations, row.control != 0.0) for row in live.plan.rows)
         job = Job(
             id=ticket.id,
             model=live.model.name,
-            prompts=len(live.missing),
-            rows=tuple((row.evaluations, row.control != 0.0) for row in live.plan.rows),
+            prompts=0 if whole else len(live.missing),
+            rows=() if whole else rows,
+            finish=PICTURE if whole else DECODER,
             pictures=live.request.n,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else begun + request.deadline_s,
@@ -209,6 +212,14 @@ class Runtime:
             said = "model is missing" if model is None else f"model {model!r} is not served here"
             raise InvalidRequest("model", f"{said}; use one of {', '.join(self._served)}")
         return self._served[model]
+
+    def _in_one_call(self, live: Live) -> bool:
+        """Whether one graph does the request from text to pixels, and sooner than the calls that it replaces."""
+        if not fits_one_call(live) or not self._costs.measured((live.model.name, PICTURE)):
+            return False
+        parts = [DENOISER, DECODER, *([TEXT] if live.missing else [])]
+        apart_s = sum(self._costs.seconds((live.model.name, role), 1) for role in parts)
+        return self._costs.seconds((live.model.name, PICTURE), 1) < apart_s
 
     def _follow(self, ticket: Ticket) -> Iterator[Event]:
         try:

@@ -9,7 +9,7 @@ alike; in `openvino-int8` each role has what its manifest says.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,6 @@ class OpenVINOEngine:
     def close(self) -> None:
         self._closed = True
         self._roles.clear()
-
-
-open_bf16 = partial(OpenVINOEngine, precision="bf16")
-"""The engine kind "openvino-bf16"."""
-open_int8 = partial(OpenVINOEngine, precision="int8")
-"""The engine kind "openvino-int8"."""
 
 
 class Compiler:

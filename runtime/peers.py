@@ -1,10 +1,7 @@
 """Peers of `fewstep bench latency`: what users run today, on the same weights, prompts, sizes and PNG encoder."""
 
-import json
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .contestants import Contestant, Sample
-from .errors import EngineUnavailable
+from .diffusers_pipeline import call_settings, open_pipeline
 from .images import encode
 
 if TYPE_CHECKING:
@@ -31,7 +28,7 @@ class Peer:
 
 def diffusers_eager(bundle: "Bundle", threads: int | None, work: Path) -> Peer:
     """diffusers' own pipeline on the bundle's folder, as its `model_index.json` says: eager, float32."""
-    return Peer(_contestant(bundle, _pipeline(bundle)))
+    return Peer(_contestant(bundle, open_pipeline(bundle)))
 
 
 def diffusers_compiled(bundle: "Bundle", threads: int | None, work: Path) -> Peer:
@@ -41,7 +38,7 @@ def diffusers_compiled(bundle: "Bundle", threads: int | None, work: Path) -> Pee
     """
     import torch
 
-    pipeline = _pipeline(bundle).to(torch.bfloat16)
+    pipeline = open_pipeline(bundle).to(torch.bfloat16)
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     denoiser.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
@@ -73,44 +70,15 @@ Errors: `EngineUnavailable` where a package is missing or the peer cannot run su
 """
 
 
-def pipeline_name(bundle: "Bundle") -> str:
-    """The diffusers pipeline that the bundle's folder is.
-
-    Errors: `EngineUnavailable` where its `model_index.json` names none.
-    """
-    try:
-        return str(json.loads((bundle.root / "model_index.json").read_text())["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineUnavailable(
-            f"{bundle.root}/model_index.json names no pipeline ({error!r}); diffusers needs it"
-        ) from error
-
-
-def _pipeline(bundle: "Bundle") -> Any:
-    import diffusers
-    import torch
-
-    with _hushed():
-        maker = getattr(diffusers, pipeline_name(bundle))
-        pipeline = maker.from_pretrained(bundle.root, local_files_only=True, use_safetensors=True).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def _contestant(bundle: "Bundle", pipeline: Any) -> Contestant:
     import torch
 
-    width, height = bundle.spec.sizes[0]
-    guidance = bundle.spec.guidance.default
-
     def run(prompt: str, seed: int, steps: int, batch: int) -> Sample:
+        settings = call_settings(bundle, pipeline, steps)
         begun = time.perf_counter()
         pictures = pipeline(
             prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
+            **settings,
             num_images_per_prompt=batch,
             generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)],
         ).images
@@ -120,21 +88,3 @@ def _contestant(bundle: "Bundle", pipeline: Any) -> Contestant:
         return Sample(time.perf_counter() - begun, {}, arrays[0])
 
     return run
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the remarks of diffusers and transformers on packages and classes that nobody here chose."""
-    import diffusers
-    import transformers
-
-    settings = [(house.utils.logging, house.utils.logging.get_verbosity()) for house in (diffusers, transformers)]
-    for logging, _ in settings:
-        logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logging, verbosity in settings:
-            logging.set_verbosity(verbosity)

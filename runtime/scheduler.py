@@ -34,7 +34,8 @@ class Lane:
 class Job:
     """What the scheduler knows of a request. `rows` holds, per step, (network evaluations, with ControlNet?).
 
-    prompts: text encodings still to make, 0 where cached. deadline_s: absolute, on the clock of `now_s`.
+    prompts: text encodings still to make, 0 where cached. deadline_s: absolute, on the clock of `now_s`. finish: the
+    role of the last call of each picture; where that role does all the work, there are neither prompts nor rows.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Job:
     pictures: int = 1
     priority: int = 0
     deadline_s: float | None = None
+    finish: str = DECODER
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class Scheduler:
             if picture.running or picture.done:
                 continue
             if picture.step == len(job.rows):
-                decodes.append((DECODE, DECODER, Item(job.id, number, picture.step), 1))
+                decodes.append((DECODE, job.finish, Item(job.id, number, picture.step), 1))
             else:
                 evaluations, control = job.rows[picture.step]
                 rows.append((DENOISE, _role(control), Item(job.id, number, picture.step), evaluations))
@@ -301,7 +303,7 @@ class Scheduler:
     def _price(self, job: Job) -> _Live:
         """A request with its costs as the table has them now."""
         calls = {row: self._call_s(job.model, _role(row[1]), row[0]) for row in set(job.rows)}
-        after = [self._call_s(job.model, DECODER, 1)]
+        after = [self._call_s(job.model, job.finish, 1)]
         for row in reversed(job.rows):
             after.append(after[-1] + calls[row])
         text = self._call_s(job.model, TEXT, job.prompts) if job.prompts else 0.0
@@ -309,7 +311,7 @@ class Scheduler:
         return _Live(job, tuple(reversed(after)), text, pictures, text_done=job.prompts == 0)
 
     def _measured(self, job: Job) -> bool:
-        roles = {_role(control) for _, control in job.rows} | {DECODER} | ({TEXT} if job.prompts else set())
+        roles = {_role(control) for _, control in job.rows} | {job.finish} | ({TEXT} if job.prompts else set())
         return all(self._costs.measured((job.model, role)) for role in roles)
 
 

@@ -235,23 +235,6 @@ TORCH_DTYPES = {
 """TensorRT's names -> torch's."""
 
 
-def open_fp16(bundle: Bundle, **options: Any) -> TensorRTEngine:
-    """The engine kind "tensorrt-fp16"."""
-    return TensorRTEngine(bundle, precision="fp16", **options)
-
-
-def open_bf16(bundle: Bundle, **options: Any) -> TensorRTEngine:
-    """The engine kind "tensorrt-bf16"."""
-    return TensorRTEngine(bundle, precision="bf16", **options)
-
-
-def executed_here(manifest: Manifest) -> dict[str, str]:
-    """What `executed_on` says of an engine that ran in this process, on this machine's device."""
-    build = manifest.build or {}
-    tensorrt = load_tensorrt(build.get("flavour", "auto"))
-    return {**CudaDevice().identity(), "flavour": tensorrt.flavour.name, "version": tensorrt.version}
-
-
 def check_version(bundle: Bundle, manifest: Manifest, tensorrt: TensorRT) -> None:
     """Errors: `EngineUnavailable` where an engine was built by another flavour or version than the one here."""
     built = f"{(manifest.build or {})['flavour']} {(manifest.build or {})['version']}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.models.spec import SamplerSpec
 
-from .engine import ADAPTER, CONTROLNET, DECODER, DENOISER_ADAPTER, DENOISER_CONTROL, TEXT, Engine
+from .engine import ADAPTER, CONTROLNET, DECODER, DENOISER_ADAPTER, DENOISER_CONTROL, PICTURE, TEXT, Engine
 from .errors import EngineFailed, FewstepError
 from .events import Picture
 from .plan import Plan
@@ -140,7 +140,35 @@ def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engine
 
 def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
     """Decode each picture's latent into its pixels, in one decoder call."""
-    found = decode(model.engine, torch.stack([canvas.x for _, canvas in rows]))
+    return _keep_pictures(rows, decode(model.engine, torch.stack([canvas.x for _, canvas in rows])))
+
+
+@torch.inference_mode()
+def paint_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
+    """All that one-step requests need, from their tokens to their pixels, in one call of the role `picture`."""
+    able = model.engine.capabilities
+    read = [model.prompts.tokens(live.texts[0]).feeds for live, _ in rows]
+    steps = [live.plan.rows[0] for live, _ in rows]
+    feeds = {name: torch.tensor([tokens[name] for tokens in read], device=able.device) for name in read[0]}
+    feeds |= {name: torch.stack([live.fixed[name] for live, _ in rows]) for name in rows[0][0].fixed}
+    feeds["x"] = torch.stack([canvas.x for _, canvas in rows])
+    for name in ("t", "a", "b", *(["w"] if able.takes_w else [])):
+        feeds[name] = torch.tensor([getattr(row, name) for row in steps], device=able.device)
+    (out,) = run_batch(model.engine, PICTURE, feeds)
+    return _keep_pictures(rows, to_pictures(model.engine, out))
+
+
+def fits_one_call(live: Live) -> bool:
+    """Whether the role `picture` can do all of a request: one step, no guidance pair, no control, no noise after it."""
+    if PICTURE not in live.model.engine.capabilities.roles or len(live.plan.rows) != 1:
+        return False
+    row = live.plan.rows[0]
+    return not (row.pair or row.control or row.c) and live.model.spec.clip is None
+
+
+def _keep_pictures(
+    rows: Sequence[tuple[Live, Canvas]], found: Sequence[Picture | EngineFailed]
+) -> list[EngineFailed | None]:
     errors: list[EngineFailed | None] = []
     for (_, canvas), picture in zip(rows, found, strict=True):
         if isinstance(picture, EngineFailed):
@@ -153,8 +181,13 @@ def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engi
 
 @torch.inference_mode()
 def decode(engine: Engine, latents: Tensor) -> list[Picture | EngineFailed]:
-    """Latents [B, C, h, w] as the denoiser sees them -> pictures [H, W, 3] uint8, rounded as diffusers does."""
+    """Latents [B, C, h, w] as the denoiser sees them -> pictures [H, W, 3] uint8."""
     (out,) = run_batch(engine, DECODER, {"latent": latents})
+    return to_pictures(engine, out)
+
+
+def to_pictures(engine: Engine, out: Tensor) -> list[Picture | EngineFailed]:
+    """A decoder's output [B, 3, H, W] in [-1, 1] -> pictures [H, W, 3] uint8, rounded as diffusers does."""
     finite = _finite(out)
     pixels = (out * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
     return [
@@ -169,7 +202,7 @@ def execute(model: Served, work: Work, lives: Sequence[Live]) -> tuple[list[Fews
     A call that breaks is repeated item by item, so that only the request at fault fails.
     """
     try:
-        errors, size = _attempt(model, work.kind, work.items, lives)
+        errors, size = _attempt(model, work, work.items, lives)
         return errors, size or work.size * (work.kind != TEXT), True
     except Exception as error:
         if len(work.items) == 1:
@@ -177,19 +210,20 @@ def execute(model: Served, work: Work, lives: Sequence[Live]) -> tuple[list[Fews
     errors = []
     for item, live in zip(work.items, lives, strict=True):
         try:
-            errors += _attempt(model, work.kind, [item], [live])[0]
+            errors += _attempt(model, work, [item], [live])[0]
         except Exception as error:
             errors.append(as_engine_error(error, model.engine))
     return errors, work.size, False
 
 
 def _attempt(
-    model: Served, kind: str, items: Sequence[Item], lives: Sequence[Live]
+    model: Served, work: Work, items: Sequence[Item], lives: Sequence[Live]
 ) -> tuple[list[FewstepError | None], int]:
-    if kind == TEXT:
+    if work.kind == TEXT:
         return [None] * len(items), encode_texts(model, lives)
     rows = [(live, live.canvases[item.picture]) for item, live in zip(items, lives, strict=True)]
-    return list(step_rows(model, rows) if kind == DENOISE else decode_rows(model, rows)), 0
+    run = paint_rows if work.role == PICTURE else step_rows if work.kind == DENOISE else decode_rows
+    return list(run(model, rows)), 0
 
 
 def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
@@ -199,9 +233,7 @@ def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
 def _row_state(live: Live, canvas: Canvas) -> RowState:
     row = live.plan.rows[canvas.step]
     uncond = live.uncond if row.pair else None
-    return RowState(
-        row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history, live.kind, live.features
-    )
+    return RowState(row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history, live.kind, live.features)
 
 
 def _finite(x: Tensor) -> list[bool]:

@@ -1,0 +1,96 @@
+"""Text to pixels in one graph: equal to the row-by-row form, and used only where it is measured to be sooner."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fewstep.export.graphs import random_feeds, role_graph
+from fewstep.runtime.config import RuntimeConfig
+from fewstep.runtime.engine import DECODER, DENOISER, PICTURE, TEXT
+from fewstep.runtime.errors import EngineUnavailable
+from fewstep.runtime.local import Runtime
+from fewstep.runtime.loop import admit, run_request
+from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.torch_engine import TorchEngine
+
+
+class Offering:
+    """A torch engine that offers `picture`, and tells which roles were run."""
+
+    def __init__(self, bundle):
+        self._engine = TorchEngine(bundle)
+        able = self._engine.capabilities
+        self.name, self.capabilities = "torch", replace(able, roles=able.roles | {PICTURE})
+        self.seen = []
+
+    def run(self, role, feeds):
+        self.seen.append((role, next(iter(feeds.values())).shape[0]))
+        return self._engine.run(role, feeds)
+
+    def close(self):
+        self._engine.close()
+
+
+def serve(bundle, engine, costs):
+    runtime = Runtime([bundle], engines={bundle.name: engine}, config=RuntimeConfig(calibration_budget_s=0))
+    for role, seconds in costs.items():
+        runtime._costs.record((bundle.name, role), 1, seconds)
+    return runtime
+
+
+CHEAP = {PICTURE: 0.01, TEXT: 0.01, DENOISER: 0.01, DECODER: 0.01}
+
+
+@pytest.mark.parametrize("name", ["tiny_dmd2", "tiny_lcm"])
+def test_one_call_makes_the_picture_of_the_row_by_row_form(request, name):
+    bundle = request.getfixturevalue(name)
+    asked = [GenerateRequest(prompt=text, seed=seed, steps=1) for seed, text in enumerate(["a red cat", "big dog"])]
+    alone = [run_request(TorchEngine(bundle), bundle, one).pictures[0] for one in asked]
+    engine = Offering(bundle)
+    with serve(bundle, engine, CHEAP) as runtime:
+        results = [ticket.result() for ticket in [runtime.submit(one) for one in asked]]
+    for mine, result in zip(alone, results, strict=True):
+        assert np.abs(mine.astype(int) - result.pictures[0].astype(int)).max() <= 1
+        assert (result.steps, result.nfe) == (1, 1)
+    assert {role for role, _ in engine.seen} == {PICTURE}
+    assert np.abs(alone[0].astype(int) - alone[1].astype(int)).max() > 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "costs"),
+    [
+        ({"steps": 2}, CHEAP),
+        ({"steps": 1}, {**CHEAP, PICTURE: 0.04}),
+        ({"steps": 1}, {TEXT: 0.01, DENOISER: 0.01, DECODER: 0.01}),
+    ],
+    ids=["more steps", "measured slower", "not measured"],
+)
+def test_it_is_used_only_where_it_can_and_pays(tiny_dmd2, settings, costs):
+    engine = Offering(tiny_dmd2)
+    with serve(tiny_dmd2, engine, costs) as runtime:
+        runtime.generate(GenerateRequest(prompt="a red cat", seed=1, **settings))
+    assert PICTURE not in {role for role, _ in engine.seen}
+
+
+def test_a_known_prompt_counts_without_its_text_call(tiny_dmd2):
+    engine = Offering(tiny_dmd2)
+    with serve(tiny_dmd2, engine, {**CHEAP, PICTURE: 0.025}) as runtime:
+        served = runtime._served[tiny_dmd2.name]
+        live = admit(served, GenerateRequest(prompt="a red cat", steps=1))
+        assert runtime._in_one_call(live)
+        live.embedded["a red cat"] = {}
+        assert not runtime._in_one_call(live), "0.025 s against 0.02 s for denoiser and decoder"
+
+
+def test_guided_teachers_and_students_without_one_step_have_none(tiny_teacher):
+    assert tiny_teacher.extra_roles == ()
+    with pytest.raises(EngineUnavailable, match="role is 'picture'"):
+        role_graph(tiny_teacher, PICTURE)
+
+
+def test_its_graph_takes_the_updates_numbers(tiny_lcm):
+    graph = role_graph(tiny_lcm, PICTURE)
+    assert list(graph.feeds) == ["ids", "x", "t", "w", "a", "b"]
+    feeds = random_feeds(tiny_lcm, PICTURE, batch=3, size=(32, 32), seed=1)
+    assert feeds["t"].tolist() == [999.0] * 3 and feeds["ids"].shape[0] == feeds["w"].shape[0] == 3
