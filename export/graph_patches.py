@@ -37,7 +37,39 @@ def squeeze_of_longer_axis_is_identity(proto: Any) -> int:
     return changed
 
 
-PATCHES: tuple[Callable[[Any], int], ...] = (squeeze_of_longer_axis_is_identity,)
+def concat_of_mixed_floats_promotes(proto: Any) -> int:
+    """torch's `cat` makes float32 of float32 and half precision; ONNX wants one type, and the exporter writes no Cast.
+
+    Seen in SDXL in half precision, which joins the pooled text to the sines of its sizes. Returns how many inputs are
+    cast.
+    """
+    from onnx import TensorProto, helper
+
+    joins = [(k, node) for k, node in enumerate(proto.graph.node) if node.op_type == "Concat"]
+    types = _types(proto) if joins else {}
+    changed = 0
+    for k, node in reversed(joins):
+        if TensorProto.FLOAT not in map(types.get, node.input):
+            continue
+        for place, name in enumerate(node.input):
+            if types.get(name) in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+                node.input[place] = f"{node.output[0]}_promoted_{place}"
+                proto.graph.node.insert(k, helper.make_node("Cast", [name], [node.input[place]], to=TensorProto.FLOAT))
+                changed += 1
+    return changed
+
+
+PATCHES: tuple[Callable[[Any], int], ...] = (squeeze_of_longer_axis_is_identity, concat_of_mixed_floats_promotes)
+
+
+def _types(proto: Any) -> dict[str, int]:
+    """Element types by tensor name: as the exporter noted them, or inferred where it noted none."""
+    import onnx
+
+    graph = proto.graph if proto.graph.value_info else onnx.shape_inference.infer_shapes(proto).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    return found | {weight.name: weight.data_type for weight in graph.initializer}
 
 
 def _shapes(proto: Any) -> dict[str, list[int | str]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.export.graph_patches import mend, squeeze_of_longer_axis_is_identity
+from fewstep.export.graph_patches import concat_of_mixed_floats_promotes, mend, squeeze_of_longer_axis_is_identity
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -56,3 +56,37 @@ def test_axes_that_nobody_can_read_stay():
     proto.graph.input.append(helper.make_tensor_value_info("axes", TensorProto.INT64, [1]))
     del proto.graph.initializer[:]
     assert mend(proto) == []
+
+
+def concat_graph(kinds, *, noted):
+    """y = cat(2 x, 2 z, 2 x) of tensors of these types."""
+    names = ["x", "z"]
+    doubled = [helper.make_node("Add", [name, name], [f"twice_{name}"]) for name in names]
+    inputs = [helper.make_tensor_value_info(n, kind, ["batch", 3]) for n, kind in zip(names, kinds, strict=True)]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    joined = helper.make_node("Concat", ["twice_x", "twice_z", "twice_x"], ["y"], axis=1)
+    graph = helper.make_graph([*doubled, joined], "g", inputs, [output])
+    if noted:
+        graph.value_info.extend(
+            helper.make_tensor_value_info(f"twice_{i.name}", k, None) for i, k in zip(inputs, kinds)
+        )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize(("kinds", "casts"), [(("FLOAT16", "FLOAT"), 2), (("FLOAT", "FLOAT16"), 1)])
+def test_a_concat_of_half_and_float32_is_refused_until_mended(kinds, casts, noted):
+    proto = concat_graph([getattr(TensorProto, kind) for kind in kinds], noted=noted)
+    with pytest.raises(Exception, match="Concat"):
+        open_graph(proto)
+    assert concat_of_mixed_floats_promotes(proto) == casts
+    dtypes = [torch.float16 if kind == "FLOAT16" else torch.float32 for kind in kinds]
+    x, z = (torch.randn(2, 3).to(dtype) for dtype in dtypes)
+    (found,) = open_graph(proto).run(None, {"x": x.numpy(), "z": z.numpy()})
+    assert np.array_equal(found, torch.cat([2 * x, 2 * z, 2 * x], dim=1).numpy())
+    assert mend(proto) == []
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "INT64"])
+def test_a_concat_of_one_type_stays(kind):
+    assert mend(concat_graph([getattr(TensorProto, kind)] * 2, noted=True)) == []
