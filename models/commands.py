@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .importing import Additions
     from .known import Answers
     from .spec import Guidance
 
@@ -19,11 +20,6 @@ def import_(argv: Sequence[str]) -> int:
 
     answers = merged_answers(_stated(args), args.known)
 
-    def change(root: Path) -> list[dict[str, Any]]:
-        from .lora import merge_loras
-
-        return list(merge_loras(root, args.lora)) if args.lora else []
-
     with tqdm(desc="import", unit="part", disable=None) as bar:
 
         def tell(part: str) -> None:
@@ -36,7 +32,7 @@ def import_(argv: Sequence[str]) -> int:
             answers=answers,
             name=args.name,
             sizes=tuple(args.size),
-            change=change,
+            additions=_additions(args),
             progress=tell,
         )
     spec = bundle.spec
@@ -102,7 +98,33 @@ def _import_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="FILE[=WEIGHT]", help="merge a LoRA; repeat"
     )
+    parser.add_argument("--decoder", type=Path, metavar="DIR", help="a tiny autoencoder in place of the folder's own")
+    parser.add_argument("--controlnet", type=Path, metavar="DIR", help="put in a ControlNet or ControlNet-Union")
+    parser.add_argument("--control-kinds", type=_names, default=(), metavar="A,B,...", help="the union's control types")
+    parser.add_argument("--t2i-adapter", type=Path, metavar="DIR", help="put in a T2I-Adapter")
+    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="put in an IP-Adapter; with --image-encoder")
+    parser.add_argument("--image-encoder", type=Path, metavar="DIR", help="the CLIP image encoder of the IP-Adapter")
+    parser.add_argument("--negative", choices=("nag", "nasa"), help="negative prompts by attention, for students")
     return parser
+
+
+def _additions(args: Any) -> "Additions":
+    from .importing import Additions
+
+    return Additions(
+        loras=tuple(args.lora),
+        decoder=args.decoder,
+        controlnet=args.controlnet,
+        control_kinds=args.control_kinds,
+        t2i_adapter=args.t2i_adapter,
+        ip_adapter=args.ip_adapter,
+        image_encoder=args.image_encoder,
+        negative=args.negative,
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _stated(args: Any) -> "Answers":

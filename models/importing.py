@@ -8,15 +8,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .adopting import (
+    adopt_controlnet,
+    adopt_decoder,
+    adopt_ip_adapter,
+    adopt_negative,
+    adopt_t2i_adapter,
+    control_kinds,
+)
 from .bundle import Bundle, find_code, seal_bundle
 from .errors import BundleError, SpecError
 from .families import Facts, Family, find_family, read_config
 from .known import KNOWN, Answers, suggestion
-from .schedulers import Wanted, replaced_scheduler, sampling_of
+from .net_negative import Negative
+from .schedulers import PREDICTIONS, Wanted, replaced_scheduler, sampling_of
 from .spec import Guidance, SamplerSpec
 
 VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".fp32.")
@@ -25,36 +34,56 @@ SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker"
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What is put into the folder from elsewhere (`fewstep.models.adopting`, `fewstep.models.lora`).
+
+    loras: files with the weight that each is merged with. decoder: a tiny autoencoder in place of the folder's own.
+    control_kinds: names of a ControlNet-Union's control types. image_encoder: what the IP-Adapter reads. negative:
+    "nag" or "nasa", how negative prompts are taken without a second evaluation.
+    """
+
+    loras: tuple[tuple[Path, float], ...] = ()
+    decoder: Path | None = None
+    controlnet: Path | None = None
+    control_kinds: tuple[str, ...] = ()
+    t2i_adapter: Path | None = None
+    ip_adapter: Path | None = None
+    image_encoder: Path | None = None
+    negative: str | None = None
+
+
 def import_folder(
     source: Path,
     out: Path,
     *,
     answers: Answers = Answers(),  # noqa: B008
+    additions: Additions = Additions(),
     name: str | None = None,
     sizes: Sequence[tuple[int, int]] = (),
-    change: Callable[[Path], Sequence[dict[str, Any]]] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write the bundle `out` from the diffusers folder `source`, and load every network once.
 
-    sizes: (width, height) it shall serve; the trained one where left out. change: may edit the copied components (merge
-    LoRAs, adopt a ControlNet) and returns what it put in, which is kept as the bundle's `sources`. Weight files are
-    hard links where the file system allows it.
+    sizes: (width, height) it shall serve; the trained one where left out. What was put in is kept as the bundle's
+    `sources`. Weight files that stay as they are become hard links where the file system allows it.
 
     Errors: `BundleError` naming the file, setting or missing answer and its remedy. `out` appears only when whole.
     """
     tell = progress or (lambda part: None)
     _check_source(source, out)
     family = find_family(source)
-    spec = read_spec(source, family, answers, sizes, name or out.name)
+    read_spec(source, family, answers, sizes)  # refuse before anything is written
     beside = out.with_name(out.name + ".importing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         tell("copy")
         _copy(source, beside)
-        if answers.sampler is not None:
-            _write_scheduler(source, beside, answers)
-        sources = [] if change is None else list(change(beside))
+        _write_scheduler(beside, answers)
+        sources = _add(beside, additions, tell)
+        spec = read_spec(
+            beside, family, replace(answers, sampler=None, prediction=None), sizes, additions.control_kinds
+        )
         bundle = seal_bundle(beside, name or out.name, spec, sources=sources)
         for role in bundle.roles:
             tell(role)
@@ -67,7 +96,11 @@ def import_folder(
 
 
 def read_spec(
-    root: Path, family: Family, answers: Answers, sizes: Sequence[tuple[int, int]] = (), name: str = ""
+    root: Path,
+    family: Family,
+    answers: Answers,
+    sizes: Sequence[tuple[int, int]] = (),
+    kinds: Sequence[str] = (),
 ) -> SamplerSpec:
     """The sampling contract of a diffusers folder and the answers to what it does not say.
 
@@ -81,11 +114,7 @@ def read_spec(
             f"{root} does not state the step counts it is for: say --steps 1,2,4 or the like; {suggestion(family.name)}"
         )
     guidance = _guidance(root, family, facts, answers, takes_w)
-    config = read_config(root, "scheduler", "scheduler_config.json")
-    if answers.sampler is not None:
-        config = replaced_scheduler(config, answers.sampler, answers.prediction)
-    elif answers.prediction is not None:
-        config = {**config, "prediction_type": answers.prediction}
+    config = stated_scheduler(read_config(root, "scheduler", "scheduler_config.json"), answers)
     served = tuple(sizes) or (facts.size,)
     if len(served) > 1 and config.get("use_dynamic_shifting"):
         raise BundleError("this scheduler's times depend on the picture's size: import it once for each --size")
@@ -95,7 +124,7 @@ def read_spec(
     try:
         return SamplerSpec(
             **sampling_of(config, wanted), guidance=guidance, latent=facts.latent, sizes=served, text=facts.text,
-            size_ids=facts.size_ids, recipe="imported",
+            size_ids=facts.size_ids, control_kinds=control_kinds(root, kinds), recipe="imported",
         )  # fmt: skip
     except SpecError as error:
         raise BundleError(f"{root} gives no sampling contract: {error}") from error
@@ -114,6 +143,33 @@ def _guidance(root: Path, family: Family, facts: Facts, answers: Answers, takes_
         raise BundleError(f"guidance is {given.mode!r}, but the network of {root} {has} the guidance scale as an input")
     zeros = facts.zero_empty and given.mode == "cfg"
     return Guidance(mode=given.mode, default=given.default, range=given.range, zero_empty=zeros)
+
+
+def _add(root: Path, additions: Additions, tell: Progress) -> list[dict[str, Any]]:
+    """Put the additions into the copied folder, and say what was put in."""
+    from .lora import merge_loras
+
+    if (additions.ip_adapter is None) != (additions.image_encoder is None):
+        raise BundleError("an IP-Adapter needs its image encoder: say both --ip-adapter and --image-encoder")
+    if additions.control_kinds and additions.controlnet is None:
+        raise BundleError("--control-kinds names the control types of a ControlNet-Union: say --controlnet too")
+    sources: list[dict[str, Any]] = []
+    if additions.loras:
+        tell("loras")
+        sources += merge_loras(root, additions.loras)
+    for adopt, path in (
+        (adopt_decoder, additions.decoder),
+        (adopt_controlnet, additions.controlnet),
+        (adopt_t2i_adapter, additions.t2i_adapter),
+    ):
+        if path is not None:
+            tell(path.name)
+            sources.append(adopt(root, path))
+    if additions.ip_adapter is not None and additions.image_encoder is not None:
+        sources.append(adopt_ip_adapter(root, additions.ip_adapter, additions.image_encoder))
+    if additions.negative is not None:
+        sources.append(adopt_negative(root, Negative(method=additions.negative)))
+    return sources
 
 
 def merged_answers(stated: Answers, name: str | None) -> Answers:
@@ -167,7 +223,7 @@ def _copy(source: Path, out: Path) -> None:
                 target = out / component / plain
                 if target.exists():
                     raise BundleError(f"{source}/{component} has several variants of {plain}; keep one of them")
-            if path.is_file() and path.suffix in (".safetensors", ".json", ".txt", ".model"):
+            if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"):
                 _link(path, target)
     index = read_config(source, "", "model_index.json")
     for skipped in SKIPPED:
@@ -193,11 +249,20 @@ def _link(path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
 
 
-def _write_scheduler(source: Path, out: Path, answers: Answers) -> None:
-    """The scheduler that the answers put in place of the folder's, so that diffusers samples the same way."""
-    config = read_config(source, "scheduler", "scheduler_config.json")
-    made = replaced_scheduler(config, answers.sampler or "", answers.prediction)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(made, indent=1) + "\n")
-    index = read_config(out, "", "model_index.json")
-    index["scheduler"] = ["diffusers", made["_class_name"]]
-    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+def stated_scheduler(config: dict[str, Any], answers: Answers) -> dict[str, Any]:
+    """The folder's scheduler, or what the answers put in its place."""
+    if answers.sampler is not None:
+        return replaced_scheduler(config, answers.sampler, answers.prediction)
+    if answers.prediction is not None:
+        theirs = {ours: name for name, ours in PREDICTIONS.items()}
+        return {**config, "prediction_type": theirs[answers.prediction]}
+    return config
+
+
+def _write_scheduler(root: Path, answers: Answers) -> None:
+    """Keep the stated scheduler in the folder, so that diffusers samples the same way."""
+    config = stated_scheduler(read_config(root, "scheduler", "scheduler_config.json"), answers)
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    index = read_config(root, "", "model_index.json")
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (root / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")

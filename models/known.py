@@ -89,6 +89,7 @@ KNOWN: dict[str, Answers] = {
     "flux-dev": Answers(
         steps=_TEACHER, guidance=_embedded(3.5, 1.0, 10.0), source="black-forest-labs/FLUX.1-dev"
     ),
+    "z-image": Answers(steps=_TEACHER, guidance=_cfg(6.0), source="Tongyi-MAI/Z-Image; diffusers' 5.0 plus 1"),
     "z-image-turbo": Answers(steps=(1, 2, 4, 8), guidance=NONE, source="Tongyi-MAI/Z-Image-Turbo"),
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -103,7 +104,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "sd3": ("sd3", "sd35-turbo"),
     "flux-schnell": ("flux-schnell",),
     "flux-dev": ("flux-dev",),
-    "z-image": ("z-image-turbo",),
+    "z-image": ("z-image-turbo", "z-image"),
 }  # fmt: skip
 """Family name -> what a folder of it may be."""
 
