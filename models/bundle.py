@@ -146,9 +146,7 @@ def load_component(root: Path, component: str) -> Any:
         return OWN[name](folder)
     cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
     if cls is None:
-        raise BundleError(
-            f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it"
-        )
+        raise BundleError(f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it")
     if FIELD in config:
         return load_linear(cls, folder, config)
     try:
@@ -163,9 +161,7 @@ def load_component(root: Path, component: str) -> Any:
         raise BundleError(f"{folder} cannot be loaded: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := report.get(problem):
-            raise BundleError(
-                f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew"
-            )
+            raise BundleError(f"{folder} has {problem.replace('_', ' ')} {sorted(map(str, keys))[:3]}; save it anew")
     return model.requires_grad_(False).eval()
 
 

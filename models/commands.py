@@ -16,7 +16,7 @@ def import_(argv: Sequence[str]) -> int:
     args = _import_parser().parse_args(argv)
     from tqdm import tqdm
 
-    from .importing import import_folder, merged_answers
+    from .importing import import_checkpoint, merged_answers
 
     answers = merged_answers(_stated(args), args.known)
 
@@ -26,9 +26,10 @@ def import_(argv: Sequence[str]) -> int:
             bar.set_postfix_str(part)
             bar.update()
 
-        bundle = import_folder(
+        bundle = import_checkpoint(
             args.folder,
             args.out,
+            config=args.config,
             answers=answers,
             name=args.name,
             sizes=tuple(args.size),
@@ -70,8 +71,13 @@ def _import_parser() -> argparse.ArgumentParser:
         "a student's own times) is asked for by name.",
         epilog="example: fewstep import ./sd-turbo --as sd-turbo --out sd-turbo.bundle",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a diffusers pipeline folder")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a diffusers pipeline folder, or one .safetensors checkpoint"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
+    parser.add_argument(
+        "--config", type=Path, metavar="DIR", help="for a single file: a local diffusers folder of its base"
+    )
     parser.add_argument("--name", help="the name it is served under; default: that of --out")
     parser.add_argument("--as", dest="known", metavar="NAME", help="answers of a published checkpoint, say sdxl-turbo")
     parser.add_argument("--steps", type=_steps, default=(), help="step counts it is for, comma-separated, or 1-50")

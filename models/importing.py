@@ -7,6 +7,7 @@ name with the known answer suggested (`fewstep.models.known`).
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +96,26 @@ def import_folder(
     return Bundle(out, bundle.name, spec)
 
 
+def import_checkpoint(source: Path, out: Path, *, config: Path | None = None, **settings: Any) -> Bundle:
+    """`import_folder` of a folder, or of one .safetensors file read with the settings of the diffusers folder `config`.
+
+    Errors: `BundleError`; also where `config` is missing for a file, or given for a folder.
+    """
+    if not source.exists():
+        raise BundleError(f"{source} is not there; name a diffusers folder or a .safetensors checkpoint")
+    if source.is_dir() and config is None:
+        return import_folder(source, out, **settings)
+    if source.is_dir() or config is None:
+        wrong = f"--config is {config}, and {source} is a folder with settings of its own: leave it out"
+        need = f"{source} is a single file: say --config DIR, a local diffusers folder of its base, for its settings"
+        raise BundleError(wrong if source.is_dir() else need)
+    from .single_file import open_single_file
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".opening") as scratch:
+        return import_folder(open_single_file(source, Path(scratch) / "folder", config), out, **settings)
+
+
 def read_spec(
     root: Path,
     family: Family,
@@ -116,6 +137,12 @@ def read_spec(
     guidance = _guidance(root, family, facts, answers, takes_w)
     config = stated_scheduler(read_config(root, "scheduler", "scheduler_config.json"), answers)
     served = tuple(sizes) or (facts.size,)
+    unit = facts.latent.factor * family.stride(read_config(root, family.folder))
+    for width, height in served:
+        if width % unit or height % unit:
+            raise BundleError(
+                f"--size is {width}x{height}; each side of a {family.name} picture is a multiple of {unit}"
+            )
     if len(served) > 1 and config.get("use_dynamic_shifting"):
         raise BundleError("this scheduler's times depend on the picture's size: import it once for each --size")
     wanted = Wanted(

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from fewstep.models import commands
 from fewstep.models.bundle import load_bundle
 from fewstep.models.errors import BundleError
-from fewstep.models.importing import import_folder, merged_answers
+from fewstep.models.importing import import_checkpoint, import_folder, merged_answers
 from fewstep.models.known import FAMILIES, KNOWN, Answers, known
 from fewstep.models.shapes import make_folder
 from fewstep.models.spec import Guidance
@@ -178,6 +178,23 @@ def test_a_variant_alone_is_taken_and_the_source_stays_as_it_was(folders, tmp_pa
     assert (folder / "unet" / "config.json").read_text() == config
     with pytest.raises(BundleError, match="exists already"):
         import_folder(folder, tmp_path / "out", answers=known("sd15"))
+
+
+def test_a_single_file_needs_the_settings_of_its_base(folders, tmp_path):
+    weights = folders("sd15-tiny") / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(BundleError, match=r"is a single file: say --config DIR"):
+        import_checkpoint(weights, tmp_path / "out", answers=known("sd15"))
+    with pytest.raises(BundleError, match=r"is a folder with settings of its own: leave it out"):
+        import_checkpoint(folders("sd15-tiny"), tmp_path / "out", config=tmp_path, answers=known("sd15"))
+    with pytest.raises(BundleError, match=r"is not there; name a diffusers folder or"):
+        import_checkpoint(tmp_path / "absent", tmp_path / "out", answers=known("sd15"))
+
+
+def test_a_stated_prediction_reaches_diffusers_too(folders, tmp_path):
+    answers = Answers(steps=(2,), guidance=Guidance(mode="none"), prediction="v")
+    bundle = import_folder(folders("sd-turbo-tiny"), tmp_path / "out", answers=answers)
+    assert bundle.spec.prediction == "v"
+    assert np.abs(pictures(bundle, 2) - theirs(bundle, 2, guidance_scale=1.0)).max() <= 1 / 255
 
 
 def test_stated_answers_go_before_known_ones():
