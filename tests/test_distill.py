@@ -33,7 +33,8 @@ def data(tiny_teacher):
 
 def answer(unet, w=None):
     with torch.no_grad():
-        return DenoiserNet(unet.eval())(*INPUT, w)
+        net = DenoiserNet(unet.eval())
+        return net(*INPUT, *([w] if net.takes_w else []))
 
 
 def test_a_new_guidance_input_changes_nothing(tiny_teacher):
@@ -73,8 +74,10 @@ def students(tiny_teacher, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("students")
     extra = {"lcm": {"guidance_width": 32}, "lcm-lora": {"rank": 2}, "dmd2": {"every": 1}}
     extra["progressive"] = {"start_steps": 4, "final_steps": 1}
+    extra |= {name: {"guidance_width": 32} for name in ("edgefusion", "vdmini", "slim", "linfusion")}
+    extra["a-sdm"] = {"guidance_width": 32, "steps": 4}
     return {
-        name: distill(name, tiny_teacher, folder / f"tiny-{name}", FAST | extra[name], data=data, device="cpu")
+        name: distill(name, tiny_teacher, folder / f"tiny-{name}", FAST | extra.get(name, {}), data=data, device="cpu")
         for name in RECIPES
     }
 
@@ -84,7 +87,12 @@ EXPECTED = {
     "lcm-lora": ("StableDiffusionPipeline", "LCMScheduler", "none", (1, 2, 4, 8)),
     "dmd2": ("StableDiffusionPipeline", "LCMScheduler", "none", (1, 2, 4)),
     "progressive": ("StableDiffusionPipeline", "DDIMScheduler", "none", (1, 2)),
+    "bk-sdm": ("StableDiffusionPipeline", "DDIMScheduler", "cfg", (4, 8, 25)),
 }
+COMPRESSED = ("edgefusion", "a-sdm", "vdmini", "slim", "linfusion")
+EXPECTED |= dict.fromkeys(COMPRESSED, EXPECTED["lcm"])
+STAGES = {"progressive": ["2-to-1", "4-to-2"], "a-sdm": ["apart", "kd", "lcm"]}
+STAGES |= {name: ["kd", "lcm"] for name in ("edgefusion", "vdmini", "slim", "linfusion")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -94,19 +102,20 @@ def test_a_student_is_a_bundle_with_its_contract(students, tiny_teacher, name):
     spec, index = bundle.spec, json.loads((bundle.root / "model_index.json").read_text())
     assert (index["_class_name"], index["scheduler"][1]) == (pipeline, scheduler)
     assert (spec.guidance.mode, spec.steps, spec.recipe, spec.teacher) == (guidance, steps, name, tiny_teacher.name)
-    assert spec.path == tiny_teacher.spec.path and spec.latent == tiny_teacher.spec.latent and bundle.has("controlnet")
+    assert spec.path == tiny_teacher.spec.path and spec.latent == tiny_teacher.spec.latent
+    assert bundle.has("controlnet") == (name not in ("slim", "a-sdm")), "a ControlNet goes along where its outputs fit"
     plain = answer(bundle.load("unet"), torch.full((2,), 3.0))
     assert torch.isfinite(plain).all() and not torch.allclose(plain, answer(tiny_teacher.load("unet")), atol=1e-6)
     assert (bundle.root / "pytorch_lora_weights.safetensors").is_file() == (name == "lcm-lora")
     run = bundle.root.with_name(bundle.root.name + ".run")
     stages = sorted(p.name for p in run.iterdir() if p.is_dir())
-    assert stages == {"progressive": ["2-to-1", "4-to-2"]}.get(name, [name])
+    assert stages == STAGES.get(name, [name])
     for stage in stages:
         made = {p.name for p in (run / stage).iterdir()}
         assert made == {"checkpoint.pt", "metrics.jsonl", "loss.png", "samples", "student.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["lcm", "dmd2", "progressive"])
+@pytest.mark.parametrize("name", ["lcm", "dmd2", "progressive", "edgefusion", "slim"])
 def test_diffusers_loads_a_student_and_walks_our_times(students, name):
     bundle = students[name]
     pipe = DiffusionPipeline.from_pretrained(bundle.root, local_files_only=True)

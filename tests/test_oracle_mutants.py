@@ -13,7 +13,17 @@ import torch
 from fewstep.models.denoiser import Denoiser, expand
 from fewstep.runtime import samplers
 from fewstep.runtime.samplers import Update
-from fewstep.trainers import consistency, distribution, loop, plot, progressive, rollout, transitions
+from fewstep.trainers import (
+    consistency,
+    distillation,
+    distribution,
+    loop,
+    oracle_distillation,
+    plot,
+    progressive,
+    rollout,
+    transitions,
+)  # fmt: skip
 from fewstep.trainers import times as training_times
 from fewstep.trainers.jumps import LcmJump
 from fewstep.trainers.objective import Turn
@@ -21,7 +31,7 @@ from fewstep.trainers.oracle import check_recipe
 from fewstep.trainers.oracle_samplers import sampler_checks
 from fewstep.trainers.player import Player
 from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.times import GridPairs, HalvingPairs
+from fewstep.trainers.times import GridPairs, GridTimes, HalvingPairs
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,22 @@ def eps_for_x0(original):
     return lambda self, x, t, cond: self.both(x, t, cond)[1]
 
 
+def unscaled_features(original):
+    """A stage of large numbers counts for more than all others."""
+
+    def loss(mine, theirs):
+        gaps = [(mine[name] - aim).square().mean() for name, aim in theirs.items()]
+        return torch.stack(gaps).mean() if gaps else torch.zeros(())
+
+    return loss
+
+
+def even_times(original):
+    return lambda self, path, count, turn: original(GridTimes(self.points, 0.0), path, count, turn)
+
+
 LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
+FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion")
 MUTANTS = {
     "guidance: sign flipped": Mutant(
         transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")
@@ -165,10 +190,11 @@ MUTANTS = {
         transitions, "guide", lambda g: lambda u, c, w: c + expand(w, c) * (c - u), ("lcm", "lcm-lora", "dmd2")
     ),
     "guidance: halves swapped": Mutant(transitions, "guide", lambda g: lambda u, c, w: g(c, u, w), PD),
-    "prediction: eps taken for x0": Mutant(Denoiser, "x0", eps_for_x0, ("lcm", "dmd2", "progressive")),
-    "time: network told t / 1000": Mutant(Denoiser, "raw", scaled_time, ("lcm", "dmd2", "progressive")),
+    "prediction: eps taken for x0": Mutant(Denoiser, "x0", eps_for_x0, ("lcm", "dmd2", "progressive", "bk-sdm")),
+    "time: network told t / 1000": Mutant(Denoiser, "raw", scaled_time, ("lcm", "dmd2", "progressive", "bk-sdm")),
     "time: boundary scalings on t / 1000": Mutant(LcmJump, "__call__", unscaled_jump, ("lcm", "dmd2")),
-    "time: grid index off by one": Mutant(training_times, "grid", late_index, LCM),
+    "time: grid index off by one": Mutant(training_times, "grid", late_index, ("lcm", "bk-sdm", "slim")),
+    "time: one-step times as rare as any": Mutant(GridTimes, "draw", even_times, ("edgefusion", "slim")),
     "time: t and s swapped in the pair": Mutant(GridPairs, "draw", swapped_pairs, ("lcm", "lcm-lora")),
     "time: t and s swapped in the solver": Mutant(
         consistency, "ddim_chain", lambda g: lambda d, x, ts, c: g(d, x, ts[::-1], c), LCM
@@ -184,6 +210,8 @@ MUTANTS = {
     "source: signal and noise swapped": Mutant(
         transitions, "noised", lambda g: lambda p, x0, t, noise: g(p, noise, t, x0), ("lcm", "progressive")
     ),
+    "features: not in proportion to their size": Mutant(distillation, "feature_loss", unscaled_features, FEATURES),
+    "stages: fed by each other": Mutant(oracle_distillation, "lead", lambda g: lambda *networks: None, ("a-sdm",)),
     "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
     "scores: real and fake swapped": Mutant(
         distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD

@@ -22,6 +22,7 @@ from fewstep.models.spec import SamplerSpec
 
 from .data import Latents, LatentSource, encode_folder, encode_scenes, load_latents, save_latents
 from .discriminator import FakeWithCritic
+from .distillation import KnowledgeDistillation
 from .errors import CheckpointError, RecipeError
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
@@ -31,6 +32,7 @@ from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 from .student import again, build_student, merged
 from .student_bundle import student_spec, write_student
+from .watch import Seen, lead, stage_pairs, watch
 
 
 def distill(
@@ -101,6 +103,7 @@ def assemble(recipe: Recipe, stage: Stage, spec: SamplerSpec, teacher_unet: Any,
 
     student = Player("student", student_unet.train(), stage.player_settings["student"])
     players = [student]
+    seen = _watched(stage.objective, student_unet, teacher_unet)
     roles = {"student": denoiser(student_unet), "teacher": denoiser(teacher_unet.requires_grad_(False).eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
     critic = None
@@ -110,7 +113,20 @@ def assemble(recipe: Recipe, stage: Stage, spec: SamplerSpec, teacher_unet: Any,
         roles["fake"], critic = denoiser(fake.unet), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    return Assembled(stage.objective, Cast(roles, critic), tuple(players))
+    return Assembled(stage.objective, Cast(roles, critic, seen), tuple(players))
+
+
+def _watched(objective: Objective, student_unet: Any, teacher_unet: Any) -> dict[str, Seen]:
+    """What the stages of student and teacher give, for an objective that compares them."""
+    if not isinstance(objective, KnowledgeDistillation) or not objective.feature:
+        return {}
+    pairs = stage_pairs(student_unet, teacher_unet)
+    if objective.alone:
+        lead(student_unet, teacher_unet, pairs)
+    return {
+        "student": watch(student_unet, {name: name for name in pairs}),
+        "teacher": watch(teacher_unet, {twin: name for name, twin in pairs.items()}),
+    }
 
 
 def _run_stage(
@@ -127,7 +143,7 @@ def _run_stage(
 
         load_model(start, done)
         return start
-    frozen = deepcopy(merged(previous)) if stage.teacher == "previous" else teacher.load("unet")
+    frozen = _frozen(recipe, stage, teacher, init, previous)
     frozen = frozen.to(device=device, memory_format=torch.channels_last)
     method = assemble(recipe, stage, teacher.spec, frozen, start.to(device=device, memory_format=torch.channels_last))
     settings = LoopSettings(
@@ -150,6 +166,22 @@ def _run_stage(
 
     save_model(kept, str(done))
     return kept
+
+
+def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previous: Any) -> Any:
+    """The network that a stage learns from.
+
+    Errors: `RecipeError` where a few-step student would be held against data.
+    """
+    if stage.teacher == "previous":
+        return deepcopy(merged(previous))
+    source = init if stage.teacher == "init" else teacher
+    if getattr(stage.objective, "task", 0.0) and source.spec.spacing is None:
+        raise RecipeError(
+            f"stage {stage.name!r} learns from {source.name!r}, a student of few steps, and from data too: its "
+            "estimate is not the mean of the data, so set task=0"
+        )
+    return merged(source.load("unet"))
 
 
 def _begin(recipe: Recipe, teacher: Bundle, init: Bundle) -> Any:

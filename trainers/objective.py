@@ -31,10 +31,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays which role: `student`, `teacher`, and as a method needs them `target`, `fake` and a critic."""
+    """Who plays which role: `student`, `teacher`, and as a method needs them `target`, `fake` and a critic.
+
+    seen: role -> stage -> that stage's output in the role's last evaluation, for the roles that are watched.
+    """
 
     roles: Mapping[str, Denoiser]
     critic: Critic | None = None
+    seen: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> Denoiser:
         return self.roles[role]

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from . import oracle_consistency, oracle_distribution, oracle_players, oracle_progressive
+from . import oracle_consistency, oracle_distillation, oracle_distribution, oracle_players, oracle_progressive
 from .consistency import ConsistencyDistillation
+from .distillation import KnowledgeDistillation
 from .distribution import DistributionMatching
 from .evidence import write_evidence
 from .oracle_samplers import all_sampler_checks, sampling_checks
@@ -25,6 +26,7 @@ from .recipes import RECIPES
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     ConsistencyDistillation: oracle_consistency.checks,
     DistributionMatching: oracle_distribution.checks,
+    KnowledgeDistillation: oracle_distillation.checks,
     ProgressiveHalving: oracle_progressive.checks,
 }
 
@@ -32,14 +34,25 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
 def check_recipe(recipe: Recipe) -> list[Check]:
     """Every check of one recipe. A check that breaks instead of answering counts as failed, and the rest as not run."""
     found: list[Check] = []
-    suite = SUITES.get(type(recipe.objective))
-    if suite is None:
-        return [holds(f"the suite knows {type(recipe.objective).__name__}", False)]
-    for part in (suite(recipe, recipe.objective), sampling_checks(recipe), oracle_players.checks(recipe)):
+    suites = []
+    for objective in [recipe.objective, *(() if type(recipe.objective) not in SUITES else _others(recipe))]:
+        if type(objective) not in SUITES:
+            return [holds(f"the suite knows {type(objective).__name__}", False)]
+        suites.append(SUITES[type(objective)](recipe, objective))
+    for part in (*suites, sampling_checks(recipe), oracle_players.checks(recipe)):
         try:
             found.extend(part)
         except Exception as error:  # whatever a wrong method raises is its failure, not the suite's
             found.append(holds(f"runs: {type(error).__name__}: {error}", False))
+    return found
+
+
+def _others(recipe: Recipe) -> list[Any]:
+    """Objectives of earlier stages; no progressive rounds, since the suite of the last one sees all of them."""
+    found: list[Any] = []
+    for stage in recipe.stages[:-1]:
+        if not isinstance(stage.objective, ProgressiveHalving) and stage.objective not in found:
+            found.append(stage.objective)
     return found
 
 

@@ -326,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: fewstep bench quality scenes-teacher scenes-lcm --steps 1,2,4,25 --json quality.json",
     )
     parser.add_argument("bundles", nargs="+", metavar="DIR", help="bundle folder, or a shipped bundle's short name")
-    parser.add_argument("--steps", type=_counts, help="step counts, as 1,2,4 (default: 1,2,4; for teachers 4,25)")
+    parser.add_argument("--steps", type=step_counts, help="step counts, as 1,2,4 (default: 1,2,4; for teachers 4,25)")
     parser.add_argument("--prompts", type=int, default=256, help="captions, one picture each (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and pictures (default: %(default)s)")
@@ -337,7 +337,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _counts(text: str) -> list[int]:
+def step_counts(text: str) -> list[int]:
+    """`1,2,4` as numbers. Errors: `argparse.ArgumentTypeError`."""
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:

@@ -49,9 +49,9 @@ class Sampling:
 class Stage:
     """One optimisation from start to end. `teacher` and `start` name who they are: "teacher", "init" or "previous".
 
-    "init" is the bundle that `--set init=DIR` names, and the teacher where none is named. `player_settings` has an
-    entry for each of the objective's players. `average` names the student's running average that is kept, None for its
-    weights themselves.
+    "init" is the bundle that `--set init=DIR` names, and the teacher where none is named; as a teacher it is whole, as
+    a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
+    players. `average` names the student's running average that is kept, None for its weights themselves.
     """
 
     name: str

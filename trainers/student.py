@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.linear_attention import FIELD, linearise
 from fewstep.models.networks import guidance_embedding
 
 from .errors import RecipeError
+from .pruning import ranked_cut
+from .surgery import Cut, cut_unet, narrow_unet, rebuilt
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -25,20 +28,64 @@ LORA_TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """What a recipe asks of its student. `guidance_width` is the size of the guidance embedding, None for no input."""
+    """What a recipe asks of its student.
+
+    guidance_width: size of the guidance embedding, None for no input. cut: blocks it keeps (`trainers.surgery`).
+    remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
+    as a fraction of the start's. attention: "softmax" or "linear" self-attention.
+    """
 
     guidance_width: int | None = None
     lora_rank: int | None = None
+    cut: Cut | None = None
+    remove: int | None = None
+    width: float | None = None
+    attention: str = "softmax"
 
 
 def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
     """A trainable U-Net that begins as `start`'s. A guidance input it does not want is folded at one w."""
+    return again(shrunk(with_guidance(start, plan, fold_scale=fold_scale), plan), plan)
+
+
+def with_guidance(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
+    """The start's U-Net with the guidance input that the plan asks for, or without one."""
     unet = start.load("unet")
     if plan.guidance_width is None and unet.config.time_cond_proj_dim is not None:
         unet = fold_guidance(unet, fold_scale)
     elif plan.guidance_width is not None:
         unet = add_guidance(unet, plan.guidance_width)
-    return again(unet, plan)
+    return unet
+
+
+def shrunk(unet: Any, plan: Student) -> Any:
+    """The U-Net with fewer blocks, fewer channels or linear attention, as the plan says.
+
+    Errors: `RecipeError` for a plan that this U-Net cannot follow.
+    """
+    if plan.attention not in ("softmax", "linear"):
+        raise RecipeError(f"attention is {plan.attention!r}; it must be softmax or linear")
+    if plan.remove is not None:
+        unet = cut_unet(unet, ranked_cut(unet, _answer(unet), plan.remove)[0])
+    if plan.cut is not None:
+        unet = cut_unet(unet, plan.cut)
+    if plan.width is not None:
+        unet = narrow_unet(unet, plan.width)
+    if plan.attention == "linear" and FIELD not in unet.config:
+        unet = linearise(deepcopy(unet))
+    return unet
+
+
+def _answer(unet: Any) -> Any:
+    """The U-Net's answers to noise at four times, the same at every call."""
+    draw = torch.Generator().manual_seed(0)
+    c, size = unet.config, unet.config.sample_size
+    x = torch.randn(8, c.in_channels, size, size, generator=draw)
+    t = torch.tensor([999.0, 749.0, 499.0, 249.0] * 2)
+    ctx = torch.randn(8, 16, c.cross_attention_dim, generator=draw)
+    width = c.time_cond_proj_dim
+    w = None if width is None else guidance_embedding(torch.full((8,), 3.0), width)
+    return lambda: unet(x, t, ctx, timestep_cond=w, return_dict=False)[0]
 
 
 def again(unet: Any, plan: Student) -> Any:
@@ -111,4 +158,5 @@ def save_lora(unet: Any, folder: Path) -> None:
 
 
 def _like(unet: Any, **changes: Any) -> Any:
-    return type(unet).from_config({**unet.config, **changes})
+    """The U-Net with a changed config; weights of the same name and shape stay, others are new."""
+    return rebuilt(unet, changes, lambda name: name)

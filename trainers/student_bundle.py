@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
+from fewstep.models.linear_attention import FIELD
 from fewstep.models.spec import Guidance, SamplerSpec
 
 from .recipe import Recipe
@@ -33,11 +34,15 @@ def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
 
 
 def write_student(recipe: Recipe, teacher: Bundle, unet: Any, out: Path) -> Bundle:
-    """The student as a diffusers folder, sealed. Everything but the U-Net and the scheduler is the teacher's."""
+    """The student as a diffusers folder, sealed. Everything but the U-Net and the scheduler is the teacher's.
+
+    A ControlNet whose outputs no longer fit a smaller U-Net is left out.
+    """
     beside = out.with_name(out.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for part in ("vae", "text_encoder", "tokenizer", "controlnet"):
+    parts = ["vae", "text_encoder", "tokenizer", *(["controlnet"] if takes_control(unet, teacher) else [])]
+    for part in parts:
         if (teacher.root / part).is_dir():
             shutil.copytree(teacher.root / part, beside / part)
     if recipe.student.lora_rank is not None:
@@ -45,15 +50,30 @@ def write_student(recipe: Recipe, teacher: Bundle, unet: Any, out: Path) -> Bund
         unet = merged(unet)
     unet = unet.eval().to(memory_format=torch.contiguous_format)
     (unet.half() if recipe.run.fp16_weights else unet.float()).save_pretrained(beside / "unet")
-    _write_pipeline(recipe, teacher, beside)
+    _write_pipeline(recipe, teacher, beside, linear=FIELD in unet.config)
     seal_bundle(beside, out.name, student_spec(recipe, teacher))
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     return load_bundle(out)
 
 
-def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path) -> None:
-    """`scheduler/` and `model_index.json`, so diffusers loads the folder with the student's own sampler."""
+def takes_control(unet: Any, teacher: Bundle) -> bool:
+    """Whether the U-Net's encoder is shaped as the teacher's, so that the teacher's ControlNet fits."""
+    theirs = teacher.config("unet")
+    depth = len(theirs["down_block_types"])
+
+    def shape(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        layers = config["layers_per_block"]
+        return tuple(config["block_out_channels"]), (layers,) * depth if isinstance(layers, int) else tuple(layers)
+
+    return shape(unet.config) == shape(theirs)
+
+
+def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, *, linear: bool) -> None:
+    """`scheduler/` and `model_index.json`, so diffusers loads the folder with the student's own sampler.
+
+    With linear attention diffusers cannot run the U-Net, and is told so: it refuses a library that it does not find.
+    """
     from diffusers import DDIMScheduler, LCMScheduler
 
     path, index = teacher.spec.path, json.loads((teacher.root / "model_index.json").read_text())
@@ -70,6 +90,8 @@ def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path) -> None:
         scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if linear:
+        index["unet"] = ["fewstep.models.linear_attention", "UNet2DConditionModel"]
     embedded = recipe.sampling.guidance_mode == "embedded"
     index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
     (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -130,6 +130,22 @@ class UniformTimes:
 
 
 @dataclass(frozen=True)
+class GridTimes:
+    """t uniform on a grid of `points`, and the noisiest with probability `start_share` on top.
+
+    A one-step student is asked at the noisiest time alone, a few-step one there first.
+    """
+
+    points: int = 50
+    start_share: float = 0.0
+
+    def draw(self, path: Path, count: int, turn: Turn) -> Tensor:
+        table = grid(path, self.points).to(turn.rng.device)
+        drawn = table[turn.integers(self.points, count)]
+        return torch.where(turn.uniform(0.0, 1.0, count) < self.start_share, table[-1], drawn)
+
+
+@dataclass(frozen=True)
 class UniformScale:
     """A guidance scale w per sample, uniform on [low, high], in the convention u + w (c - u)."""
 

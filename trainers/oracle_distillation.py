@@ -1,0 +1,171 @@
+"""The oracle of knowledge distillation: the teacher is its zero, the exact denoiser its least, stages compare right."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.analytic import exact, gaussian
+from fewstep.models.paths import VP, Path
+
+from .distillation import KnowledgeDistillation, feature_loss
+from .objective import Batch, Cast, Turn
+from .oracle_parts import source_checks
+from .oracle_world import Bent, Check, World, below, between, holds, recipe_spec, slope_of, turn, world
+from .recipe import Recipe
+from .watch import lead, stage_pairs, watch
+
+COUNT = 256
+
+
+def checks(recipe: Recipe, objective: KnowledgeDistillation) -> Iterator[Check]:
+    for prediction in ("v", "eps"):
+        stage = world(VP(), prediction)
+        if objective.output:
+            yield from _output(f"{prediction}: ", stage, objective)
+    if objective.task:
+        yield from _task(objective)
+    if objective.feature:
+        yield from _features()
+        yield from _wired(objective)
+    yield from _times(recipe, objective)
+    yield from source_checks(objective.source)
+
+
+def _cast(stage: World, gain: float = 0.0) -> tuple[Cast, Bent, Bent]:
+    student, teacher = Bent(stage.teacher(), gain, 0.5 * gain), Bent(stage.teacher())
+    return Cast({"student": student.denoiser(), "teacher": teacher.denoiser()}), student, teacher
+
+
+def _output(label: str, stage: World, objective: KnowledgeDistillation) -> Iterator[Check]:
+    """Without the data's term the loss is zero at the teacher, and its gradient is the student's alone."""
+    plain = replace(objective, task=0.0)
+    cast, student, teacher = _cast(stage)
+    batch = stage.batch(COUNT)
+    loss, metrics = plain.loss("student", cast, batch, turn())
+    yield below(f"{label}loss where the student is the teacher", loss, 1e-12)
+    yield below(f"{label}residual where the student is the teacher", metrics["residual"], 1e-6)
+    with torch.no_grad():
+        student.gain.fill_(0.2)
+        student.offset.fill_(0.1)
+
+    def again() -> Tensor:
+        return plain.loss("student", cast, batch, turn())[0]
+
+    again().backward()
+    yield holds(f"{label}no gradient reaches the teacher", all(w.grad is None for w in teacher.parameters()))
+    for name, weight in student.named_parameters():
+        found = 0.0 if weight.grad is None else float(weight.grad)
+        yield below(f"{label}gradient of {name} against differences", abs(found / slope_of(again, weight) - 1.0), 0.01)
+    yield between(f"{label}the loss pulls a bent student back", student.gain.grad or 0.0, 1e-3, float("inf"))
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """One time, and noise that is given: x_t = alpha x0 + sigma noise."""
+
+    time: float
+    noise: Tensor
+
+    def draw(self, path: Path, first: object, *rest: object) -> Tensor:
+        t = torch.full((len(self.noise),), self.time, dtype=torch.float64)
+        if not isinstance(first, Batch):
+            return t
+        return path.alpha(t)[:, None] * first.x0 + path.sigma(t)[:, None] * self.noise
+
+
+def _task(objective: KnowledgeDistillation) -> Iterator[Check]:
+    """The data's term is least at the exact denoiser. Four points carry the moments that decide it."""
+    data = gaussian(torch.tensor([0.5], dtype=torch.float64), 0.8)
+    corners = torch.tensor(list(product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
+    batch = Batch(0.5 + 0.8 * corners[:, :1], {}, {})
+    for time in (50.0, 500.0, 950.0):
+        fixed = _Fixed(time, corners[:, 1:])
+        plain = replace(objective, output=0.0, feature=0.0, times=fixed, source=fixed)  # type: ignore[arg-type]
+        for bend, sign in ((0.0, 0.0), (0.1, 1.0), (-0.1, -1.0)):
+            student = Bent(exact(data, VP(), "v"), offset=bend)
+            cast = Cast({"student": student.denoiser(), "teacher": exact(data, VP(), "v")})
+            plain.loss("student", cast, batch, turn())[0].backward()
+            slopes = [float(w.grad) for w in (student.gain, student.offset) if w.grad is not None]
+            if sign == 0.0:
+                yield below(f"task: slope at the exact denoiser, time {time}", max(map(abs, slopes)), 1e-5)
+            else:
+                yield holds(f"task: slope beside it, time {time}, bend {bend}", sign * slopes[1] > 1e-4)
+
+
+def _features() -> Iterator[Check]:
+    """Golden: every stage counts alike whatever its scale, and one that cannot be compared counts nothing."""
+    ones = torch.ones(2, 3)
+    theirs = {"a": 2.0 * ones, "b": 100.0 * ones, "c": torch.ones(2, 4)}
+    mine = {"a": 3.0 * ones, "b": 150.0 * ones, "c": torch.ones(2, 5)}
+    yield below("features: both stages off by half, in squares 1/4", feature_loss(mine, theirs) - 0.25, 1e-6)
+    yield below("features: zero where they agree", feature_loss(theirs, theirs), 1e-12)
+    learned = {"a": (3.0 * ones).requires_grad_()}
+    aim = {"a": (2.0 * ones).requires_grad_()}
+    feature_loss(learned, aim).backward()
+    yield holds("features: only the student's teach", learned["a"].grad is not None and aim["a"].grad is None)
+
+
+class _Chain(nn.Module):
+    """Stages in a row, as a U-Net's blocks are called: each scales what it is given."""
+
+    def __init__(self, scales: tuple[float, ...]) -> None:
+        super().__init__()
+        self.down_blocks = nn.ModuleList(_Scale(scale) for scale in scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.down_blocks:
+            x = block(hidden_states=x)
+        return x
+
+
+class _Scale(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.scale * hidden_states
+
+
+def _wired(objective: KnowledgeDistillation) -> Iterator[Check]:
+    """Two stages of 2 and 3 against a student's of 4 and 3: alone, the second is right already and learns nothing."""
+    student, teacher = _Chain((4.0, 3.0)), _Chain((2.0, 3.0))
+    pairs = stage_pairs(student, teacher)
+    yield holds(
+        "stages: each finds its twin", pairs == {"down_blocks.0": "down_blocks.0", "down_blocks.1": "down_blocks.1"}
+    )
+    if objective.alone:
+        lead(student, teacher, pairs)
+    seen = {
+        "student": watch(student, {n: n for n in pairs}),
+        "teacher": watch(teacher, {t: n for n, t in pairs.items()}),
+    }
+    nets = {"student": student, "teacher": teacher}
+    stage = world(VP(), "v")
+    roles = {name: replace(stage.teacher(), net=lambda x, t, cond, net=net: net(x)) for name, net in nets.items()}
+    plain = replace(objective, task=0.0, output=0.0, feature=1.0)
+    plain.loss("student", Cast(roles, None, seen), stage.batch(8), turn())[0].backward()
+    grads = [block.scale.grad for block in student.down_blocks]
+    # (4 - 2)^2 / 2^2 and (12 - 6)^2 / 6^2 own their derivatives 2 (4 - 2) / 4; a stage that is fed rightly has none
+    wanted = (0.5, 0.0) if objective.alone else (0.5 * (1.0 + 1.0), 0.5 * 2.0 * 4.0 / 6.0)
+    for name, grad, aim in zip(pairs, grads, wanted, strict=True):
+        yield below(f"stages: gradient of {name}", (0.0 if grad is None else float(grad)) - aim, 1e-6)
+    yield holds("stages: no gradient reaches the teacher's", all(w.grad is None for w in teacher.parameters()))
+
+
+def _times(recipe: Recipe, objective: KnowledgeDistillation) -> Iterator[Check]:
+    """Every time lies on the path, every time of the student's samplers is drawn, and the noisiest as often as said."""
+    path = VP()
+    t = objective.times.draw(path, 8192, Turn.of(0, 0, 1, "student"))
+    yield holds("times: inside the path", bool(((t >= path.end) & (t <= path.start)).all()))
+    sampled = torch.tensor(sorted({t for grid in recipe_spec(recipe, path, "v").grids.values() for t in grid}))
+    trained = t.unique()
+    gaps = (sampled[:, None].double() - trained[None]).abs().min(dim=1).values
+    yield below("times: how far a sampler's time is from one that is drawn", gaps, 20.0)
+    said = getattr(objective.times, "start_share", None)
+    if said is not None:
+        share = said + (1.0 - said) / objective.times.points  # type: ignore[attr-defined]
+        yield between("times: share of the noisiest", (t == path.start).double().mean() - share, -0.02, 0.02)
