@@ -23,6 +23,8 @@ SUMMARIES = {
     "bench-gpu": "full-size shapes on one GPU, and how far from its limits",
     "bench-report": "the page of measured performance, from result files",
     "bench-load": "open-loop traffic against a running server",
+    "distill-tiny-decoder": "give a bundle a small decoder that draws what its own draws",
+    "bench-compression": "size, operations, time and quality of compressed students",
     "bench-quality": "Frechet distance, prompt compliance and diversity per step count",
     "pictures": "models and step counts side by side on one sheet",
     "demo": "the whole loop on the built-in family",
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def usage(found: dict[str, EntryPoint]) -> str:
     lines = ["usage: fewstep COMMAND ...", "", "commands:"]
     order = [n for n in SUMMARIES if n in found] + sorted(set(found) - set(SUMMARIES))
-    lines += [f"  {name.replace('-', ' '):<16}{SUMMARIES.get(name, '')}".rstrip() for name in order]
+    lines += [f"  {name.replace('-', ' ', 1):<21}{SUMMARIES.get(name, '')}".rstrip() for name in order]
     lines += ["", "`fewstep COMMAND --help` explains one command, with an example."]
     return "\n".join(lines)
 

@@ -143,7 +143,7 @@ def test_the_dial_measures_students_and_decoders(distilled, tiny_lcm, tmp_path, 
     assert all(row[role]["seconds"] > 0 for row in report["rows"] for role in ("denoiser", "decoder"))
     assert tiny["verdict"] == {"1": True, "2": False}
     assert "tiny-lcm+tiny at 1 step: the tiny decoder keeps within" in page
-    assert "at 2 steps: the tiny decoder passes" in page and page.endswith("How they were trained.\n")
+    assert "at 2 steps: the tiny decoder exceeds" in page and page.endswith("How they were trained.\n")
     assert dial.table(report) in capsys.readouterr().out
     before = len(asked)
     assert dial.command([*call, *out]) == 0

@@ -166,7 +166,7 @@ def page(report: dict[str, Any], call: str) -> str:
     ]  # fmt: skip
     for row in report["rows"]:
         for n, kept in row.get("verdict", {}).items():
-            said = "keeps within" if kept else "passes"
+            said = "keeps within" if kept else "exceeds"
             lines.append(
                 f"- {row['model']} at {n} step{'s' if n != '1' else ''}: the tiny decoder {said} the budget of "
                 f"{COMPLIANCE_BUDGET} compliance and {FRECHET_BUDGET} Frechet against the larger one."
