@@ -68,7 +68,7 @@ def concat_graph(kinds, *, noted):
     graph = helper.make_graph([*doubled, joined], "g", inputs, [output])
     if noted:
         graph.value_info.extend(
-            helper.make_tensor_value_info(f"twice_{i.name}", k, None) for i, k in zip(inputs, kinds)
+            helper.make_tensor_value_info(f"twice_{i.name}", k, None) for i, k in zip(inputs, kinds, strict=True)
         )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 

@@ -7,11 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fewstep.export import commands
 from fewstep.export import tensorrt as exporter
+from fewstep.export import verify as verifier
 from fewstep.export.graph_patches import mend
+from fewstep.export.graphs import random_feeds
+from fewstep.export.parity import relative_error
 from fewstep.export.tensorrt import axis_lengths, export_tensorrt, key_of, parses_and_builds
 from fewstep.export.tensorrt_build import Settings, build_engine, profiles_of, shape_of
 from fewstep.models.bundle import load_bundle
+from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import (
     Graph,
@@ -24,6 +29,7 @@ from fewstep.runtime.manifest import (
     write_whole,
 )  # fmt: skip
 from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt
+from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -343,6 +349,85 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
         build_handmade(path, graph)
 
 
+def test_the_command_builds_and_says_that_nothing_ran(proven, capsys, monkeypatch):
+    monkeypatch.setattr(verifier, "device_here", lambda: None)
+    command = [str(proven.root), "--engine", "tensorrt", "--roles", "decoder", "--level", "0", "--batches", "1-2-4"]
+    assert commands.export(command) == 0
+    assert "tensorrt was built and never run: no GPU here; `fewstep verify" in capsys.readouterr().out
+    manifest = read_manifest(proven, "tensorrt")
+    assert (manifest.build["batches"], manifest.executed_on, manifest.verified) == ([[1, 2, 4]], None, False)
+    with pytest.raises(EngineUnavailable, match="never run on a GPU"):
+        open_engine(proven, "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--batches", "1-4", "'1-4' is no range"), ("--level", "9", "'9' is no level"), ("--refit", "1", "neither yes")],
+)
+def test_the_command_refuses_wrong_values(proven, capsys, option, value, said):
+    with pytest.raises(SystemExit):
+        commands.export([str(proven.root), "--engine", "tensorrt", option, value])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_device_is_written_down_only_by_an_engine_that_ran_there_and_agreed(proven, monkeypatch, right):
+    export(proven, roles=("decoder",))
+    opened = []
+
+    class Stand(TorchEngine):
+        def run(self, role, feeds):
+            return tuple(out if right else -out for out in super().run(role, feeds))
+
+    def open_as_torch(bundle, kind, **options):
+        opened.append((kind, options))
+        return Stand(bundle)
+
+    monkeypatch.setattr(verifier, "open_engine", open_as_torch)
+    monkeypatch.setattr(verifier, "measure_costs", lambda engine, bundle: {})
+    monkeypatch.setattr(verifier, "device_here", lambda: {"device": "Fake 100", "capability": "9.0"})
+    report = verifier.verify(proven, kinds=("tensorrt",))
+    assert opened == [("tensorrt", {"allow_unproven": True})] and report.ok is right
+    manifest = read_manifest(proven, "tensorrt")
+    assert manifest.verified is right
+    assert manifest.executed_on == ({"device": "Fake 100", "capability": "9.0"} if right else None)
+
+
 def test_keys_are_plain_json(proven):
     manifest, _ = export(proven)
     assert json.loads(json.dumps(manifest.build)) == manifest.build
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gpu_runs_it_as_torch_does_and_then_it_opens(proven, precision):
+    command = [str(proven.root), "--engine", "tensorrt", "--precision", precision]
+    assert commands.export(command) == 0
+    kind = "tensorrt" if precision == "fp32" else f"tensorrt-{precision}"
+    manifest = read_manifest(proven, kind)
+    assert manifest.verified and manifest.executed_on["device"] == torch.cuda.get_device_name(0)
+    for graphs in (True, False):
+        engine = open_engine(proven, kind, cuda_graphs=graphs)
+        feeds = random_feeds(proven, "decoder", batch=4, size=proven.spec.sizes[0], seed=1)
+        on_device = {name: value.to(engine.capabilities.device) for name, value in feeds.items()}
+        first, second = (engine.run("decoder", on_device)[0].clone() for _ in range(2))
+        assert torch.equal(first, second) and engine.memory_bytes()["scratch"] > 0
+        engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_refits_weights_to_what_a_build_with_them_gives(proven):
+    export_tensorrt(proven, roles=("decoder",), refit=True)
+    engine = open_engine(proven, "tensorrt", allow_unproven=True)
+    feeds = random_feeds(proven, "decoder", batch=1, size=proven.spec.sizes[0], seed=1)
+    on_device = {name: value.to(engine.capabilities.device) for name, value in feeds.items()}
+    network = proven.network("decoder")
+    name, bias = next((n, p) for n, p in reversed(list(network.named_parameters())) if n.endswith("bias"))
+    engine.refit("decoder", {f"network.{name}": bias.detach() + 1})
+    with torch.no_grad():
+        bias += 1
+        wanted = network(feeds["latent"])
+    assert relative_error(engine.run("decoder", on_device)[0].cpu(), wanted) < 1e-4
+    engine.close()

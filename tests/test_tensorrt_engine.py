@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fewstep.models.bundle import load_bundle
+from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
 from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, read_manifest, sha256_of, write_manifest
-from fewstep.runtime.tensorrt_engine import TensorRTEngine, open_bf16, open_fp16
+from fewstep.runtime.tensorrt_engine import TensorRTEngine
 from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt, said
 from fewstep.runtime.tensorrt_profiles import served_batches
 from tiny import copy_bundle
@@ -234,11 +235,11 @@ def test_another_device_is_refused_with_both_unless_engines_are_bound_to_none(bu
 
 
 def test_other_precisions_have_engines_and_remedies_of_their_own(bundle):
-    for opener, kind in ((open_fp16, "tensorrt-fp16"), (open_bf16, "tensorrt-bf16")):
+    for kind in ("tensorrt-fp16", "tensorrt-bf16"):
         with pytest.raises(EngineUnavailable, match=f"has no {kind} engine; run .*--precision {kind[-4:]}"):
-            opener(bundle)
+            open_engine(bundle, kind)
         install(bundle, kind=kind)
-        engine = opener(bundle, tensorrt=RTX, device=fake_tensorrt.RecordingDevice(), threads=3)
+        engine = open_engine(bundle, kind, tensorrt=RTX, device=fake_tensorrt.RecordingDevice(), threads=3)
         assert (engine.name, engine._runtime.max_threads) == (kind, 3)
 
 
