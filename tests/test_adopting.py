@@ -34,7 +34,7 @@ from fewstep.models.adopting import (
 from fewstep.models.bundle import load_bundle, seal_bundle
 from fewstep.models.cross_attention import cross_attentions
 from fewstep.models.errors import BundleError
-from fewstep.models.importing import import_folder
+from fewstep.models.importing import Additions, import_folder
 from fewstep.models.known import known
 from fewstep.models.net_negative import Negative
 from fewstep.models.shapes import make_folder
@@ -125,9 +125,9 @@ def test_a_tiny_decoder_takes_the_latents_as_the_pipeline_gives_them(tmp_path, s
     )  # fmt: skip
     tiny.save_pretrained(tmp_path / "taesd")
     folder = make_folder("sd15-tiny", tmp_path / "sd15")
-    bundle = import_folder(
-        folder, tmp_path / "b", answers=known("sd15"), change=lambda root: [adopt_decoder(root, tmp_path / "taesd")]
-    )
+    additions = Additions(decoder=tmp_path / "taesd")
+    bundle = import_folder(folder, tmp_path / "b", answers=known("sd15"), additions=additions)
+    assert bundle.spec.latent.scale == scaling
     engine = TorchEngine(bundle)
     pipeline = quiet(StableDiffusionPipeline.from_pretrained(folder, vae=tiny))
     full = quiet(StableDiffusionPipeline.from_pretrained(folder))
@@ -243,13 +243,8 @@ def union(tmp_path_factory):
             if name.startswith(("controlnet_", "task_embedding", "spatial_ch_projs")) and weight.ndim > 1:
                 weight.normal_(std=0.2)
     net.save_pretrained(folder / "net")
-
-    def change(root):
-        return [adopt_controlnet(root, folder / "net")]
-
-    bundle = import_folder(sdxl, folder / "b", answers=known("dmd2-4"), change=change)
-    kinds = control_kinds(bundle.root, ("pose", "depth", "canny"))
-    bundle = seal_bundle(bundle.root, "union", replace(bundle.spec, control_kinds=kinds))
+    additions = Additions(controlnet=folder / "net", control_kinds=("pose", "depth", "canny"))
+    bundle = import_folder(sdxl, folder / "b", answers=known("dmd2-4"), additions=additions)
     return bundle, TorchEngine(bundle), net
 
 
