@@ -69,7 +69,8 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    from .exporters import EXPORTERS, all_options, flag, precisions_of
+    from .exporters import EXPORTERS, all_options, precisions_of
+    from .option import flag
 
     parser = _parser(
         "fewstep export",
@@ -87,8 +88,14 @@ def _export_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("options of some engines")
     for name, (option, engines) in all_options().items():
         said = f"{', '.join(engines)}: {option.help}"
-        settings = {"type": option.read, "metavar": option.metavar, "default": argparse.SUPPRESS, "help": said}
-        group.add_argument(flag(name), dest=_OPTION + name, **settings)
+        group.add_argument(
+            flag(name),
+            dest=_OPTION + name,
+            type=option.read,
+            metavar=option.metavar,
+            default=argparse.SUPPRESS,
+            help=said,
+        )
     return parser
 
 

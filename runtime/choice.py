@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 SIZES = (1, 4)
-REPEATS = 5
+REPEATS = 20
 BUDGET_S = 3.0
 """For all measurements of one engine, after the first call of each."""
 
@@ -71,7 +71,7 @@ def fingerprint(threads: int | None = None) -> dict[str, Any]:
 def measure_costs(engine: "Engine", bundle: Bundle, *, threads: int | None = None) -> dict[str, Any]:
     """For `Manifest.costs`: seconds of an engine's calls as serving makes them, by role and rows, and the machine.
 
-    The fastest of several calls counts: what else the machine does only adds.
+    The fastest of several calls counts: what else the machine does only adds. They are few where one takes long.
 
     Errors: `EngineFailed`.
     """

@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from fewstep.models.bundle import Bundle
 
 from .calibrate import role_calls
-from .engine import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL
+from .engine import DECODER, DENOISER, ENCODER, ROLES, TEXT
 from .errors import EngineFailed, EngineUnavailable
 from .text import Prompts
 from .torch_engine import TorchEngine
 from .work import Served
 
-ROUNDED = (DENOISER, DENOISER_CONTROL, CONTROLNET, DECODER)
-"""Roles that bfloat16 is for. A text is encoded once and cached: its error would stay, its time is nothing."""
+ROUNDED = tuple(role for role in ROLES if role != TEXT)
+"""Roles that bfloat16 is for: roles share components, so all or none. But text encoders are nobody else's, a text is
+encoded once and cached: its error would stay, its time is nothing."""
 BATCH_SIZES = (1, 4)
 """Prepared unless told otherwise: a compilation of a U-Net takes up to a minute for each."""
-KEPT_EXACT = ("t", "w", "scale", "size_ids")
-"""Feeds that stay float32: numbers whose sine and cosine are taken. Rounded, 999 would be 1000."""
+KEPT_EXACT = ("size_ids",)
+"""Feeds that stay float32 beside those of one number per row (times, scales): numbers whose sine and cosine are taken.
+Rounded, 999 would be 1000."""
 
 
 CAPTURE_WARM_UP = 3
@@ -52,7 +54,7 @@ class Variant:
         """Roles prepared ahead. Compiling takes a minute per shape, so what steers is compiled only on request."""
         if self.compiled:
             return (DENOISER, DECODER)
-        return ROUNDED if self.captured else ()
+        return tuple(role for role in ROUNDED if role != ENCODER) if self.captured else ()
 
 
 VARIANTS = {
@@ -130,15 +132,16 @@ class Rounded(nn.Module):
         super().__init__()
         self.network = network.to(torch.bfloat16)
         self.inputs, self.outputs = network.inputs, network.outputs
-        self._rounds = tuple(name not in KEPT_EXACT for name in self.inputs)
 
     def forward(self, *feeds: Tensor | None) -> tuple[Tensor, ...] | Tensor:
-        given = [
-            feed.to(torch.bfloat16) if rounds and feed is not None and feed.is_floating_point() else feed
-            for feed, rounds in zip(feeds, self._rounds, strict=True)
-        ]
-        out = self.network(*given)
+        out = self.network(*(_rounded(name, feed) for name, feed in zip(self.inputs, feeds, strict=True)))
         return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+
+
+def _rounded(name: str, feed: Tensor | None) -> Tensor | None:
+    if feed is None or not feed.is_floating_point() or feed.ndim == 1 or name in KEPT_EXACT:
+        return feed
+    return feed.to(torch.bfloat16)
 
 
 class Buckets:

@@ -60,23 +60,23 @@ def test_bfloat16_ends_at_the_borders_and_spares_the_times():
     seen = {}
 
     class Network(torch.nn.Module):
-        inputs, outputs = ("x", "t", "ctx", "mask"), ("f", "g")
+        inputs, outputs = ("x", "t", "size_ids", "mask"), ("f", "g")
 
-        def forward(self, x, t, ctx, mask):
-            seen.update(x=x.dtype, t=t.dtype, ctx=ctx.dtype, mask=mask.dtype)
-            return x, ctx
+        def forward(self, x, t, size_ids, mask):
+            seen.update(x=x.dtype, t=t.dtype, size_ids=size_ids.dtype, mask=mask.dtype)
+            return x, size_ids
 
     out = Rounded(Network())(
         torch.ones(1, 2), torch.tensor([999.0]), torch.ones(1, 2), torch.ones(1, dtype=torch.int64)
     )
-    assert seen == {"x": torch.bfloat16, "t": torch.float32, "ctx": torch.bfloat16, "mask": torch.int64}
+    assert seen == {"x": torch.bfloat16, "t": torch.float32, "size_ids": torch.float32, "mask": torch.int64}
     assert [part.dtype for part in out] == [torch.float32, torch.float32]
 
 
 def test_bfloat16_engine_is_near_torch_at_any_batch(tiny_lcm, reference):
     engine = open_engine(tiny_lcm, "torch-bf16")
     assert engine.name == "torch-bf16" and engine.capabilities.batch_sizes == ()
-    for role in ("denoiser", "denoiser+control", "controlnet", "decoder", "text"):
+    for role in ("denoiser", "denoiser+control", "controlnet", "decoder", "encoder", "text"):
         feeds = feeds_of(tiny_lcm, role, 3)
         pairs = zip(engine.run(role, feeds), reference.run(role, feeds), strict=True)
         errors = [relative_error(a, b) for a, b in pairs]
