@@ -51,7 +51,7 @@ class RecordingEngine:
         self.rows[role] += [{name: value[k : k + 1].clone() for name, value in feeds.items()} for k in range(batch)]
         outputs = self._engine.run(role, feeds)
         if role == DECODER:
-            self.pictures += list(outputs[0].clone().split(1))
+            self.pictures += list(torch.split(outputs[0].clone(), 1))
         return outputs
 
     def close(self) -> None:

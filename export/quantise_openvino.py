@@ -93,5 +93,5 @@ def _nncf() -> Any:
     try:
         import nncf
     except ImportError as error:
-        raise EngineUnavailable("nncf is not installed; pip install 'fewstep[openvino]'") from error
+        raise EngineUnavailable("nncf is not installed; pip install 'fewstep[int8]'") from error
     return nncf

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,6 +159,31 @@ def test_the_command_writes_figures_and_curve(tiny_teacher, tiny_lcm, tmp_path, 
         (r["steps"], r["frechet"], r["compliance"]) for r in rows[3:]
     ]
     assert load_bundle(copies[1]).weights_digest == tiny_lcm.weights_digest
+
+
+def test_an_engines_figures_go_into_its_manifest(tiny_dmd2, tmp_path, capsys, short_prompts, monkeypatch):
+    from fewstep.runtime.manifest import Manifest, Parity, read_manifest, write_manifest
+
+    bundle = load_bundle(copy_bundle(tiny_dmd2, tmp_path / "dmd2"))
+    passed = Parity(component="text", max_relative_error=0.0, tolerance=0.05, ok=True)
+    fixed = {"precision": "int8", "opset": 21, "roles": {}, "producers": {}, "weights_digest": bundle.weights_digest}
+    write_manifest(bundle, Manifest(engine="onnx-int8", parity=(passed,), budget={"frechet": 0.5}, **fixed))
+    sampled = quality._measure_steps
+
+    def measured(bundle, steps, prompt_set, guidance, engine, progress):
+        """Torch's figures, and for the engine the same with a distance worse by 2."""
+        found = sampled(bundle, steps, prompt_set, guidance, "torch", progress)
+        if engine == "torch":
+            return found
+        return [replace(one, row=replace(one.row, frechet=one.row.frechet + 2)) for one in found]
+
+    monkeypatch.setattr(quality, "_measure_steps", measured)
+    argv = [str(bundle.root), "--steps", "1", "--prompts", "8", "--quiet", "--engine", "onnx-int8", "--write"]
+    assert quality.command(argv) == 1
+    assert "onnx-int8 is refused: tiny-dmd2: frechet at 1 steps" in capsys.readouterr().err
+    kept = read_manifest(bundle, "onnx-int8")
+    assert not kept.verified and kept.quality["steps"]["1"]["frechet_change"] == 2.0
+    assert load_bundle(bundle.root).spec.quality == bundle.spec.quality
 
 
 def test_json_to_standard_output_is_json_alone(tiny_dmd2, capsys, short_prompts):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fewstep.export import commands
-from fewstep.export.verify import relative_error, verify
+from fewstep.export.parity import LOST, SAME, apart, peak_error, relative_error
+from fewstep.export.verify import verify
 from fewstep.models.bundle import load_bundle
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineUnavailable
@@ -113,7 +114,7 @@ def test_export_command_refuses_what_it_cannot_do(bundle, capsys):
     with pytest.raises(EngineUnavailable, match="--precision is 'bf16'; the engine 'onnx' has fp32"):
         commands.export([str(bundle.root), "--precision", "bf16"])
     with pytest.raises(SystemExit) as caught:
-        commands.export([str(bundle.root), "--engine", "tensorrt"])
+        commands.export([str(bundle.root), "--engine", "coreml"])
     assert caught.value.code == 2 and "choose from" in capsys.readouterr().err
 
 
@@ -126,13 +127,13 @@ def test_missing_package_is_named(bundle, monkeypatch):
     assert read_manifest(bundle, "onnx").engine == "onnx"
 
 
-def test_relative_error_sees_corners_and_non_finite_values():
+def test_the_peak_sees_corners_that_the_norm_averages_away():
     wanted = torch.ones(3, 4, 50, 50)
-    assert relative_error(wanted, wanted) == 0.0
+    assert apart([wanted], [wanted]) == SAME
     assert relative_error(wanted * 1.01, wanted) == pytest.approx(0.01)
     corner = wanted.clone()
     corner[1, 0, 0, 0] += 0.5
-    assert relative_error(corner, wanted) == pytest.approx(0.5)
+    assert peak_error(corner, wanted) == pytest.approx(0.5)
+    assert relative_error(corner, wanted) == pytest.approx(0.005)
     corner[1, 0, 0, 0] = float("nan")
-    assert relative_error(corner, wanted) == float("inf")
-    assert relative_error(wanted[:, :1], wanted) == float("inf")
+    assert apart([wanted, corner], [wanted, wanted]) == apart([wanted[:, :1]], [wanted]) == apart([], [wanted]) == LOST
