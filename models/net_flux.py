@@ -65,13 +65,16 @@ class FluxText(nn.Module):
 
 def _pack(x: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h/2 w/2, 4 C]."""
-    patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h/2 2 w/2 2
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    batch, channels, height, width = x.shape
+    patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), 4 * channels)
 
 
 def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))  # B h/2 w/2 C 2 2
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    """[B, rows columns, 4 C] -> [B, C, 2 rows, 2 columns]."""
+    batch, channels = tokens.shape[0], tokens.shape[2] // 4
+    patches = tokens.reshape(batch, rows, columns, channels, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, 2 * rows, 2 * columns)
 
 
 def _places(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -30,6 +30,8 @@ class PixArtNet(nn.Module):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
+        if _one_more_axis not in transformer.proj_out._forward_hooks.values():
+            transformer.proj_out.register_forward_hook(_one_more_axis)
         self.sized = bool(transformer.use_additional_conditions)
         self.inputs = ("x", "t", "ctx", "ctx_mask", *(("size_ids",) if self.sized else ()))
 
@@ -52,6 +54,12 @@ class PixArtNet(nn.Module):
         return out[:, : x.shape[1]]
 
 
+def _one_more_axis(layer: nn.Module, given: Any, out: Tensor) -> Tensor:
+    """[B, N, D] -> [B, 1, N, D]: behind its last layer PixArt squeezes axis 1, which an exporter writes down as such
+    even where the tokens N stand there and torch would leave them."""
+    return out.unsqueeze(1)
+
+
 class T5Text(nn.Module):
     """T5's encoder: ids, mask [B, L] int64 -> ctx [B, L, D], ctx_mask [B, L] float."""
 
@@ -70,7 +78,7 @@ class T5Text(nn.Module):
 def same_batch(first: Tensor, *others: Tensor) -> None:
     """Tell an exporter that the batches are one: attention code asks, and would fix the batch of the example."""
     for other in others:
-        torch._check(other.shape[0] == first.shape[0])
+        torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
 
 
 def _facts(root: Path) -> Facts:

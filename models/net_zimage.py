@@ -113,7 +113,8 @@ class RealAttention:
         freqs_cis: Angles | None = None,
     ) -> Tensor:
         query, key, value = (
-            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+            layer(hidden_states).reshape(*hidden_states.shape[:2], attn.heads, -1)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
@@ -144,19 +145,23 @@ class QwenText(nn.Module):
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
     """[B, S, H, D]: neighbours (2k, 2k+1) turned by the k-th angle of their token."""
     cos, sin = (angle[:, :, None] for angle in angles)
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(3).to(x.dtype)
+    first, second = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).reshape(x.shape).to(x.dtype)
 
 
 def _pack(x: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h/2 w/2, 4 C], channels last in a patch."""
-    patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B C h/2 2 w/2 2
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    batch, channels, height, width = x.shape
+    rows, columns = height // PATCH, width // PATCH
+    patches = x.reshape(batch, channels, rows, PATCH, columns, PATCH)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, PATCH * PATCH * channels)
 
 
 def _unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    patches = tokens.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (rows, columns))  # B h/2 w/2 2 2 C
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    """[B, rows columns, 4 C] -> [B, C, 2 rows, 2 columns]."""
+    batch, channels = tokens.shape[0], tokens.shape[2] // (PATCH * PATCH)
+    patches = tokens.reshape(batch, rows, columns, PATCH, PATCH, channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, PATCH * rows, PATCH * columns)
 
 
 def _facts(root: Path) -> Facts:

@@ -42,7 +42,7 @@ class TokenAttention:
         query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (x.transpose(1, 2).unflatten(1, (attn.heads, -1)) for x in (query, key, value))
+        query, key, value = (_by_head(x, attn.heads) for x in (query, key, value))
         out = _attend(functional.relu(query), functional.relu(key), value).to(hidden_states.dtype)
         out = attn.to_out[1](attn.to_out[0](out.flatten(1, 2).transpose(1, 2)))
         return out.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else out  # type: ignore[no-any-return]
@@ -56,7 +56,7 @@ class PictureAttention:
         last = hidden_states.movedim(1, -1)
         both = torch.cat([attn.to_q(last), attn.to_k(last), attn.to_v(last)], dim=3).movedim(-1, 1)
         scales = torch.cat([both, *(block(both) for block in attn.to_qkv_multiscale)], dim=1)
-        heads = scales.unflatten(1, (-1, 3 * attn.attention_head_dim)).flatten(3)  # B heads 3D HW
+        heads = scales.reshape(scales.shape[0], -1, 3 * attn.attention_head_dim, height * width)
         query, key, value = heads.chunk(3, dim=2)
         query, key = attn.nonlinearity(query), attn.nonlinearity(key)
         if height * width > attn.attention_head_dim:
@@ -65,11 +65,16 @@ class PictureAttention:
             weights = torch.matmul(key.transpose(-1, -2), query).float()
             weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(FLOOR)
             out = torch.matmul(value, weights.to(value.dtype))
-        out = out.flatten(1, 2).unflatten(2, (height, width))
+        out = out.reshape(out.shape[0], -1, height, width)
         out = attn.to_out(out.movedim(1, -1)).movedim(-1, 1)
         norm = attn.norm_out
         out = norm(out.movedim(1, -1)).movedim(-1, 1) if attn.norm_type == "rms_norm" else norm(out)
         return out + hidden_states if attn.residual_connection else out  # type: ignore[no-any-return]
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads D] -> [B, heads, D, N]."""
+    return x.transpose(1, 2).reshape(x.shape[0], heads, -1, x.shape[1])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -199,11 +199,12 @@ def _marks_of(tokenizer: Any) -> Mapping[str, int | None]:
 def _kl(channels: int = 16, **settings: float) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    vae: nn.Module = AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=channels == 4, use_post_quant_conv=channels == 4, **settings,
     )  # fmt: skip
+    return vae
 
 
 def _dc() -> nn.Module:
@@ -211,13 +212,14 @@ def _dc() -> nn.Module:
     from diffusers import AutoencoderDC
 
     kinds = ("ResBlock", "ResBlock", "EfficientViTBlock")
-    return AutoencoderDC(
+    vae: nn.Module = AutoencoderDC(
         latent_channels=8, attention_head_dim=8, encoder_block_types=kinds, decoder_block_types=kinds,
         encoder_block_out_channels=(8, 16, 16), decoder_block_out_channels=(8, 16, 16),
         encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
         encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)),
         upsample_block_type="interpolate", downsample_block_type="Conv", scaling_factor=0.41407,
     )  # fmt: skip
+    return vae
 
 
 def _finish(out: Path, pipeline: str, net: nn.Module, scheduler: Any, make_vae: Any) -> None:
