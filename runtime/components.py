@@ -53,7 +53,8 @@ def record_feeds(engine: Engine, bundle: "Bundle") -> dict[str, Feeds]:
     if CONTROLNET in engine.capabilities.roles:
         width, height = bundle.spec.sizes[0]
         edge = np.zeros((height, width, 3), np.uint8)
-        run_request(recorder, bundle, GenerateRequest(prompt="a red circle", control=Control(edge=edge)))
+        kind = next(iter(bundle.spec.control_kinds), None)
+        run_request(recorder, bundle, GenerateRequest(prompt="a red circle", control=Control(edge=edge, kind=kind)))
     return recorder.feeds
 
 
@@ -83,7 +84,7 @@ def component_rows(
             for kind, seconds in take_turns(calls, repeats, lambda kind, r=role: tell(f"{r}, {kind}")).items():  # type: ignore[misc]
                 row: dict[str, Any] = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
                 speed = operations[role] * batch / row["p50_ms"] / 1e6
-                row |= {"gflop": round(operations[role] * batch / 1e9, 4), "gflop_per_s": round(speed, 1)}
+                row |= {"gflop": round(operations[role] * batch / 1e9, 6), "gflop_per_s": round(speed, 1)}
                 rows.append(row)
     peaks.sample()
     for row in rows:

@@ -184,7 +184,12 @@ def _end_to_end(
 
 
 def _on_new_prompts(run: Contestant, steps: int, batch: int) -> Callable[[int], Sample]:
-    return lambda turn: run(f"a red circle {steps} {turn}", turn, steps, batch)
+    """Prompts told apart by letters: a tokenizer may know no digits, and GenAI breaks on what it does not know."""
+    return lambda turn: run(f"a red circle {_word(steps)} {_word(turn)}", turn, steps, batch)
+
+
+def _word(number: int) -> str:
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
 def _inside(ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
