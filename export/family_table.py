@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PROMPT = "a red cat"
 STEPS = (1, 2, 4)
 BOUND = 1 / 255
+LARGEST = 128
+"""Pictures are at most this large a side: what is tried does not depend on it, and how long it takes does."""
 COLUMNS = ("import", "exact", "onnx", "tensorrt", "openvino", "served")
 ROWS: dict[str, tuple[str, str]] = {
     "SD 1.5": ("sd15-tiny", "sd15"),
@@ -65,6 +67,7 @@ class FamilyRow:
 
 def try_family(name: str, tell: Callable[[str], None] | None = None) -> FamilyRow:
     """Make, import, compare, export and serve one row. What fails fills its cell; what depends on it is not tried."""
+    from fewstep.models.families import find_family
     from fewstep.models.importing import import_folder
     from fewstep.models.known import known
     from fewstep.models.shapes import make_folder
@@ -78,7 +81,8 @@ def try_family(name: str, tell: Callable[[str], None] | None = None) -> FamilyRo
         def imported() -> str:
             nonlocal bundle
             folder = make_folder(shape, Path(scratch) / "folder")
-            bundle = import_folder(folder, Path(scratch) / "bundle", answers=known(answers))
+            width, height = (min(side, LARGEST) for side in find_family(folder).facts(folder).size)
+            bundle = import_folder(folder, Path(scratch) / "bundle", answers=known(answers), sizes=[(width, height)])
             return f"{bundle.family.name}, {bundle.spec.sampler}"
 
         columns: dict[str, Callable[[], str]] = {
@@ -105,13 +109,13 @@ def exactness(bundle: "Bundle") -> str:
     import numpy as np
     import torch
 
-    from fewstep.runtime.diffusers_pipeline import call_settings, hushed, open_pipeline
+    from fewstep.runtime.diffusers_pipeline import call_settings, can_sample, hushed, open_pipeline
     from fewstep.runtime.loop import run_request
     from fewstep.runtime.request import GenerateRequest
     from fewstep.runtime.torch_engine import TorchEngine
 
     pipeline, engine = open_pipeline(bundle), TorchEngine(bundle)
-    worst, counts = 0.0, [n for n in STEPS if bundle.spec.allows(n)]
+    worst, counts = 0.0, [n for n in STEPS if bundle.spec.allows(n) and can_sample(pipeline, n)]
     for steps in counts:
         ours = run_request(engine, bundle, GenerateRequest(prompt=PROMPT, seed=3, steps=steps)).pictures[0] / 255
         with hushed():
