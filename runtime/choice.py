@@ -35,7 +35,7 @@ class Candidate:
     """One engine of a bundle, for the choice. `why` says in words what `usable` and `cost_s` rest on.
 
     verified: equal to torch within the tolerance of its precision. fresh: made from the present weights. executed: it
-    ran here or elsewhere; only engines built ahead for a device can lack that. cost_s: seconds of one picture in the
+    ran where it is meant to; only engines of `Kind.must_have_run` can lack that. cost_s: seconds of one picture in the
     bundle's default number of steps, where measured on this machine; costs_s: the same by step count.
     """
 
@@ -158,7 +158,8 @@ def _candidate(bundle: Bundle, kind: str, machine: Mapping[str, Any]) -> Candida
         candidate = Candidate(kind=kind, usable=True, why="", verified=True, fresh=True, executed=True)
     else:
         assert manifest is not None
-        executed = manifest.build is None or manifest.executed_on is not None or manifest.verified
+        known = KINDS.get(manifest.engine)
+        executed = known is None or not known.must_have_run or manifest.executed_on is not None
         fault = _fault(bundle, manifest, fresh, executed)
         candidate = Candidate(
             kind=kind, usable=fault is None, why=fault or "", verified=manifest.verified, fresh=fresh, executed=executed
