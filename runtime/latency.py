@@ -72,13 +72,12 @@ def bench_latency(
             contestants[kind] = runtime_contestant(runtime)
         rows, peer_rows = _end_to_end(contestants, tuple(ready), allowed, batches, repeats, tell)
         alone = _components(bundle, opened, batches, repeats, threads, tell) if components else {}
-    width, height = bundle.spec.sizes[0]
     return {
         "kind": "latency",
         "machine": machine_facts(),
         "bundle": bundle.name,
         "weights_digest": bundle.weights_digest,
-        "size": [width, height],
+        "size": list(bundle.spec.sizes[0]),
         "guidance": bundle.spec.guidance.default,
         "measured": f"prompt to PNG bytes, new prompts, {repeats} interleaved turns, one encoder for all",
         "diffusers_pipeline": pipeline_name(bundle),
