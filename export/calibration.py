@@ -73,9 +73,10 @@ def student_feeds(
     scales = list(dict.fromkeys((spec.guidance.default, *spec.guidance.range)))
     steered = CONTROLNET in recorder.capabilities.roles
     edge = edge_picture(*spec.sizes[0])
+    kind = next(iter(spec.control_kinds), None)
     read = Prompts(bundle, capacity=1)
     for k, prompt in enumerate(prompts):
-        control = Control(edge=edge) if steered and k % 2 else None
+        control = Control(edge=edge, kind=kind) if steered and k % 2 else None
         request = GenerateRequest(
             prompt=prompt,
             seed=seed + k,

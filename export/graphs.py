@@ -16,6 +16,7 @@ from fewstep.models.roles import (
     ADAPTER,
     CONTROLNET,
     DECODER,
+    DECODER_TINY,
     DENOISER,
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
@@ -87,7 +88,7 @@ def random_feeds(
     latent = (batch, spec.latent.channels, height // spec.latent.factor, width // spec.latent.factor)
     if role == TEXT:
         return _random_tokens(bundle, batch, draw)
-    if role == DECODER:
+    if role in (DECODER, DECODER_TINY):
         return {"latent": torch.randn(latent, generator=draw)}
     if role == ENCODER:
         return {"picture": torch.rand(batch, 3, height, width, generator=draw) * 2 - 1}

@@ -7,19 +7,21 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, write_manifest
-from fewstep.runtime.openvino_engine import PRECISIONS
+from fewstep.runtime.manifest import Manifest, checked_files, write_manifest
+from fewstep.runtime.openvino_engine import PRECISIONS, Compiler, RoleNetworks
 
 from .onnx import export_onnx, usable_onnx
+from .parity import SAME, apart
 from .quantise import quantise
 from .quantise_options import int8_settings
+from .verify import PEAK, TOLERANCE, random_rows
 
 
 def export_openvino(
     bundle: Bundle, *, precision: str = "fp32", progress: Callable[[str], None] | None = None, **options: Any
 ) -> Manifest:
     """Write an unverified manifest for the engine "openvino" ("openvino-bf16"), exporting to ONNX first where needed;
-    for int8, quantise with the options of `quantise_options`.
+    for int8, quantise with the options of `quantise_options`. In bf16 a role that would miss its tolerance stays fp32.
 
     Errors: `EngineUnavailable` where OpenVINO is missing, the precision is unknown, an option is not of the precision,
     or the folder cannot be written.
@@ -41,6 +43,7 @@ def export_openvino(
         engine="openvino" if precision == "fp32" else f"openvino-{precision}",
         precision=precision,
         roles={role: replace(graph, file=f"../onnx/{graph.file}") for role, graph in source.roles.items()},
+        treatments={} if precision == "fp32" else rounded_where_it_agrees(bundle, source),
         producers={**source.producers, "openvino": producer},
         parity=(),
         verified=False,
@@ -50,3 +53,21 @@ def export_openvino(
     except OSError as error:
         raise EngineUnavailable(f"{bundle.root} cannot be written ({error}); export a copy that you own") from error
     return manifest
+
+
+def rounded_where_it_agrees(bundle: Bundle, source: Manifest) -> dict[str, str]:
+    """Role -> "bf16" where its outputs stay within the tolerance, else "fp32".
+
+    Errors: `EngineUnavailable` where this CPU has no bfloat16.
+    """
+    compiler, files = Compiler(), checked_files(bundle, source)
+    chosen = {}
+    for role, graph in source.roles.items():
+        exact, rounded = (RoleNetworks(compiler, graph, files[role], name).of(1) for name in ("fp32", "bf16"))
+        worst = SAME
+        for row in random_rows(bundle, role):
+            wanted = [out.clone() for out in exact.run(row)]
+            worst |= apart(rounded.run(row), wanted)
+        allowed = TOLERANCE["bf16"]
+        chosen[role] = "bf16" if worst.relative <= allowed and worst.peak <= allowed * PEAK else "fp32"
+    return chosen

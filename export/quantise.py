@@ -22,10 +22,9 @@ from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import Graph, Manifest, checked_files, engine_folder, write_manifest
 
 from .calibration import PROMPTS, Rows, student_feeds
-from .graphs import random_feeds
 from .onnx import export_onnx, usable_onnx
 from .parity import SAME, Apart, apart
-from .verify import BATCHES, PEAK, SEED, TOLERANCE
+from .verify import PEAK, TOLERANCE, random_rows
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 Progress = Callable[[str], None]
@@ -115,7 +114,7 @@ def quantise(
         for role, graph in onnx.roles.items():
             tell(f"{kit.kind} {role}")
             rows = feeds.get(role, ())
-            source = Source(role=role, file=files[role], graph=graph, rows=rows, probes=_random_rows(bundle, role))
+            source = Source(role=role, file=files[role], graph=graph, rows=rows, probes=random_rows(bundle, role))
             names = _candidates(kit, mode, forced.get(role), calibrated=bool(source.rows))
             found = measure(kit, source, names, folder)
             wanted = found if mode == AUTO and role not in forced else found[-1:]
@@ -226,12 +225,6 @@ def _graph(kit: Kit, source: Source, treatment: str, folder: Path) -> Graph:
     if not calibration:
         raise EngineUnavailable(f"{source.role} cannot be made {treatment!r}: this bundle's sampling never calls it")
     return kit.make(replace(source, rows=calibration), treatment, folder)
-
-
-def _random_rows(bundle: Bundle, role: str) -> Rows:
-    """Rows that `verify` will hold the engine to."""
-    feeds = random_feeds(bundle, role, batch=max(BATCHES), size=bundle.spec.sizes[0], seed=SEED)
-    return tuple({name: value[k : k + 1] for name, value in feeds.items()} for k in range(max(BATCHES)))
 
 
 def _unmeasured(treatment: str, graph: Graph, size_bytes: int) -> Trial:

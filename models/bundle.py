@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
-from .roles import CONTROLNET, DECODER, DENOISER, ENCODER, NEEDS, PICTURE, ROLES, TEXT
+from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, PICTURE, ROLES, TEXT
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -93,7 +93,13 @@ class Bundle:
 
         Errors: those of `load`.
         """
-        return self.family.network(role, load or self.load)
+        load = load or self.load
+        if role != PICTURE:
+            return self.family.network(role, load)
+        from .net_picture import TextToPixels
+
+        decoder = DECODER_TINY if 1 in self.spec.tiny_decoder else DECODER
+        return TextToPixels(*(self.family.network(part, load) for part in (TEXT, DENOISER, decoder))).eval()
 
     def denoiser_net(self) -> Any:
         return self.network(DENOISER)
@@ -197,6 +203,9 @@ def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
         spec = SamplerSpec.from_json(data["spec"])
     except SpecError as error:
         raise SpecError(f"{root}/bundle.json: spec.{error}") from error
+    if spec.tiny_decoder and not (root / "tiny_decoder" / "config.json").is_file():
+        steps = list(spec.tiny_decoder)
+        raise BundleError(f"{root}/bundle.json: spec.tiny_decoder is {steps}, and tiny_decoder/ is absent")
     return Bundle(root, str(data["name"]), spec)
 
 

@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from .errors import BundleError
-from .net_picture import TextToPixels
 from .networks import Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
-from .roles import DECODER, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, PICTURE, TEXT
+from .roles import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, TEXT
 from .schedulers import SetTimes, plain_times
 from .spec import Latent, TextInput
 from .unet_roles import UNET_ROLES
@@ -63,11 +62,10 @@ class Family:
             net = self.denoiser(load(self.folder), role == DENOISER_CONTROL)
         elif role == TEXT:
             net = self.text(load)
-        elif role == PICTURE:
-            parts = [self.network(part, load) for part in (TEXT, DENOISER, DECODER)]
-            net = TextToPixels(*parts)
         elif role in self.more:
             net = self.more[role](load)
+        elif role == DECODER_TINY:
+            net = Decoder(load("tiny_decoder"))
         elif role in NEEDS:
             raise BundleError(
                 f"the {self.name} family has no network for {role!r}: import again without {NEEDS[role]}/"

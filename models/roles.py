@@ -4,16 +4,17 @@ TEXT, DENOISER, DENOISER_CONTROL = "text", "denoiser", "denoiser+control"
 DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT = "denoiser+adapter", "denoiser+image-prompt"
 DENOISER_NEGATIVE = "denoiser+negative"
 CONTROLNET, ADAPTER, IMAGE_PROMPT = "controlnet", "adapter", "image-prompt"
-DECODER, ENCODER = "decoder", "encoder"
+DECODER, DECODER_TINY, ENCODER = "decoder", "decoder+tiny", "encoder"
 PICTURE = "picture"
 """Text to pixels in one graph; offered only where it was exported (`Bundle.extra_roles`)."""
 DENOISERS = (DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_NEGATIVE)
-ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, ENCODER)
+ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, DECODER_TINY, ENCODER)
 
 NEEDS = {
     DENOISER_CONTROL: "controlnet", CONTROLNET: "controlnet",
     DENOISER_ADAPTER: "t2i_adapter", ADAPTER: "t2i_adapter",
     DENOISER_IMAGE_PROMPT: "ip_adapter", IMAGE_PROMPT: "ip_adapter",
     DENOISER_NEGATIVE: "negative",
+    DECODER_TINY: "tiny_decoder",
 }  # fmt: skip
 """The component beside the pipeline's own that a role needs; roles not listed are there in every bundle."""

@@ -49,7 +49,7 @@ def sampling_of(config: Mapping[str, Any], wanted: Wanted) -> Fields:
 
     try:  # absent settings have diffusers' defaults
         filled = dict(getattr(diffusers, name).from_config(dict(config)).config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BundleError(f"scheduler/scheduler_config.json is refused by diffusers' own {name}: {error}") from error
     return READERS[name]({**filled, "_class_name": name}, wanted)
 

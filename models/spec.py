@@ -126,7 +126,7 @@ class SamplerSpec:
     become token ids. size_ids: the picture-size condition that the network takes ("sdxl": height, width, crop 0 0,
     height, width; "pixart": height, width, height/width), or None. control_kinds: what a ControlNet-Union's control
     types are called, in its order; empty where a control picture is of one kind only. clip: bound on |x0| in latent
-    units, or None.
+    units, or None. tiny_decoder: the step counts whose pictures the component `tiny_decoder/` decodes.
     """
 
     version: int = SPEC_VERSION
@@ -148,6 +148,7 @@ class SamplerSpec:
     sizes: tuple[tuple[int, int], ...]
     clip: float | None = None
     control_kinds: tuple[str, ...] = ()
+    tiny_decoder: tuple[int, ...] = ()
     recipe: str
     teacher: str | None = None
     quality: tuple[QualityRow, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .costs import Costs
-from .engine import DECODER, DENOISER, DENOISER_CONTROL, PICTURE, TEXT
+from .engine import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, PICTURE, TEXT
 from .loop import admit, latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
@@ -60,6 +60,8 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
         DECODER: lambda n: decode(engine, torch.stack([x] * n)),
         TEXT: lambda n: run_batch(engine, TEXT, {k: v.expand(n, -1).contiguous() for k, v in tokens.items()}),
     }
+    if DECODER_TINY in engine.capabilities.roles:
+        calls[DECODER_TINY] = lambda n: decode(engine, torch.stack([x] * n), DECODER_TINY)
     if PICTURE in engine.capabilities.roles:
         live = admit(model, GenerateRequest(prompt="-", steps=1))
         calls[PICTURE] = lambda n: paint_rows(model, [(live, live.canvases[0])] * n)

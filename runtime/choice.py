@@ -189,6 +189,8 @@ def _fault(bundle: Bundle, manifest: Manifest, fresh: bool, executed: bool) -> s
         return f"the package {kind.package} is not installed"
     if kind.cuda and not _sees_cuda():
         return "needs a CUDA device, and torch sees none"
+    if kind.compiles:
+        return f"compiles for minutes when it is opened: name it, --engine {manifest.engine}"
     return None
 
 

@@ -71,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--control", type=Path, metavar="EDGE.png", help="edge picture for the ControlNet, of the picture's size")
     add("--control-scale", type=float, metavar="K", help="strength of the control, 0 to 2 (default 1)")
     add("--control-kind", metavar="KIND", help="what the control picture is, for a ControlNet-Union: canny, depth, ...")
-    add("--engine", default="auto", metavar="KIND", help="auto, torch, onnx, openvino or openvino-bf16 (default auto)")
+    add(
+        "--engine",
+        default="auto",
+        metavar="KIND",
+        help="auto, or a kind that `fewstep engines DIR` lists (default auto)",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads; the library's own choice if left out")
     add(
         "--out",

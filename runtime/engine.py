@@ -14,7 +14,7 @@ An engine runs *roles*. All tensors are torch tensors on the engine's device, ev
 | adapter | edge | features, K+1 of them |
 | image-prompt | pixels [B, 3, S, S] as CLIP's processor makes them | (img_tok,) |
 | picture | the feeds of text and denoiser, a [B], b [B] | (picture of the latent a x + b F,) |
-| decoder | latent [B, C, h, w] | (picture [B, 3, H, W] in [-1, 1],) |
+| decoder, decoder+tiny | latent [B, C, h, w] | (picture [B, 3, H, W] in [-1, 1],) |
 | encoder | picture | (latent,) |
 
 Text outputs are the conditions of the model's family (`fewstep.models.families`): ctx always, and ctx_mask [B, L],
@@ -31,6 +31,7 @@ from fewstep.models.roles import (
     ADAPTER,
     CONTROLNET,
     DECODER,
+    DECODER_TINY,
     DENOISER,
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ADAPTER", "CONTROLNET", "DECODER", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL", "ENCODER", "PICTURE",
-    "ROLES", "TEXT", "Capabilities", "Engine",
+    "ADAPTER", "CONTROLNET", "DECODER", "DECODER_TINY", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL",
+    "ENCODER", "PICTURE", "ROLES", "TEXT", "Capabilities", "Engine",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Kind:
 
     package: what must be installed. cuda: whether it runs on a CUDA device only. settings: fixed by the kind.
     must_have_run: it was compiled where it may not run, and opens only once `fewstep verify` saw it run, or where it is
-    told `allow_unproven=True`.
+    told `allow_unproven=True`. compiles: opening it takes minutes, so it is opened by name only.
     """
 
     module: str
@@ -31,10 +31,18 @@ class Kind:
     cuda: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     must_have_run: bool = False
+    compiles: bool = False
 
 
 def _variant(kind: str, *, cuda: bool = False) -> Kind:
-    return Kind(module=".compiled_engine", function="open_variant", package="torch", cuda=cuda, settings={"kind": kind})
+    return Kind(
+        module=".compiled_engine",
+        function="open_variant",
+        package="torch",
+        cuda=cuda,
+        settings={"kind": kind},
+        compiles="compile" in kind,
+    )
 
 
 def _onnx(kind: str, *, cuda: bool = False) -> Kind:
@@ -100,6 +108,8 @@ def open_engine(bundle: Bundle, kind: str = "auto", *, threads: int | None = Non
     if kind not in KINDS:
         raise EngineUnavailable(f"engine {kind!r} is unknown; use one of auto, {', '.join(KINDS)}")
     found = KINDS[kind]
+    if options.get("allow_unproven") and not found.must_have_run:
+        raise EngineUnavailable(f"allow_unproven is for engines built ahead for a GPU; {kind!r} is none: leave it out")
     if not installed(found.package):
         raise EngineUnavailable(
             f"engine {kind!r} needs the package {found.package}; install it, or use the engine 'torch'"

@@ -22,7 +22,7 @@ from fewstep.models.spec import SamplerSpec
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import DECODER, DENOISER, PICTURE, TEXT, Engine
+from .engine import DENOISER, PICTURE, TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -60,8 +60,9 @@ class Model:
 class Runtime:
     """Serves bundles in this process. Also a context manager, which closes without draining.
 
-    engine: "auto" (a bundle's exported and verified engine, else torch), "torch", "onnx" or "openvino". engines: ready
-    engines by model name, used as they are and not closed here.
+    engine: "auto" (the verified engine that was measured to be the fastest here) or one of
+    `fewstep.runtime.engines.KINDS`. allow_unproven: open an engine built ahead for a GPU that no GPU has run yet.
+    engines: ready engines by model name, used as they are and not closed here.
 
     Errors: `BundleError`, `SpecError`, `EngineUnavailable`; `EngineFailed` where an engine breaks while it is warmed.
     """
@@ -71,6 +72,7 @@ class Runtime:
         bundles: Sequence[Bundle | str | Path],
         *,
         engine: str = "auto",
+        allow_unproven: bool = False,
         limits: Limits = Limits(),  # noqa: B008
         config: RuntimeConfig = RuntimeConfig(),  # noqa: B008
         engines: Mapping[str, Engine] | None = None,
@@ -88,7 +90,7 @@ class Runtime:
             raise BundleError(f"engines holds {stray[0]!r}, but the bundles are {[bundle.name for bundle in opened]}")
         try:
             for bundle in opened:
-                self._add(bundle, given.get(bundle.name), engine, config)
+                self._add(bundle, given.get(bundle.name), engine, config, allow_unproven)
         except BaseException:
             self._close_engines()
             raise
@@ -120,7 +122,7 @@ class Runtime:
             model=live.model.name,
             prompts=0 if whole else len(live.missing),
             rows=() if whole else rows,
-            finish=PICTURE if whole else DECODER,
+            finish=PICTURE if whole else live.decoder,
             pictures=live.request.n,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else begun + request.deadline_s,
@@ -186,12 +188,13 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _add(self, bundle: Bundle, engine: Engine | None, kind: str, config: RuntimeConfig) -> None:
+    def _add(self, bundle: Bundle, engine: Engine | None, kind: str, config: RuntimeConfig, unproven: bool) -> None:
         if bundle.name in self._served:
             raise BundleError(f"two bundles are named {bundle.name!r}; serve one of them")
         budget_s = config.calibration_budget_s
         if engine is None:
-            engine = open_engine(bundle, kind, threads=config.threads)
+            options = {"allow_unproven": True} if unproven else {}
+            engine = open_engine(bundle, kind, threads=config.threads, **options)
             self._own_engines.append(engine)
             budget_s = DEFAULT_BUDGET_S if budget_s is None else budget_s
         prompts = Prompts(bundle, config.text_cache)
@@ -217,7 +220,7 @@ class Runtime:
         """Whether one graph does the request from text to pixels, and sooner than the calls that it replaces."""
         if not fits_one_call(live) or not self._costs.measured((live.model.name, PICTURE)):
             return False
-        parts = [DENOISER, DECODER, *([TEXT] if live.missing else [])]
+        parts = [DENOISER, live.decoder, *([TEXT] if live.missing else [])]
         apart_s = sum(self._costs.seconds((live.model.name, role), 1) for role in parts)
         return self._costs.seconds((live.model.name, PICTURE), 1) < apart_s
 

@@ -13,7 +13,16 @@ T = TypeVar("T")
 WARM_UP = 2
 PAUSE_S = 0.005
 """Between contestants, for the threads of the last one to fall asleep."""
-PACKAGES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "openvino", "openvino-genai", "tensorrt-rtx", "pillow")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "openvino-genai",
+    "tensorrt-rtx",
+    "pillow",
+)
 
 
 def take_turns(

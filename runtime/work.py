@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fewstep.models.spec import SamplerSpec
 
-from .engine import ADAPTER, CONTROLNET, DECODER, DENOISER_ADAPTER, DENOISER_CONTROL, PICTURE, TEXT, Engine
+from .engine import (
+    ADAPTER,
+    CONTROLNET,
+    DECODER,
+    DECODER_TINY,
+    DENOISER_ADAPTER,
+    DENOISER_CONTROL,
+    PICTURE,
+    TEXT,
+    Engine,
+)
 from .errors import EngineFailed, FewstepError
 from .events import Picture
 from .plan import Plan
@@ -82,6 +92,12 @@ class Live:
         return None if control is None or control.kind is None else kinds.index(control.kind)
 
     @property
+    def decoder(self) -> str:
+        """The role that decodes its pictures: the tiny decoder at the step counts that the spec gives it."""
+        tiny = len(self.plan.rows) in self.model.spec.tiny_decoder
+        return DECODER_TINY if tiny and DECODER_TINY in self.model.engine.capabilities.roles else DECODER
+
+    @property
     def cond(self) -> Conditions:
         return {**self.embedded[self.texts[0]], **self.fixed}
 
@@ -139,8 +155,9 @@ def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engine
 
 
 def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
-    """Decode each picture's latent into its pixels, in one decoder call."""
-    return _keep_pictures(rows, decode(model.engine, torch.stack([canvas.x for _, canvas in rows])))
+    """Decode each picture's latent into its pixels, in one call of their decoder."""
+    latents = torch.stack([canvas.x for _, canvas in rows])
+    return _keep_pictures(rows, decode(model.engine, latents, rows[0][0].decoder))
 
 
 @torch.inference_mode()
@@ -180,9 +197,9 @@ def _keep_pictures(
 
 
 @torch.inference_mode()
-def decode(engine: Engine, latents: Tensor) -> list[Picture | EngineFailed]:
+def decode(engine: Engine, latents: Tensor, role: str = DECODER) -> list[Picture | EngineFailed]:
     """Latents [B, C, h, w] as the denoiser sees them -> pictures [H, W, 3] uint8."""
-    (out,) = run_batch(engine, DECODER, {"latent": latents})
+    (out,) = run_batch(engine, role, {"latent": latents})
     return to_pictures(engine, out)
 
 

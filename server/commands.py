@@ -33,7 +33,13 @@ def serve(argv: list[str]) -> int:
     )
     parser.add_argument("--host", help="address to listen at (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen at (8000; 0 picks a free one)")
-    parser.add_argument("--engine", choices=("auto", "torch", "onnx", "openvino"), help="engine of every model (auto)")
+    parser.add_argument("--engine", metavar="KIND", help="engine of every model: auto, torch, onnx, openvino-bf16, ...")
+    parser.add_argument(
+        "--allow-unproven",
+        action="store_true",
+        default=None,
+        help="serve an engine built for a GPU that none has run yet",
+    )
     parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
     args = parser.parse_args(argv)
     try:
@@ -53,7 +59,8 @@ def serve(argv: list[str]) -> int:
     settings = replace(Settings.from_environment(os.environ), **flags)
     with listen(settings.host, settings.port) as listener:
         limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
-        with Runtime(args.bundles, engine=settings.engine, limits=limits) as runtime:
+        unproven = settings.allow_unproven
+        with Runtime(args.bundles, engine=settings.engine, allow_unproven=unproven, limits=limits) as runtime:
             return asyncio.run(run(create_app(runtime, settings), settings, listener))
 
 

@@ -27,6 +27,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     engine: str = "auto"
+    allow_unproven: bool = False
     max_queue: int = 256
     max_n: int = 10
     api_keys: tuple[str, ...] = ()

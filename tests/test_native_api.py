@@ -144,7 +144,7 @@ def test_info_tells_clients_what_a_model_allows(live: Live):
     assert (model["name"], model["engine"], model["control"]) == ("fake", "fake", True)
     assert (model["steps"], model["max_steps"], model["default_steps"]) == ([1, 2, 4, 8], None, 4)
     assert model["sizes"] == [[64, 64]]
-    assert model["spec"]["guidance"] == {"mode": "embedded", "default": 3.0, "range": [1.0, 8.0]}
+    assert model["spec"]["guidance"] == {"mode": "embedded", "default": 3.0, "range": [1.0, 8.0], "zero_empty": False}
     assert reply["limits"]["max_n"] == 10
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class TinyDecoderSettings:
     width: channels; None keeps those of the larger decoder, whose weights are then inherited. blocks: residual blocks
     per resolution, coarse to fine; the fine ones cost most. pictures: latents of each kind (real, made) to learn from.
     features: weight of the distance in the eye of the feature network. latents: a file of encoded data to reuse.
+    use_at: the step counts whose pictures it shall decode when served; none until it was measured to be good enough.
     """
 
     width: int | None = None
@@ -50,6 +51,7 @@ class TinyDecoderSettings:
     seed: int = 0
     bf16: bool = True
     latents: str | None = None
+    use_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def distill_decoder(
     for name, decoder in (("larger", larger.cpu()), ("tiny", kept)):
         save_grid([seen], decoder, run / "samples" / f"{name}.png")
     (run / "config.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
-    return write_decoder(bundle, kept.vae, out)
+    return write_decoder(bundle, kept.vae, out, s.use_at)
 
 
 def build_tiny(vae: Any, width: int | None, blocks: Sequence[int]) -> Any:
@@ -189,13 +191,13 @@ def training_latents(bundle: Bundle, data: Latents, count: int, seed: int) -> Te
     return torch.cat([real, *made])
 
 
-def write_decoder(bundle: Bundle, tiny: Any, out: Path) -> Bundle:
-    """The bundle without its engines, with `tiny_decoder/` in it, sealed."""
+def write_decoder(bundle: Bundle, tiny: Any, out: Path, use_at: Sequence[int] = ()) -> Bundle:
+    """The bundle without its engines, with `tiny_decoder/` in it for the step counts `use_at`, sealed."""
     beside = out.with_name(out.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(bundle.root, beside, ignore=shutil.ignore_patterns("engines", "bundle.json", COMPONENT))
     tiny.to(memory_format=torch.contiguous_format).half().save_pretrained(beside / COMPONENT)
-    seal_bundle(beside, bundle.name, bundle.spec)
+    seal_bundle(beside, bundle.name, replace(bundle.spec, tiny_decoder=tuple(use_at)))
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     return load_bundle(out)
@@ -210,7 +212,7 @@ def with_tiny_decoder(bundle: Bundle, out: Path) -> Bundle:
         raise RecipeError(f"{bundle.root} has no {COMPONENT}/; make one with `fewstep distill tiny-decoder`")
     shutil.copytree(bundle.root, out, ignore=shutil.ignore_patterns("engines", "bundle.json", "vae", COMPONENT))
     shutil.copytree(bundle.root / COMPONENT, out / "vae")
-    return seal_bundle(out, f"{bundle.name}+tiny", bundle.spec)
+    return seal_bundle(out, f"{bundle.name}+tiny", replace(bundle.spec, tiny_decoder=()))
 
 
 def _decode(latents: Tensor, decoder: nn.Module, device: torch.device) -> Iterator[Tensor]:
