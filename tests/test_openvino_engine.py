@@ -18,16 +18,16 @@ from tiny import copy_bundle
 
 openvino = pytest.importorskip("openvino")
 ROLES = ("text", "denoiser", "denoiser+control", "controlnet", "decoder", "encoder")
-needs_bf16 = pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bfloat16"
-)
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
 
 
 @pytest.fixture(scope="module")
 def bundle(exported_lcm, tmp_path_factory):
     bundle = load_bundle(copy_bundle(exported_lcm, tmp_path_factory.mktemp("openvino") / "lcm"))
     export_openvino(bundle)
-    export_openvino(bundle, precision="bf16")
+    if HAS_BF16:
+        export_openvino(bundle, precision="bf16")
     return bundle
 
 
@@ -47,6 +47,7 @@ def worst(engine, reference, bundle, role, batch):
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@needs_bf16
 def test_export_shares_the_onnx_files(bundle):
     manifest = read_manifest(bundle, "openvino-bf16")
     assert (manifest.engine, manifest.precision, manifest.verified) == ("openvino-bf16", "bf16", False)
@@ -74,6 +75,16 @@ def test_bf16_stays_within_its_tolerance(bundle, reference, role):
     engine = open_engine(bundle, "openvino-bf16", threads=1)
     assert engine.name == "openvino-bf16"
     assert 1e-4 < worst(engine, reference, bundle, role, 3) < 2e-2
+
+
+@needs_bf16
+def test_a_role_that_rounding_spoils_stays_float32(bundle, monkeypatch):
+    from fewstep.export import openvino as exporter
+
+    onnx = read_manifest(bundle, "onnx")
+    assert set(exporter.rounded_where_it_agrees(bundle, onnx).values()) == {"bf16"}
+    monkeypatch.setitem(exporter.TOLERANCE, "bf16", 1e-6)
+    assert set(exporter.rounded_where_it_agrees(bundle, onnx).values()) == {"fp32"}
 
 
 @needs_bf16
