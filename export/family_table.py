@@ -74,7 +74,8 @@ def try_family(name: str, tell: Callable[[str], None] | None = None) -> FamilyRo
 
     shape, answers = ROWS[name]
     tell = tell or (lambda part: None)
-    begun, cells = time.monotonic(), {}
+    begun = time.monotonic()
+    cells: dict[str, Cell] = {}
     with tempfile.TemporaryDirectory() as scratch:
         bundle: Any = None
 

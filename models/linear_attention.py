@@ -81,4 +81,4 @@ def _bend(width: int) -> nn.Sequential:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, n, H d] -> [B, H, n, d]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)

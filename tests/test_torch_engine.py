@@ -83,7 +83,7 @@ def test_a_missing_device_is_named(tiny_teacher, monkeypatch):
 def test_open_engine_chooses(tiny_teacher, monkeypatch):
     assert open_engine(tiny_teacher).name == "torch", "auto without an export"
     assert open_engine(tiny_teacher, "torch").name == "torch"
-    with pytest.raises(EngineUnavailable, match="'cuda-graphs' is unknown; use one of auto, torch, .*onnx, .*openvino"):
+    with pytest.raises(EngineUnavailable, match=r"'cuda-graphs' is unknown; use one of auto, torch, .*onnx, .*openvino"):
         open_engine(tiny_teacher, "cuda-graphs")
     monkeypatch.setattr(engines, "installed", lambda package: False)
     with pytest.raises(EngineUnavailable, match="needs the package onnxruntime"):
@@ -101,7 +101,8 @@ def test_only_a_verified_export_of_the_same_weights_is_usable(tiny_dmd2, tmp_pat
     digest = bundle.weights_digest
     manifest = Manifest(engine="onnx", precision="fp32", opset=21, roles={}, weights_digest=digest, producers={})
     assert not engines.usable_export(bundle, "onnx")
-    for changes, usable in (({"verified": True}, True), ({}, False), ({"verified": True, "weights_digest": "0"}, False)):
+    stale = {"verified": True, "weights_digest": "0"}
+    for changes, usable in (({"verified": True}, True), ({}, False), (stale, False)):
         path = write_manifest(bundle, replace(manifest, **changes))
         assert engines.usable_export(bundle, "onnx") is usable
     path.write_text("{")
