@@ -49,22 +49,22 @@ def test_without_any_export_torch_it_is(bundle):
 
 
 def test_unmeasured_exports_come_before_torch_and_lower_precisions_after(bundle):
-    for kind, precision in (("torch-bf16", "bf16"), ("torch-compile", "fp32"), ("onnx", "fp32")):
+    for kind, precision in (("torch-bf16", "bf16"), ("aoti", "fp32"), ("onnx", "fp32")):
         plant(bundle, kind, precision=precision)
-    assert order(bundle) == ["onnx", "torch-compile", "torch", "torch-bf16"]
+    assert order(bundle) == ["onnx", "aoti", "torch", "torch-bf16"]
 
 
 def test_the_least_measured_cost_wins_whatever_the_precision(bundle):
     plant(bundle, "onnx", costs=costs(0.004))
     plant(bundle, "torch-bf16", precision="bf16", costs=costs(0.002))
-    plant(bundle, "torch-compile")
+    plant(bundle, "aoti")
     record_costs(bundle, "torch", costs(0.003))
-    assert order(bundle) == ["torch-bf16", "torch", "onnx", "torch-compile"]
+    assert order(bundle) == ["torch-bf16", "torch", "onnx", "aoti"]
     best = explain(bundle)[0]
     assert best.cost_s == pytest.approx(0.001 + 4 * 0.002 + 0.003)
     assert best.costs_s == pytest.approx({n: 0.004 + n * 0.002 for n in (1, 2, 4, 8)})
     assert "12.0 ms for a picture of 4 steps" in best.why
-    assert order(bundle, threads=7) == ["onnx", "torch-compile", "torch", "torch-bf16"], "other threads, other machine"
+    assert order(bundle, threads=7) == ["onnx", "aoti", "torch", "torch-bf16"], "other threads, other machine"
 
 
 def test_costs_of_another_machine_or_of_other_weights_are_none(bundle):
@@ -82,12 +82,14 @@ def test_what_may_not_be_taken_says_why(bundle, monkeypatch):
     plant(bundle, "torch-bf16", **fast, weights_digest="0")
     plant(bundle, "openvino", **fast)
     plant(bundle, "onnx-cuda", **fast)
+    plant(bundle, "torch-compile", **fast)
     plant(bundle, "tensorrt", **fast, verified=False, build={"version": "1"})
     why = {candidate.kind: candidate.why for candidate in explain(bundle) if not candidate.usable}
     assert "not verified; run `fewstep verify" in why["onnx"]
     assert "made from other weights; run `fewstep export" in why["torch-bf16"] and "bf16`" in why["torch-bf16"]
     assert why["openvino"] == "the package openvino is not installed"
     assert "needs a CUDA device" in why["onnx-cuda"]
+    assert why["torch-compile"].endswith("when it is opened: name it, --engine torch-compile")
     assert "never ran on the device" in why["tensorrt"]
     assert order(bundle) == ["torch"]
     (bundle.root / "engines" / "onnx" / "manifest.json").write_text("{")
