@@ -135,7 +135,8 @@ def random_feeds(
 def _whole_feeds(bundle: Bundle, batch: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
     """One-step requests from their tokens on: every row begins at the noisiest time."""
     feeds = random_feeds(bundle, TEXT, batch=batch, size=size, seed=seed)
-    feeds |= random_feeds(bundle, DENOISER, batch=batch, size=size, seed=seed)
+    inner = random_feeds(bundle, DENOISER, batch=batch, size=size, seed=seed)
+    feeds |= {name: value for name, value in inner.items() if name not in bundle.family.text_outputs}
     ((t, update),) = updates(bundle.spec, 1)
     same = torch.ones(batch)
     return feeds | {"t": t * same, "a": update.a * same, "b": update.b * same}

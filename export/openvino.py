@@ -7,14 +7,14 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, checked_files, write_manifest
+from fewstep.runtime.manifest import Graph, Manifest, checked_files, write_manifest
 from fewstep.runtime.openvino_engine import PRECISIONS, Compiler, RoleNetworks
 
 from .onnx import export_onnx, usable_onnx
 from .parity import SAME, apart
 from .quantise import quantise
 from .quantise_options import int8_settings
-from .verify import PEAK, TOLERANCE, random_rows
+from .verify import TOLERANCE, random_rows, rounded_bounds
 
 
 def export_openvino(
@@ -56,18 +56,22 @@ def export_openvino(
 
 
 def rounded_where_it_agrees(bundle: Bundle, source: Manifest) -> dict[str, str]:
-    """Role -> "bf16" where its outputs stay within the tolerance, else "fp32".
+    """Role -> the fastest of "bf16", "bf16-sums" and "fp32" whose outputs stay within the tolerance.
 
     Errors: `EngineUnavailable` where this CPU has no bfloat16.
     """
     compiler, files = Compiler(), checked_files(bundle, source)
-    chosen = {}
-    for role, graph in source.roles.items():
-        exact, rounded = (RoleNetworks(compiler, graph, files[role], name).of(1) for name in ("fp32", "bf16"))
+
+    def agrees(role: str, graph: Graph, treatment: str) -> bool:
+        exact, rounded = (RoleNetworks(compiler, graph, files[role], name).of(1) for name in ("fp32", treatment))
         worst = SAME
         for row in random_rows(bundle, role):
             wanted = [out.clone() for out in exact.run(row)]
             worst |= apart(rounded.run(row), wanted)
-        allowed = TOLERANCE["bf16"]
-        chosen[role] = "bf16" if worst.relative <= allowed and worst.peak <= allowed * PEAK else "fp32"
-    return chosen
+        bounds = rounded_bounds("bf16", TOLERANCE["bf16"], role)
+        return worst.relative <= bounds.relative and worst.peak <= bounds.peak
+
+    return {
+        role: next((t for t in ("bf16", "bf16-sums") if agrees(role, graph, t)), "fp32")
+        for role, graph in source.roles.items()
+    }

@@ -22,7 +22,7 @@ from fewstep.models.spec import GoldenCase
 from fewstep.runtime.budget import Budget, breaches, quality_parity
 from fewstep.runtime.choice import measure_costs, record_costs
 from fewstep.runtime.cuda_device import device_here
-from fewstep.runtime.engine import CONTROLNET, Engine
+from fewstep.runtime.engine import CONTROLNET, PICTURE, Engine
 from fewstep.runtime.engines import KINDS, open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
 from fewstep.runtime.manifest import Manifest, Parity, exported_kinds, read_manifest, write_manifest
@@ -126,6 +126,12 @@ def tolerance_of(manifest: Manifest) -> float:
     return manifest.budget.get("error") or TOLERANCE[manifest.precision]
 
 
+def rounded_bounds(precision: str, tolerance: float, role: str) -> Apart:
+    """What a role may be apart. Below float32 each network of the role adds its own rounding: `picture` has three."""
+    networks = 3 if role == PICTURE and precision != "fp32" else 1
+    return _bounds(precision, tolerance * networks)
+
+
 def _engine_rows(
     kind: str, reference: Engine, bundle: Bundle, tell: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, Any]]:
@@ -142,7 +148,9 @@ def _engine_rows(
         rows = []
         for role in manifest.roles or [role for role in bundle.roles if role in engine.capabilities.roles]:
             tell(f"{kind} {role}")
-            rows.append(_role_row(kind, role, engine, reference, bundle, _bounds(manifest.precision, allowed)))
+            rows.append(
+                _role_row(kind, role, engine, reference, bundle, rounded_bounds(manifest.precision, allowed, role))
+            )
         golden = None if manifest.precision == "fp32" else _bounds(manifest.precision, allowed * STEPS)
         rows += [*_golden_rows(kind, engine, bundle, golden, tell), *_quality_rows(manifest)]
         return rows, measure_costs(engine, bundle) if all(row.ok for row in rows) else {}

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         default="auto",
         metavar="KIND",
-        help="auto, or a kind that `fewstep engines DIR` lists (default auto)",
+        help="auto, or a kind of `fewstep engines DIR` (default auto)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads; the library's own choice if left out")
     add(

@@ -8,7 +8,6 @@ alike; in `openvino-int8` each role has what its manifest says.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,18 @@ from .openvino_graph import WAVE, keep_sums, split_head
 
 BATCH_SIZES = (1, 2, 4, 8)
 PRECISIONS = ("fp32", "bf16", "int8")
-TREATMENTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "int8-bf16": "bf16", "int8-weights": "f32"}
+TREATMENTS = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "bf16-sums": "bf16",
+    "int8": "f32",
+    "int8-bf16": "bf16",
+    "int8-weights": "f32",
+}
 """What may be done to a role -> OpenVINO's name for what its unquantised operations compute in.
 
-int8: weights and activations of convolutions and products in 8 bits; int8-bf16: the same, and bfloat16 elsewhere;
-int8-weights: weights alone are stored in 8 bits.
+bf16-sums: sums stay in float32, closer and a little slower; int8: weights and activations of convolutions and products
+in 8 bits; int8-bf16: the same, and bfloat16 elsewhere; int8-weights: weights alone are stored in 8 bits.
 """
 
 
@@ -140,7 +146,7 @@ class RoleNetworks:
         if self._graph.data_sha256 is not None and self._file.suffix == ".xml":
             return core.read_model(self._file, self._file.with_name(self._file.name + ".data"))
         model = core.read_model(self._file)
-        return keep_sums(core, model) if self._treatment == "bf16" else model
+        return keep_sums(core, model) if self._treatment == "bf16-sums" else model
 
     def _compile(self, batch: int) -> "Network":
         compiler, precision = self._compiler, TREATMENTS[self._treatment]
@@ -148,8 +154,8 @@ class RoleNetworks:
         model.reshape({port.name: self._shape(port.shape, batch) for port in self._graph.inputs})
         head = split_head(model) if precision != "f32" else None
         return Network(
-            graph=self._graph,
-            openvino=compiler.openvino,
+            self._graph,
+            compiler.openvino,
             head=None if head is None else compiler.request(head, "f32"),
             body=compiler.request(model, precision),
         )
@@ -159,34 +165,64 @@ class RoleNetworks:
         return self._compiler.openvino.PartialShape([batch, *lengths[1:]])
 
 
-@dataclass(frozen=True)
 class Network:
-    """One role compiled for one batch size: in bfloat16 the float32 head comes first and feeds the body."""
+    """One role compiled for one batch size: in bfloat16 the float32 head comes first and feeds the body.
 
-    graph: Graph
-    openvino: Any
-    head: Any
-    body: Any
+    Inputs of known shapes are copied into memory that stays bound to the request: at small networks, binding a tensor
+    anew at each call costs more than the arithmetic of a layer.
+    """
+
+    def __init__(self, graph: Graph, openvino: Any, head: Any, body: Any) -> None:
+        self.graph, self.head, self.body = graph, head, body
+        self._openvino = openvino
+        self._wanted = {port.name for port in graph.inputs}
+        self._bound = _bind(head, body, self._wanted) if _static(head) and _static(body) else None
+        if self._bound is not None and head is not None:
+            self._join()
 
     def run(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Contiguous feeds by name to outputs in the graph's order, which stay valid until the next call.
 
         Errors: ValueError where feeds are missing or unknown; OpenVINO's own.
         """
-        if set(feeds) != {port.name for port in self.graph.inputs}:
+        if set(feeds) != self._wanted:
             raise ValueError(f"it was fed {sorted(feeds)}; it takes {[port.name for port in self.graph.inputs]}")
+        if self._bound is not None:
+            for name, kept in self._bound:
+                kept.copy_(feeds[name])
+        else:
+            self._share(feeds)
         if self.head is not None:
-            _infer(self.openvino, self.head, feeds)
-            for k in range(len(self.head.model_outputs)):
-                self.body.set_tensor(WAVE.format(k), self.head.get_output_tensor(k))
-        _infer(self.openvino, self.body, feeds)
+            self.head.infer()
+            if self._bound is None:
+                self._join()
+        self.body.infer()
         return tuple(torch.from_numpy(self.body.get_output_tensor(k).data) for k in range(len(self.graph.outputs)))
 
+    def _share(self, feeds: Mapping[str, Tensor]) -> None:
+        """Let the requests read the feeds' own memory."""
+        for part in (self.head, self.body):
+            for entry in () if part is None else part.model_inputs:
+                name = entry.get_any_name()
+                if name in feeds:
+                    part.set_tensor(name, self._openvino.Tensor(feeds[name].numpy(), shared_memory=True))
 
-def _infer(openvino: Any, request: Any, feeds: Mapping[str, Tensor]) -> None:
-    """Run a request on those feeds that it takes; their memory is read in place."""
-    for entry in request.model_inputs:
-        name = entry.get_any_name()
-        if name in feeds:
-            request.set_tensor(name, openvino.Tensor(feeds[name].numpy(), shared_memory=True))
-    request.infer()
+    def _join(self) -> None:
+        """Let the body read what the head gives."""
+        for k in range(len(self.head.model_outputs)):
+            self.body.set_tensor(WAVE.format(k), self.head.get_output_tensor(k))
+
+
+def _static(request: Any) -> bool:
+    return request is None or all(entry.get_partial_shape().is_static for entry in request.model_inputs)
+
+
+def _bind(head: Any, body: Any, wanted: set[str]) -> tuple[tuple[str, Tensor], ...]:
+    """Each input's name with a torch view of the memory that a request reads; one that both take comes twice."""
+    bound = []
+    for part in (head, body):
+        for entry in () if part is None else part.model_inputs:
+            name = entry.get_any_name()
+            if name in wanted:
+                bound.append((name, torch.from_numpy(part.get_tensor(name).data)))
+    return tuple(bound)

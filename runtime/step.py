@@ -70,13 +70,14 @@ def advance(engine: Engine, states: Sequence[RowState], spec: SamplerSpec) -> li
     f = evaluate(engine, states, x)
     if spec.clip is not None:
         f = _clip(x, f, states, spec)
-    finite = torch.isfinite(f).flatten(1).all(dim=1).tolist()
+    finite = torch.isfinite(f.flatten(1).sum(dim=1)).tolist()  # one pass: what is not finite stays so in a sum
     rows = [state.row for state in states]
-    a, b = (_column([getattr(row, name) for row in rows], x) for name in ("a", "b"))
+    numbers = torch.tensor([(row.a, row.b, row.c) for row in rows], dtype=torch.float32, device=x.device)
+    a, b, c = (column.reshape(-1, *([1] * (x.ndim - 1))) for column in numbers.unbind(1))
     out = torch.addcmul(a * x, b, f)
     if any(row.c for row in rows):
         z = torch.stack([_noise(state) for state in states])
-        out = torch.addcmul(out, _column([row.c for row in rows], x), z.to(x.device))
+        out = torch.addcmul(out, c, z.to(x.device))
     out = _remember(states, x, f, out)
     return [
         latent if ok else EngineFailed(f"engine {engine.name} gave a non-finite output at step {row.index + 1}")

@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from fewstep.models.bundle import Bundle
@@ -56,7 +57,7 @@ def tokenise(
             feeds[f"mask{suffix}"] = tuple(out["attention_mask"])
         if text.keep is not None:
             feeds[f"keep{suffix}"] = kept_places(len(out["input_ids"]), text.keep, isinstance(prompt, Bare))
-        if unknown := unknown_words(tokenizer, prompt):
+        if unknown := unknown_words(known_words(tokenizer), prompt):
             notes.append(f"not in this model's vocabulary: {', '.join(unknown)}")
     return Tokens(feeds, tuple(dict.fromkeys(notes)))
 
@@ -82,17 +83,22 @@ def kept_places(length: int, keep: int, bare: bool = False) -> tuple[int, ...]:
     return tuple(range(keep)) if bare else (0, *range(length - keep + 1, length))
 
 
-def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words that a small word vocabulary lacks, in order, each once; none where the vocabulary is not one of words."""
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) >= SMALL_VOCABULARY or not any(len(token) > 1 + len("</w>") for token in _ends(vocabulary)):
+def unknown_words(known: frozenset[str] | None, prompt: str) -> list[str]:
+    """Words that are not among the known ones, in order, each once; none where every word can be written."""
+    if known is None:
         return []
     words = re.findall(r"[^\W\d_]+", prompt.lower())
-    return list(dict.fromkeys(word for word in words if word + "</w>" not in vocabulary))
+    return list(dict.fromkeys(word for word in words if word not in known))
 
 
-def _ends(vocabulary: dict[str, int]) -> list[str]:
-    return [token for token in vocabulary if token.endswith("</w>")]
+@cache
+def known_words(tokenizer: Any) -> frozenset[str] | None:
+    """The words of a small word vocabulary; None where the vocabulary is large, or not one of words."""
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) >= SMALL_VOCABULARY:
+        return None
+    words = frozenset(token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
+    return words if any(len(word) > 1 for word in words) else None
 
 
 class Cache(Generic[T]):

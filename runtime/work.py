@@ -205,8 +205,9 @@ def decode(engine: Engine, latents: Tensor, role: str = DECODER) -> list[Picture
 
 def to_pictures(engine: Engine, out: Tensor) -> list[Picture | EngineFailed]:
     """A decoder's output [B, 3, H, W] in [-1, 1] -> pictures [H, W, 3] uint8, rounded as diffusers does."""
-    finite = _finite(out)
-    pixels = (out * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    finite = torch.isfinite(out.flatten(1).sum(dim=1)).tolist()  # one pass: whatever is not finite stays so in a sum
+    levels = torch.mul(out, 127.5).add_(127.5).clamp_(0, 255).round_()
+    pixels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
     return [
         picture.numpy() if ok else EngineFailed(f"engine {engine.name} decoded a non-finite picture")
         for picture, ok in zip(pixels, finite, strict=True)

@@ -93,4 +93,5 @@ def test_its_graph_takes_the_updates_numbers(tiny_lcm):
     graph = role_graph(tiny_lcm, PICTURE)
     assert list(graph.feeds) == ["ids", "x", "t", "w", "a", "b"]
     feeds = random_feeds(tiny_lcm, PICTURE, batch=3, size=(32, 32), seed=1)
+    assert set(feeds) == set(graph.feeds), "what the text encoders give is inside"
     assert feeds["t"].tolist() == [999.0] * 3 and feeds["ids"].shape[0] == feeds["w"].shape[0] == 3
