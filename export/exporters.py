@@ -38,7 +38,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 _ROLES = Option(name="roles", help="comma-separated; default: all", read=_names, metavar="ROLES")
 _GRAPHS = Option(
-    name="graphs", help="further graphs: picture (one-step requests in one call)", read=_names, metavar="GRAPHS"
+    name="graphs",
+    help="further graphs: picture, picture-2, picture-4 (whole requests of so many steps in one call)",
+    read=_names,
+    metavar="GRAPHS",
 )
 _DEVICE = Option(name="device", help="cpu or cuda, what it is built for; default: cpu", metavar="DEVICE")
 

@@ -24,8 +24,8 @@ from fewstep.models.roles import (
     DENOISER_NEGATIVE,
     ENCODER,
     IMAGE_PROMPT,
-    PICTURE,
     TEXT,
+    picture_steps,
 )
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.loop import size_conditions
@@ -97,8 +97,8 @@ def random_feeds(
     if role == IMAGE_PROMPT:
         side = int(bundle.config("image_encoder")["image_size"])
         return {"pixels": torch.randn(batch, 3, side, side, generator=draw)}
-    if role == PICTURE:
-        return _whole_feeds(bundle, batch, size, seed)
+    if (steps := picture_steps(role)) is not None:
+        return _whole_feeds(bundle, steps, batch, size, seed)
     run = run or own_networks(bundle)
     words = run(TEXT, _random_tokens(bundle, batch, draw))
     outputs = bundle.family.text_outputs
@@ -132,14 +132,19 @@ def random_feeds(
     return feeds
 
 
-def _whole_feeds(bundle: Bundle, batch: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """One-step requests from their tokens on: every row begins at the noisiest time."""
+def _whole_feeds(bundle: Bundle, steps: int, batch: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Whole requests from their tokens on: every row begins at the noisiest time."""
     feeds = random_feeds(bundle, TEXT, batch=batch, size=size, seed=seed)
     inner = random_feeds(bundle, DENOISER, batch=batch, size=size, seed=seed)
     feeds |= {name: value for name, value in inner.items() if name not in bundle.family.text_outputs}
-    ((t, update),) = updates(bundle.spec, 1)
-    same = torch.ones(batch)
-    return feeds | {"t": t * same, "a": update.a * same, "b": update.b * same}
+    rows = updates(bundle.spec, steps)
+    numbers = {"t": [t for t, _ in rows], "a": [u.a for _, u in rows], "b": [u.b for _, u in rows]}
+    feeds |= {name: torch.tensor(values).expand(batch, -1).contiguous() for name, values in numbers.items()}
+    if steps > 1:
+        draw = torch.Generator("cpu").manual_seed(seed + 1)
+        scales = torch.tensor([update.c for _, update in rows[:-1]]).reshape(1, -1, 1, 1, 1)
+        feeds["z"] = scales * torch.randn(batch, steps - 1, *feeds["x"].shape[1:], generator=draw)
+    return feeds
 
 
 def own_networks(bundle: Bundle) -> Run:

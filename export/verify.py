@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.roles import picture_steps
 from fewstep.models.spec import GoldenCase
 from fewstep.runtime.budget import Budget, breaches, quality_parity
 from fewstep.runtime.choice import measure_costs, record_costs
 from fewstep.runtime.cuda_device import device_here
-from fewstep.runtime.engine import CONTROLNET, PICTURE, Engine
+from fewstep.runtime.engine import CONTROLNET, Engine
 from fewstep.runtime.engines import KINDS, open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
 from fewstep.runtime.manifest import Manifest, Parity, exported_kinds, read_manifest, write_manifest
@@ -127,8 +128,9 @@ def tolerance_of(manifest: Manifest) -> float:
 
 
 def rounded_bounds(precision: str, tolerance: float, role: str) -> Apart:
-    """What a role may be apart. Below float32 each network of the role adds its own rounding: `picture` has three."""
-    networks = 3 if role == PICTURE and precision != "fp32" else 1
+    """What a role may be apart. Below float32 each network of the role adds its own rounding: `picture` has three,
+    `picture-N` two and its N steps."""
+    networks = 2 + (picture_steps(role) or -1) if precision != "fp32" else 1
     return _bounds(precision, tolerance * networks)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
-from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, PICTURE, ROLES, TEXT
+from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, ROLES, TEXT, picture_role, picture_steps
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .networks import ControlNet, Decoder, Encoder
 
 BUNDLE_VERSION = 1
+MOST_UNROLLED = 4
+"""Steps that one graph may hold: it has the denoiser's operations once for each."""
 REFERENCE = Path(__file__).parent / "reference"
 _CODE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".so"}
 _UNSEALED = {"bundle.json", "engines"}
@@ -75,10 +77,12 @@ class Bundle:
 
     @property
     def extra_roles(self) -> tuple[str, ...]:
-        """Roles that are other forms of the same work, offered where an engine was exported with them: `picture`, the
-        whole of a one-step request without guidance pairs."""
-        one_step = 1 in self.spec.grids and self.spec.guidance.mode != "cfg" and self.spec.clip is None
-        return (PICTURE,) if one_step else ()
+        """Roles that are other forms of the same work, offered where an engine was exported with them: `picture` and
+        `picture-N`, the whole of a request of 1 or N steps without guidance pairs."""
+        spec = self.spec
+        if spec.guidance.mode == "cfg" or spec.clip is not None or spec.sampler == "dpmpp-2m":
+            return ()
+        return tuple(picture_role(steps) for steps in spec.steps if steps <= MOST_UNROLLED)
 
     @cached_property
     def family(self) -> "Family":
@@ -94,12 +98,14 @@ class Bundle:
         Errors: those of `load`.
         """
         load = load or self.load
-        if role != PICTURE:
+        steps = picture_steps(role)
+        if steps is None:
             return self.family.network(role, load)
         from .net_picture import TextToPixels
 
-        decoder = DECODER_TINY if 1 in self.spec.tiny_decoder else DECODER
-        return TextToPixels(*(self.family.network(part, load) for part in (TEXT, DENOISER, decoder))).eval()
+        decoder = DECODER_TINY if steps in self.spec.tiny_decoder else DECODER
+        parts = [self.family.network(part, load) for part in (TEXT, DENOISER, decoder)]
+        return TextToPixels(*parts, steps=steps).eval()
 
     def denoiser_net(self) -> Any:
         return self.network(DENOISER)

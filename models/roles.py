@@ -6,7 +6,20 @@ DENOISER_NEGATIVE = "denoiser+negative"
 CONTROLNET, ADAPTER, IMAGE_PROMPT = "controlnet", "adapter", "image-prompt"
 DECODER, DECODER_TINY, ENCODER = "decoder", "decoder+tiny", "encoder"
 PICTURE = "picture"
-"""Text to pixels in one graph; offered only where it was exported (`Bundle.extra_roles`)."""
+"""Text to pixels in one graph, `picture` for one step, `picture-4` for four; offered where it was exported
+(`Bundle.extra_roles`)."""
+
+
+def picture_role(steps: int) -> str:
+    return PICTURE if steps == 1 else f"{PICTURE}-{steps}"
+
+
+def picture_steps(role: str) -> int | None:
+    """The step count of a `picture` role; None for any other role."""
+    name, _, steps = role.partition("-")
+    return None if name != PICTURE or not (steps or "1").isdecimal() else int(steps or "1")
+
+
 DENOISERS = (DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_NEGATIVE)
 ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, DECODER_TINY, ENCODER)
 

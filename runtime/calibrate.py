@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from fewstep.models.roles import picture_steps
+
 from .costs import Costs
-from .engine import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, PICTURE, TEXT
+from .engine import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, TEXT
 from .loop import admit, latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
@@ -62,9 +64,10 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
     }
     if DECODER_TINY in engine.capabilities.roles:
         calls[DECODER_TINY] = lambda n: decode(engine, torch.stack([x] * n), DECODER_TINY)
-    if PICTURE in engine.capabilities.roles:
-        live = admit(model, GenerateRequest(prompt="-", steps=1))
-        calls[PICTURE] = lambda n: paint_rows(model, [(live, live.canvases[0])] * n)
+    for role in engine.capabilities.roles:
+        if (steps := picture_steps(role)) is not None:
+            live = admit(model, GenerateRequest(prompt="-", steps=steps))
+            calls[role] = lambda n, live=live: paint_rows(model, [(live, live.canvases[0])] * n)  # type: ignore[misc]
     if model.has_control:
         edge = torch.zeros(3, request.height or 0, request.width or 0, device=device)
         kind = 0 if model.spec.control_kinds else None

@@ -17,12 +17,13 @@ from types import TracebackType
 from typing import Self
 
 from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.roles import picture_role
 from fewstep.models.spec import SamplerSpec
 
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import DENOISER, PICTURE, TEXT, Engine
+from .engine import DENOISER, TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -122,7 +123,7 @@ class Runtime:
             model=live.model.name,
             prompts=0 if whole else len(live.missing),
             rows=() if whole else rows,
-            finish=PICTURE if whole else live.decoder,
+            finish=picture_role(len(rows)) if whole else live.decoder,
             pictures=live.request.n,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else begun + request.deadline_s,
@@ -218,11 +219,12 @@ class Runtime:
 
     def _in_one_call(self, live: Live) -> bool:
         """Whether one graph does the request from text to pixels, and sooner than the calls that it replaces."""
-        if not fits_one_call(live) or not self._costs.measured((live.model.name, PICTURE)):
+        steps = len(live.plan.rows)
+        whole = (live.model.name, picture_role(steps))
+        if not fits_one_call(live) or not self._costs.measured(whole):
             return False
-        parts = [DENOISER, live.decoder, *([TEXT] if live.missing else [])]
-        apart_s = sum(self._costs.seconds((live.model.name, role), 1) for role in parts)
-        return self._costs.seconds((live.model.name, PICTURE), 1) < apart_s
+        parts = [*[DENOISER] * steps, live.decoder, *([TEXT] if live.missing else [])]
+        return self._costs.seconds(whole, 1) < sum(self._costs.seconds((live.model.name, role), 1) for role in parts)
 
     def _follow(self, ticket: Ticket) -> Iterator[Event]:
         try:

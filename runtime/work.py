@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.roles import picture_role, picture_steps
 from fewstep.models.spec import SamplerSpec
 
 from .engine import (
@@ -20,13 +21,12 @@ from .engine import (
     DECODER_TINY,
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
-    PICTURE,
     TEXT,
     Engine,
 )
 from .errors import EngineFailed, FewstepError
 from .events import Picture
-from .plan import Plan
+from .plan import Plan, Row
 from .request import GenerateRequest
 from .rng import NoiseStream
 from .scheduler import DENOISE, Item, Work
@@ -162,25 +162,40 @@ def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engi
 
 @torch.inference_mode()
 def paint_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
-    """All that one-step requests need, from their tokens to their pixels, in one call of the role `picture`."""
+    """All that requests of one step count need, from their tokens to their pixels, in one call of a `picture` role."""
     able = model.engine.capabilities
     read = [model.prompts.tokens(live.texts[0]).feeds for live, _ in rows]
-    steps = [live.plan.rows[0] for live, _ in rows]
+    plans = [live.plan.rows for live, _ in rows]
     feeds = {name: torch.tensor([tokens[name] for tokens in read], device=able.device) for name in read[0]}
     feeds |= {name: torch.stack([live.fixed[name] for live, _ in rows]) for name in rows[0][0].fixed}
     feeds["x"] = torch.stack([canvas.x for _, canvas in rows])
-    for name in ("t", "a", "b", *(["w"] if able.takes_w else [])):
-        feeds[name] = torch.tensor([getattr(row, name) for row in steps], device=able.device)
-    (out,) = run_batch(model.engine, PICTURE, feeds)
+    for name in ("t", "a", "b"):
+        feeds[name] = torch.tensor([[getattr(row, name) for row in plan] for plan in plans], device=able.device)
+    if able.takes_w:
+        feeds["w"] = torch.tensor([plan[0].w for plan in plans], device=able.device)
+    if len(plans[0]) > 1:
+        z = [_scaled_noise(plan, canvas) for plan, (_, canvas) in zip(plans, rows, strict=True)]
+        feeds["z"] = torch.stack(z).to(able.device)
+    (out,) = run_batch(model.engine, picture_role(len(plans[0])), feeds)
     return _keep_pictures(rows, to_pictures(model.engine, out))
 
 
+def _scaled_noise(plan: Sequence[Row], canvas: Canvas) -> Tensor:
+    """c_k z_k of every step but the last, [N - 1, C, h, w], as the row-by-row form draws them.
+
+    From a stream of their own, so that a call that breaks may be repeated.
+    """
+    shape, noise = tuple(canvas.x.shape), NoiseStream(canvas.seed)
+    noise.draw(shape)  # what the picture begins with
+    return torch.stack([row.c * noise.draw(shape) if row.c else torch.zeros(shape) for row in plan[:-1]])
+
+
 def fits_one_call(live: Live) -> bool:
-    """Whether the role `picture` can do all of a request: one step, no guidance pair, no control, no noise after it."""
-    if PICTURE not in live.model.engine.capabilities.roles or len(live.plan.rows) != 1:
+    """Whether a `picture` role can do all of a request: no guidance pairs, no control, no history, no last noise."""
+    rows = live.plan.rows
+    if picture_role(len(rows)) not in live.model.engine.capabilities.roles or live.model.spec.clip is not None:
         return False
-    row = live.plan.rows[0]
-    return not (row.pair or row.control or row.c) and live.model.spec.clip is None
+    return not any(row.pair or row.control or row.d or row.w != rows[0].w for row in rows) and not rows[-1].c
 
 
 def _keep_pictures(
@@ -240,7 +255,7 @@ def _attempt(
     if work.kind == TEXT:
         return [None] * len(items), encode_texts(model, lives)
     rows = [(live, live.canvases[item.picture]) for item, live in zip(items, lives, strict=True)]
-    run = paint_rows if work.role == PICTURE else step_rows if work.kind == DENOISE else decode_rows
+    run = paint_rows if picture_steps(work.role) else step_rows if work.kind == DENOISE else decode_rows
     return list(run(model, rows)), 0
 
 

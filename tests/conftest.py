@@ -17,6 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"tests of {ROOT} would import {found}; reinstall with pip install -e .")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_costs():
+    """`fewstep verify` measures every engine's calls: for tests that do not look at the figures, twice is enough."""
+    from fewstep.runtime import choice
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "REPEATS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
     from tiny import make_tiny_bundle
