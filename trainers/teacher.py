@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle, seal_bundle
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.families import SD
 from fewstep.models.networks import ControlNet, DenoiserNet, as_network
 from fewstep.models.paths import VP
 from fewstep.models.spec import Guidance, Latent, SamplerSpec, Spacing
@@ -81,6 +82,7 @@ def train_teacher(out: Path, settings: TeacherSettings, *, resume: bool = False,
     tokenizer.save_pretrained(parts / "tokenizer")
     spec = teacher_spec(json.loads((parts / "vae" / "config.json").read_text())["scaling_factor"])
     bundle = Bundle(parts, "scenes-teacher", spec)
+    bundle.family = SD  # a family is read off the denoiser, which is trained after the autoencoder is used
     _words(stage, bundle)
     _denoiser(stage, bundle)
     _control(stage, bundle)
