@@ -138,9 +138,10 @@ def test_help_is_quick():
 
 
 def test_files_and_functions_stay_small():
-    long = {name_of(path): n for path in FILES if (n := len(path.read_text().splitlines())) > MAX_LINES}
+    files = [*FILES, *sorted((ROOT / "tests").glob("*.py"))]
+    long = {name_of(path): n for path in files if (n := len(path.read_text().splitlines())) > MAX_LINES}
     assert long == {}, f"over {MAX_LINES} lines: {long}"
-    for path in FILES:
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
