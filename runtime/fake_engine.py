@@ -153,10 +153,11 @@ class FakeTokenizer:
     """Words to numbers by checksum; speaks as much of a tokenizer's language as the runtime asks for."""
 
     model_max_length = TOKENS
+    pad_token_id = 0
 
-    def __call__(self, text: str, *, padding: str, max_length: int, truncation: bool) -> Mapping[str, list[int]]:
+    def __call__(self, text: str, *, truncation: bool, max_length: int | None) -> Mapping[str, list[int]]:
         ids = [1, *(2 + zlib.crc32(word.encode()) % 997 for word in text.split()), 0]
-        return {"input_ids": ids + [0] * (max_length - len(ids))}
+        return {"input_ids": ids[:max_length]}
 
     def get_vocab(self) -> dict[str, int]:
         return {}

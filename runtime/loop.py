@@ -16,7 +16,7 @@ from fewstep.models.spec import SamplerSpec
 from .engine import Engine
 from .errors import EngineFailed, InvalidRequest
 from .events import Result, Timings
-from .plan import Plan, compile_plan
+from .plan import Plan
 from .request import GenerateRequest, Limits, resolve
 from .rng import NoiseStream
 from .step import Conditions, Features, History, RowState, advance
@@ -34,7 +34,7 @@ def admit(model: Served, request: GenerateRequest, limits: Limits | None = None,
         raise InvalidRequest(
             "control", f"control needs a ControlNet or an adapter; model {model.name!r} has none: leave it out"
         )
-    plan = compile_plan(request, model.spec)
+    plan = model.plan(request)
     texts: tuple[str, ...] = (request.prompt,)
     if any(row.pair for row in plan.rows):
         texts = (request.prompt, negative_text(request, model.spec))

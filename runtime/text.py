@@ -71,11 +71,26 @@ def _padded(tokenizer: Any, text: TextInput, prompt: str, field: str) -> Mapping
     bare = isinstance(prompt, Bare) and text.keep is not None
     prefix, suffix, room = ("", "", text.keep or longest) if bare else (text.prefix, text.suffix, longest)
     written = prefix + (prompt.lower().strip() if text.lower else str(prompt)) + suffix
-    out: Mapping[str, list[int]] = tokenizer(written, padding="max_length", max_length=longest, truncation=text.cut)
-    count = sum(out["attention_mask"]) if bare else len(out["input_ids"])
-    if count > room:
-        raise InvalidRequest(field, f"{field} has {count} tokens; this model reads at most {room}: shorten it")
-    return out
+    ids = _ids(tokenizer, written, longest if text.cut else None)
+    if len(ids) > room:
+        raise InvalidRequest(field, f"{field} has {len(ids)} tokens; this model reads at most {room}: shorten it")
+    rest = longest - len(ids)
+    return {"input_ids": [*ids, *[tokenizer.pad_token_id] * rest], "attention_mask": [1] * len(ids) + [0] * rest}
+
+
+def _ids(tokenizer: Any, text: str, longest: int | None) -> Sequence[int]:
+    """A text's token ids with the marks of its beginning and end, cut to `longest`.
+
+    By the tokenizer's own Rust half where it has one: transformers' way there costs as much as a small layer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or longest is not None:
+        found: Sequence[int] = tokenizer(text, truncation=longest is not None, max_length=longest)["input_ids"]
+        return found
+    backend.no_padding()
+    backend.no_truncation()
+    ids: Sequence[int] = backend.encode(text).ids
+    return ids
 
 
 def kept_places(length: int, keep: int, bare: bool = False) -> tuple[int, ...]:

@@ -26,12 +26,15 @@ from .engine import (
 )
 from .errors import EngineFailed, FewstepError
 from .events import Picture
-from .plan import Plan, Row
+from .plan import Plan, Row, compile_plan
 from .request import GenerateRequest
 from .rng import NoiseStream
 from .scheduler import DENOISE, Item, Work
 from .step import Conditions, Features, History, RowState, advance, run_batch
 from .text import Prompts
+
+MOST_PLANS = 1000
+"""Plans that a model keeps; a client may ask for any guidance scale."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class Served:
     spec: SamplerSpec
     engine: Engine
     prompts: Prompts
+    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False)
+
+    def plan(self, request: GenerateRequest) -> Plan:
+        """The plan of a resolved request; requests that sample alike share one."""
+        control = request.control
+        steered = None if control is None else (control.scale, control.start, control.end)
+        key = request.steps, request.guidance, request.gamma, steered
+        if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = compile_plan(request, self.spec)
+        return self._plans[key]
 
     @property
     def has_control(self) -> bool:
