@@ -80,6 +80,8 @@ def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     row = row_of(error)
     message = str(error) if isinstance(error, FewstepError) else "the server failed; its log has the reason"
     headers = {} if row.retry else {"x-should-retry": "false"}
+    if not isinstance(error, FewstepError):
+        headers["connection"] = "close"  # the web server ends the connection after such an error: say so
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     elif row.status == 503 and row.retry:

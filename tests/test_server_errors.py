@@ -210,8 +210,10 @@ def test_an_unforeseen_error_is_500_without_its_details(live: Live, monkeypatch:
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(live.runtime, "submit", broken)
-    error = fault(live.images(), 500)
+    reply = live.images()
+    error = fault(reply, 500)
     assert error["code"] == "internal_error" and "secret" not in json.dumps(error)
+    assert reply.headers["connection"] == "close", "a client must not send its next request into a closing connection"
 
 
 def test_overload_is_429_with_retry_after(live: Live, monkeypatch: pytest.MonkeyPatch):
