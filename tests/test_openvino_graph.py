@@ -1,13 +1,14 @@
-"""What keeps bfloat16 near float32: sums that are not rounded, and sines of times that are not."""
+"""Norms that keep a graph's layout; what keeps bfloat16 near float32: sums and sines of times that are not rounded."""
 
 import numpy as np
 import pytest
 
 openvino = pytest.importorskip("openvino")
 
-from openvino import opset13  # noqa: E402
+import torch  # noqa: E402
+from openvino import opset12, opset13  # noqa: E402
 
-from fewstep.runtime.openvino_graph import WAVE, keep_sums, split_head  # noqa: E402
+from fewstep.runtime.openvino_graph import WAVE, keep_sums, norms_by_channel, split_head  # noqa: E402
 
 CORE = openvino.Core()
 needs_bf16 = pytest.mark.skipif(
@@ -86,3 +87,57 @@ def test_the_head_holds_all_that_sines_are_taken_of():
     again = compiled(model, "f32")({"x": feeds["x"], WAVE.format(0): found[0], WAVE.format(1): found[1]})[0]
     assert np.allclose(again, wanted, atol=1e-6)
     assert split_head(model) is None
+
+
+def normed(shape, groups=4, convolutions=False):
+    """A group norm with uneven scales and shifts, between convolutions where asked; the scales and shifts beside."""
+    draw = np.random.default_rng(2)
+    channels = shape[1]
+    scale, shift = (draw.standard_normal(channels).astype(np.float32) for _ in range(2))
+    weights = opset13.constant((draw.standard_normal((channels, channels, 3, 3)) / 12).astype(np.float32))
+
+    def conv(x):
+        return opset13.convolution(x, weights, [1, 1], [1, 1], [1, 1], [1, 1]) if convolutions else x
+
+    entry = opset13.parameter(shape, openvino.Type.f32, name="x")
+    x = conv(opset12.group_normalization(conv(entry), opset13.constant(scale), opset13.constant(shift), groups, 1e-5))
+    return openvino.Model([x], [entry], "normed"), scale, shift
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 32, 32), (-1, 16, -1, -1)], ids=["known", "free"])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_a_norm_by_channel_is_the_group_norm(shape, mean):
+    model, scale, shift = normed(shape)
+    assert norms_by_channel(model, 32 * 32) == 1
+    assert "GroupNormalization" not in {op.get_type_name() for op in model.get_ordered_ops()}
+    draw = np.random.default_rng(3)
+    x = draw.standard_normal((2, 16, 32, 32)) * np.arange(1, 17)[:, None, None] + mean + np.arange(16)[:, None, None]
+    x = x.astype(np.float32)
+    exact = torch.nn.functional.group_norm(*(torch.tensor(v).double() for v in (x,)), 4, *map(torch.tensor, (
+        scale.astype(np.float64), shift.astype(np.float64))), 1e-5).numpy()  # fmt: skip
+    found = compiled(model, "f32")(x)[0]
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < (1e-6 if mean == 0.0 else 1e-4)
+
+
+def test_small_pictures_and_sequences_keep_their_own_norm():
+    model, _, _ = normed((1, 16, 16, 16))
+    assert norms_by_channel(model, 32 * 32) == 0
+    sequence = openvino.Model(
+        [opset12.group_normalization(entry := opset13.parameter((1, 16, 4096), openvino.Type.f32),
+         *(opset13.constant(np.ones(16, dtype=np.float32)) for _ in range(2)), 4, 1e-5)], [entry], "sequence",
+    )  # fmt: skip
+    assert norms_by_channel(sequence, 1) == 0
+
+
+def test_a_norm_by_channel_does_not_turn_the_picture_round():
+    """Around OpenVINO's own norm the picture changes its layout twice."""
+
+    def turns(model):
+        """Changes of layout of a whole picture."""
+        ops = compiled(model, "f32").get_runtime_model().get_ops()
+        reorders = [op for op in ops if op.get_rt_info()["layerType"].astype(str) == "Reorder"]
+        return sum(tuple(op.get_output_partial_shape(0).to_shape()) == (1, 64, 64, 64) for op in reorders)
+
+    own, (mine, _, _) = normed((1, 64, 64, 64), convolutions=True)[0], normed((1, 64, 64, 64), convolutions=True)
+    assert norms_by_channel(mine, 1) == 1
+    assert turns(mine) == turns(own) - 2
