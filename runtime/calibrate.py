@@ -1,7 +1,7 @@
 """Warm an engine up and measure what its calls cost at each batch size, within a time budget."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,15 +25,20 @@ REPEATS = 3
 def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
     """Fill `costs` for the model's roles: size 1 always, larger sizes while the role's share of the budget lasts.
 
-    The empty prompt's embedding stays in the model's cache.
+    Calls of size 1 are measured in turns, as a request makes them: a network that is run again and again finds its
+    weights in the processor's cache, and a graph of a whole request never does. The empty prompt's embedding stays in
+    the model's cache.
 
     Errors: `EngineFailed` where the engine breaks on its first calls.
     """
     calls = role_calls(model)
     sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
+    for role, seconds in in_turns(calls, sizes[0], budget_s / 2, time.perf_counter):
+        costs.record((model.name, role), sizes[0], seconds)
     for role, call in calls.items():
         share = 0.5 if role == DENOISER else 0.5 / (len(calls) - 1)
-        for size, seconds in measure(call, sizes, budget_s * share, time.perf_counter):
+        first = sizes[0], costs.seconds((model.name, role), sizes[0])
+        for size, seconds in measure(call, sizes[1:], first, budget_s * share, time.perf_counter):
             costs.record((model.name, role), size, seconds)
 
 
@@ -76,17 +81,44 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
     return calls
 
 
+def in_turns(
+    calls: Mapping[str, Callable[[int], object]], size: int, budget_s: float, clock: Callable[[], float]
+) -> list[tuple[str, float]]:
+    """(role, seconds) of single calls, in rounds of all roles: one to warm them, then one or more within the budget.
+
+    A round has two denoiser calls, since that network follows itself in every request of several steps.
+    """
+    turn = [role for role in calls for _ in range(2 if role == DENOISER else 1)]
+    found: list[tuple[str, float]] = []
+    begun = clock()
+    for done in range(1 + REPEATS):
+        if done > 1 and (clock() - begun) * (done + 1) / done > budget_s:
+            break
+        for role in turn:
+            start = clock()
+            calls[role](size)
+            if done:
+                found.append((role, clock() - start))
+    return found
+
+
 def measure(
-    call: Callable[[int], object], sizes: tuple[int, ...], budget_s: float, clock: Callable[[], float]
+    call: Callable[[int], object],
+    sizes: Sequence[int],
+    known: tuple[int, float],
+    budget_s: float,
+    clock: Callable[[], float],
 ) -> list[tuple[int, float]]:
-    """(size, seconds) of several calls per size, after one to warm it. A size is begun only if it would fit."""
+    """(size, seconds) of several calls per size, after one to warm it. A size is begun only if it would fit.
+
+    sizes: rising, all above that of `known`, which is a (size, seconds) measured before.
+    """
     found: list[tuple[int, float]] = []
     begun = clock()
     for size in sizes:
-        if found:
-            last_size, last_s = found[-1]
-            if clock() - begun + (1 + REPEATS) * last_s * size / last_size > budget_s:
-                break
+        last_size, last_s = found[-1] if found else known
+        if clock() - begun + (1 + REPEATS) * last_s * size / last_size > budget_s:
+            break
         call(size)
         for _ in range(REPEATS):
             start = clock()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from fewstep.models.spec import Guidance
-from fewstep.runtime.calibrate import measure
+from fewstep.runtime.calibrate import in_turns, measure
 from fewstep.runtime.config import RuntimeConfig
+from fewstep.runtime.engine import DECODER, DENOISER, TEXT
 from fewstep.runtime.errors import BundleError, Cancelled, Closed, EngineFailed, InvalidRequest, Overloaded
 from fewstep.runtime.events import Failed, Finished, Progress
 from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
@@ -327,10 +328,28 @@ def test_calibration_keeps_to_its_budget():
     def call(size):
         now[0] += 0.1 * size
 
-    assert [size for size, _ in measure(call, (1, 2, 4, 8), 1.5, lambda: now[0])] == [1, 1, 1, 2, 2, 2]
-    now[0] = 0.0
-    found = measure(call, (1, 2, 4, 8), 0.0, lambda: now[0])
-    assert found == [(1, pytest.approx(0.1))] * 3, "size 1 always"
+    found = measure(call, (2, 4, 8), (1, 0.1), 1.1, lambda: now[0])
+    assert [size for size, _ in found] == [2, 2, 2]
+    assert [seconds for _, seconds in found] == [pytest.approx(0.2)] * 3
+    assert measure(call, (2, 4, 8), (1, 0.1), 0.0, lambda: now[0]) == []
+
+
+@pytest.mark.parametrize(("budget_s", "rounds"), [(10.0, 3), (1.9, 2), (0.0, 1)])
+def test_single_calls_are_measured_in_turns(budget_s, rounds):
+    now, seen = [0.0], []
+
+    def call(role):
+        def run(size):
+            seen.append(role)
+            now[0] += 0.1 if role == DENOISER else 0.2
+
+        return run
+
+    turn = [TEXT, DENOISER, DENOISER, DECODER]
+    found = in_turns({role: call(role) for role in (TEXT, DENOISER, DECODER)}, 1, budget_s, lambda: now[0])
+    assert seen == turn * (1 + rounds), "one round to warm the engine, one at least to measure"
+    assert [role for role, _ in found] == turn * rounds
+    assert {round(seconds, 6) for role, seconds in found if role == DENOISER} == {0.1}
 
 
 def test_our_own_share_of_a_one_step_request_is_under_two_milliseconds():
