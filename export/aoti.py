@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.files import PARTIAL, sha256_of
 from fewstep.runtime.aoti_engine import build_facts
 from fewstep.runtime.compiled_engine import ROUNDED, Rounded, cpp_compiler
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import PARTIAL, Graph, Manifest, Port, engine_folder, sha256_of, write_manifest
+from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, write_manifest
 
 from .graphs import RoleGraph, role_graph
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.files import sha256_of
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import (
     Graph,
@@ -23,7 +24,6 @@ from fewstep.runtime.manifest import (
     checked_files,
     engine_folder,
     read_manifest,
-    sha256_of,
     write_manifest,
 )  # fmt: skip
 

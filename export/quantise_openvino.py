@@ -8,9 +8,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from fewstep.models.files import sha256_of
 from fewstep.models.roles import DECODER, ENCODER
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, sha256_of
+from fewstep.runtime.manifest import Graph
 from fewstep.runtime.openvino_engine import Compiler, RoleNetworks
 
 from .quantise import Kit, Run, Source

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.files import sha256_of, write_whole
 from fewstep.runtime.cuda_device import CudaDevice
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import (
@@ -23,9 +24,7 @@ from fewstep.runtime.manifest import (
     engine_folder,
     export_command,
     read_manifest,
-    sha256_of,
     write_manifest,
-    write_whole,
 )  # fmt: skip
 from fewstep.runtime.tensorrt_flavour import TensorRT, load_tensorrt
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.models.files import write_whole
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, write_whole
+from fewstep.runtime.manifest import Graph
 from fewstep.runtime.tensorrt_engine import TORCH_DTYPES
 from fewstep.runtime.tensorrt_flavour import TensorRT, said
 

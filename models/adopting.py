@@ -14,12 +14,13 @@ import torch
 
 from .bundle import load_component
 from .errors import BundleError
-from .families import read_config
+from .families import vae_factor
+from .files import sha256_of
 from .net_image_prompt import CLASS as IMAGE_PROMPT_CLASS
 from .net_image_prompt import WEIGHTS, check_image_prompt, read_image_prompt
 from .net_negative import CLASS as NEGATIVE_CLASS
 from .net_negative import Negative
-from .pipeline_folder import copy_component, list_component
+from .pipeline_folder import copy_component, list_component, read_config
 
 UNION_KINDS: Mapping[int, tuple[str, ...]] = {
     6: ("pose", "depth", "scribble", "canny", "normal", "segment"),
@@ -40,7 +41,7 @@ def adopt_decoder(root: Path, source: Path) -> dict[str, Any]:
     if theirs.get("_class_name") != "AutoencoderTiny":
         raise BundleError(f"{source} holds {theirs.get('_class_name')!r}; a tiny decoder is an AutoencoderTiny")
     _same(source, root / "vae", {"latent_channels": theirs.get("latent_channels", 4)}, ours)
-    factors = [_factor(config) for config in (theirs, ours)]
+    factors = [vae_factor(config) for config in (theirs, ours)]
     if factors[0] != factors[1]:
         raise BundleError(
             f"{source} makes {factors[0]} pixels of a latent's one, and {root}/vae {factors[1]}: "
@@ -77,7 +78,7 @@ def control_kinds(root: Path, stated: Sequence[str] = ()) -> tuple[str, ...]:
     Errors: `BundleError` where they are neither stated nor those of a published union, or are of another number.
     """
     path = root / "controlnet" / "config.json"
-    count = json.loads(path.read_text()).get("num_control_type") if path.is_file() else None
+    count = read_config(root, "controlnet").get("num_control_type") if path.is_file() else None
     if count is None:
         if stated:
             raise BundleError(f"control kinds are {', '.join(stated)}; {root} has no ControlNet-Union: leave them out")
@@ -164,11 +165,6 @@ def _same(source: Path, folder: Path, theirs: Mapping[str, Any], ours: Mapping[s
             )
 
 
-def _factor(config: Mapping[str, Any]) -> int:
-    blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    return int(2 ** (len(blocks) - 1))
-
-
 def _check_features(root: Path, source: Path, config: Mapping[str, Any]) -> None:
     """Run the adapter and the U-Net on shapes alone: a feature map that fits nowhere breaks there."""
     from diffusers import T2IAdapter, UNet2DConditionModel
@@ -176,7 +172,7 @@ def _check_features(root: Path, source: Path, config: Mapping[str, Any]) -> None
     from .net_control import AdaptedDenoiser, Adapter
 
     unet = _unet_config(root, "a T2I-Adapter")
-    factor, side = _factor(read_config(root, "vae")), int(unet["sample_size"])
+    factor, side = vae_factor(read_config(root, "vae")), int(unet["sample_size"])
     with torch.device("meta"):
         net, adapter = UNet2DConditionModel.from_config(unet), T2IAdapter.from_config(config)
         denoiser = AdaptedDenoiser(net, adapter)
@@ -221,9 +217,6 @@ def _check_encoder(folder: Path, projection: Mapping[str, torch.Tensor], weights
 
 def _source(kind: str, path: Path) -> dict[str, Any]:
     """The weights that were put in: their names and one SHA-256 over them."""
-    digests = []
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    digests = [sha256_of(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
     one = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return {"kind": kind, "file": path.name, "sha256": one}

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
+from .files import PARTIAL, sha256_of, write_whole
+from .pipeline_folder import read_config
 from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, ROLES, TEXT, picture_role, picture_steps
 from .spec import SamplerSpec
 
@@ -27,7 +29,7 @@ MOST_UNROLLED = 4
 """Steps that one graph may hold: it has the denoiser's operations once for each."""
 REFERENCE = Path(__file__).parent / "reference"
 _CODE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".so"}
-_UNSEALED = {"bundle.json", "engines"}
+_UNSEALED = {"bundle.json", f"bundle.json{PARTIAL}", "engines"}
 """Not covered by the digests: the seal itself, and engines, which carry digests of their own."""
 
 
@@ -71,9 +73,11 @@ class Bundle:
         return tuple(role for role in ROLES if role not in NEEDS or self.has(NEEDS[role]))
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's `config.json`."""
-        found: dict[str, Any] = json.loads((self.root / component / "config.json").read_text())
-        return found
+        """A component's settings.
+
+        Errors: `BundleError` where there are none.
+        """
+        return read_config(self.root, component)
 
     @property
     def extra_roles(self) -> tuple[str, ...]:
@@ -152,7 +156,7 @@ def load_component(root: Path, component: str) -> Any:
     from .linear_attention import FIELD, load_linear
     from .own_components import OWN
 
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(root, component)
     name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
     if name in OWN:
         return OWN[name](folder)
@@ -233,12 +237,12 @@ def seal_bundle(root: Path, name: str, spec: SamplerSpec, *, sources: Sequence[M
     """
     _refuse_code(root)
     _forget_origins(root)
-    files = {f: _digest(root / f) for f in _sealed_files(root)}
+    files = {f: sha256_of(root / f) for f in _sealed_files(root)}
     data = {"version": BUNDLE_VERSION, "name": name, "spec": spec.to_json(), "files": files}
     if sources:
         data["sources"] = [dict(source) for source in sources]
-    (root / "bundle.json").write_text(json.dumps(data, indent=1) + "\n")
-    return load_bundle(root)
+    write_whole(root / "bundle.json", (json.dumps(data, indent=1) + "\n").encode())
+    return load_bundle(root, check_digests=False)  # they were taken just now
 
 
 def reseal(bundle: Bundle, **changes: Any) -> Bundle:
@@ -285,13 +289,8 @@ def _check_files(root: Path, files: dict[str, str], check_digests: bool) -> None
             raise BundleError(f"{root}/bundle.json lists {name!r}, which lies outside the bundle")
         if not path.is_file():
             raise BundleError(f"{root} lacks {name}, which bundle.json lists; copy the bundle again")
-        if check_digests and _digest(path) != digest:
+        if check_digests and sha256_of(path) != digest:
             raise BundleError(f"{path} changed since the bundle was sealed (wrong SHA-256); copy the bundle again")
     for name in _sealed_files(root):
         if ".safetensors" in name and name not in files:
             raise BundleError(f"{root}/{name} is not listed in bundle.json; seal the bundle again")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ A family is recognised by the class that its denoiser's `config.json` names. Eve
 (`fewstep.models.roles`) and named tensors only.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -15,6 +14,7 @@ from torch import nn
 
 from .errors import BundleError
 from .networks import Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
+from .pipeline_folder import read_config, read_index
 from .roles import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, TEXT
 from .schedulers import SetTimes, plain_times
 from .spec import Latent, TextInput
@@ -87,19 +87,6 @@ def _unet_stride(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def read_config(root: Path, component: str, file: str = "config.json") -> dict[str, Any]:
-    """A component's settings.
-
-    Errors: `BundleError` where the file is missing or not JSON.
-    """
-    path = root / component / file
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); a diffusers folder holds it") from error
-    return found
-
-
 def latent_of(root: Path) -> Latent:
     """The latent that a diffusers autoencoder of the usual kinds makes (`AutoencoderKL`, `AutoencoderTiny`)."""
     vae = read_config(root, "vae")
@@ -107,13 +94,18 @@ def latent_of(root: Path) -> Latent:
         raise BundleError(
             f"{root}/vae/config.json has latents_mean, a scaling per channel that this release cannot state"
         )
-    blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
     return Latent(
         channels=int(vae["latent_channels"]),
-        factor=2 ** (len(blocks) - 1),
+        factor=vae_factor(vae),
         scale=float(vae["scaling_factor"]),
         shift=float(vae.get("shift_factor") or 0.0),
     )
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels of a picture's side per latent of an autoencoder with these settings: every level but one halves it."""
+    blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
+    return int(2 ** (len(blocks) - 1))
 
 
 def _sd_facts(root: Path) -> Facts:
@@ -123,7 +115,7 @@ def _sd_facts(root: Path) -> Facts:
 
 
 def _sdxl_facts(root: Path) -> Facts:
-    zeros = bool(read_config(root, "", "model_index.json").get("force_zeros_for_empty_prompt", True))
+    zeros = bool(read_index(root).get("force_zeros_for_empty_prompt", True))
     text = (TextInput(), TextInput(tokenizer="tokenizer_2"))
     return replace(_sd_facts(root), text=text, size_ids="sdxl", zero_empty=zeros)
 
@@ -182,7 +174,7 @@ def find_family(root: Path) -> Family:
         path = root / folder / "config.json"
         if not path.is_file():
             continue
-        config = json.loads(path.read_text())
+        config = read_config(root, folder)
         name = config.get("_class_name")
         if name not in FAMILIES:
             raise BundleError(f"{path} names the class {name!r}; this release knows {', '.join(FAMILIES)}")

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from .adopting import (
 )
 from .bundle import Bundle, find_code, seal_bundle
 from .errors import BundleError, SpecError
-from .families import Facts, Family, find_family, read_config
-from .known import KNOWN, Answers, suggestion
+from .families import Facts, Family, find_family
+from .known import Answers, known, suggestion
 from .net_negative import Negative
-from .schedulers import PREDICTIONS, Wanted, replaced_scheduler, sampling_of
+from .pipeline_folder import BESIDE, list_component, read_config, read_index
+from .schedulers import PREDICTION_TYPES, Wanted, replaced_scheduler, sampling_of
 from .spec import Guidance, SamplerSpec
 
 VARIANTS = (".fp16.", ".bf16.", ".non_ema.", ".fp32.")
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-"""Components of a pipeline that make no part of the picture here."""
 Progress = Callable[[str], None]
 
 
@@ -127,17 +126,16 @@ def read_spec(
 
     Errors: `BundleError`, also for a `SpecError` of what came out.
     """
-    facts = family.facts(root)
-    takes_w = family.takes_w(read_config(root, family.folder))
+    facts, denoiser = family.facts(root), read_config(root, family.folder)
     steps = answers.steps or tuple(sorted(answers.grids))
     if not steps:
         raise BundleError(
             f"{root} does not state the step counts it is for: say --steps 1,2,4 or the like; {suggestion(family.name)}"
         )
-    guidance = _guidance(root, family, facts, answers, takes_w)
+    guidance = _guidance(root, family, facts, answers, family.takes_w(denoiser))
     config = stated_scheduler(read_config(root, "scheduler", "scheduler_config.json"), answers)
     served = tuple(sizes) or (facts.size,)
-    unit = facts.latent.factor * family.stride(read_config(root, family.folder))
+    unit = facts.latent.factor * family.stride(denoiser)
     for width, height in served:
         if width % unit or height % unit:
             raise BundleError(
@@ -200,14 +198,14 @@ def _add(root: Path, additions: Additions, tell: Progress) -> list[dict[str, Any
 
 
 def merged_answers(stated: Answers, name: str | None) -> Answers:
-    """What the user stated, over what is known of the checkpoint `name`."""
+    """What the user stated, over what is known of the checkpoint `name`.
+
+    Errors: `BundleError` where the name is unknown, or stated step counts are without their stated times.
+    """
     if name is None:
         return stated
-    if name not in KNOWN:
-        raise BundleError(f"--as is {name!r}; known checkpoints are {', '.join(KNOWN)}")
-    fields = ("steps", "guidance", "sampler", "grids", "prediction", "gamma")
-    said = {field: getattr(stated, field) for field in fields if getattr(stated, field) not in (None, (), {})}
-    base = KNOWN[name]
+    base, values = known(name), {f.name: getattr(stated, f.name) for f in fields(Answers) if f.name != "source"}
+    said = {field: value for field, value in values.items() if value not in (None, (), {})}
     if "steps" in said and "grids" not in said and base.grids:
         missing = [n for n in said["steps"] if n not in base.grids]
         if missing:
@@ -228,8 +226,8 @@ def _check_source(source: Path, out: Path) -> None:
 
 
 def _components(source: Path) -> list[str]:
-    index = read_config(source, "", "model_index.json")
-    named = [k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None and k not in SKIPPED]
+    index = read_index(source)
+    named = [k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None and k not in BESIDE]
     present = [k for k in named if (source / k).is_dir()]
     if missing := sorted(set(named) - set(present)):
         raise BundleError(f"{source}/model_index.json names {missing[0]}, and there is no such folder: complete it")
@@ -252,10 +250,8 @@ def _copy(source: Path, out: Path) -> None:
                     raise BundleError(f"{source}/{component} has several variants of {plain}; keep one of them")
             if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"):
                 _link(path, target)
-    index = read_config(source, "", "model_index.json")
-    for skipped in SKIPPED:
-        if skipped in index:
-            index[skipped] = [None, None]
+    index = read_index(source)
+    index |= {name: [None, None] for name in BESIDE if name in index}
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -281,8 +277,7 @@ def stated_scheduler(config: dict[str, Any], answers: Answers) -> dict[str, Any]
     if answers.sampler is not None:
         return replaced_scheduler(config, answers.sampler, answers.prediction)
     if answers.prediction is not None:
-        theirs = {ours: name for name, ours in PREDICTIONS.items()}
-        return {**config, "prediction_type": theirs[answers.prediction]}
+        return {**config, "prediction_type": PREDICTION_TYPES[answers.prediction]}
     return config
 
 
@@ -290,6 +285,4 @@ def _write_scheduler(root: Path, answers: Answers) -> None:
     """Keep the stated scheduler in the folder, so that diffusers samples the same way."""
     config = stated_scheduler(read_config(root, "scheduler", "scheduler_config.json"), answers)
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    index = read_config(root, "", "model_index.json")
-    index["scheduler"] = ["diffusers", config["_class_name"]]
-    (root / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    list_component(root, "scheduler", "diffusers", config["_class_name"])

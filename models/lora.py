@@ -4,8 +4,6 @@ Files in the formats that diffusers reads (its own, PEFT's, kohya's), by diffuse
 gives what its pipeline gives with `load_lora_weights` and `set_adapters`.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .bundle import load_component
 from .errors import BundleError
-from .pipeline_folder import pipeline_class, replace_weights
+from .files import open_safetensors, sha256_of
+from .pipeline_folder import pipeline_class, read_config, replace_weights
 
 OTHER_KINDS = {"dora_scale": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
 """Part of a tensor's name -> the kind of adapter it belongs to, which is no LoRA."""
@@ -68,22 +66,16 @@ def merge_loras(root: Path, loras: Sequence[tuple[Path, float]]) -> tuple[dict[s
     for component, model in merged.items():
         replace_weights(root / component, model)
     return tuple(
-        {"kind": "lora", "file": lora.path.name, "sha256": _digest(lora.path), "weight": lora.weight} for lora in found
+        {"kind": "lora", "file": lora.path.name, "sha256": sha256_of(lora.path), "weight": lora.weight}
+        for lora in found
     )
 
 
 def _read(root: Path, pipeline: Any, path: Path, weight: float) -> _Lora:
-    if path.suffix.lower() != ".safetensors":
-        raise BundleError(f"{path} is not a safetensors file; convert it: a pickle may run code")
     if not math.isfinite(weight):
         raise BundleError(f"the weight of {path.name} is {weight}; it must be a finite number, 1 as trained")
-    if not path.is_file():
-        raise BundleError(f"{path} does not exist; name a LoRA's .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path} cannot be read as safetensors ({error}); download it again") from error
+    with open_safetensors(path) as file:
+        names = list(file.keys())
     for part, kind in OTHER_KINDS.items():
         if any(part in name for name in names):
             raise BundleError(f"{path} is a {kind}, not a LoRA: merge it where it was made and import the result")
@@ -100,8 +92,7 @@ def _read(root: Path, pipeline: Any, path: Path, weight: float) -> _Lora:
 
 def _unet_config(root: Path) -> Any:
     """The U-Net's settings, by which kohya's block names of SDXL are translated; None where there is no U-Net."""
-    path = root / "unet" / "config.json"
-    return SimpleNamespace(**json.loads(path.read_text())) if path.is_file() else None
+    return SimpleNamespace(**read_config(root, "unet")) if (root / "unet" / "config.json").is_file() else None
 
 
 def _check_components(root: Path, lora: _Lora, components: Sequence[str]) -> None:
@@ -178,8 +169,3 @@ def _merge(pipeline: Any, component: str, model: Any, lora: _Lora) -> None:
     recurse_remove_peft_layers(model)
     del model.peft_config
     model._hf_peft_config_loaded = False  # else transformers would save the adapter, not the model
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,18 +5,17 @@ Z = softmax(Q K^T / sqrt d) V + s softmax(Q K_i^T / sqrt d) V_i, K_i and V_i of 
 the U-Net's order, 0 for none.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .cross_attention import attend, cross_attentions, finish, with_processors
 from .errors import BundleError
+from .files import open_safetensors
 from .networks import DenoiserNet, named
+from .pipeline_folder import read_config
 
 CLASS, WEIGHTS = "IPAdapter", "ip_adapter.safetensors"
 FACE_ID = ("perceiver_resampler.proj_in.weight", "norm.weight")
@@ -38,12 +37,8 @@ def read_image_prompt(file: Path) -> ImagePromptWeights:
 
     Errors: `BundleError` where it is not a safetensors file of an IP-Adapter that reads a picture.
     """
-    if file.suffix != ".safetensors":
-        raise BundleError(f"{file} is not a safetensors file; convert it: a pickle may run code")
-    try:
-        found = {name: tensor.float() for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{file} cannot be read as safetensors ({error}); download it again") from error
+    with open_safetensors(file) as opened:
+        found = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
     parts = ("image_proj", "ip_adapter")
     projection, attention = ({n[len(p) + 1 :]: t for n, t in found.items() if n.startswith(p + ".")} for p in parts)
     if not (projection and attention):
@@ -57,7 +52,7 @@ def read_image_prompt(file: Path) -> ImagePromptWeights:
 
 def load_image_prompt(folder: Path) -> ImagePromptWeights:
     """The component `ip_adapter/` of a bundle."""
-    file = json.loads((folder / "config.json").read_text()).get("weights", WEIGHTS)
+    file = read_config(folder, "").get("weights", WEIGHTS)
     return read_image_prompt(folder / Path(file).name)
 
 

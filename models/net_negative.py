@@ -10,7 +10,6 @@ token (L1 norms), then Z = Z+ + alpha (G - Z+). Their scale is 1 + s.
 Shapes: neg_ctx [B, L, D] as ctx; neg_scale [B].
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from .cross_attention import attend, finish, with_processors
 from .denoiser import expand
 from .errors import BundleError
 from .networks import DenoiserNet, named
+from .pipeline_folder import read_config
 
 CLASS = "NegativeAttention"
 METHODS = ("nasa", "nag")
@@ -64,7 +64,7 @@ def load_negative(folder: Path) -> Negative:
 
     Errors: `BundleError` naming the unknown or impossible setting.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, "")
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
     if unknown := sorted(set(settings) - {f.name for f in fields(Negative)}):
         raise BundleError(f"{folder}/config.json has {unknown[0]!r}, which this release does not know: upgrade fewstep")

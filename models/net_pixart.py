@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Facts, Family, latent_of, read_config
+from .families import Facts, Family, latent_of
 from .networks import named
+from .pipeline_folder import read_config, read_index
 from .spec import TextInput
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -83,7 +84,7 @@ def same_batch(first: Tensor, *others: Tensor) -> None:
 
 def _facts(root: Path) -> Facts:
     latent, config = latent_of(root), read_config(root, "transformer")
-    pipeline = read_config(root, "", "model_index.json").get("_class_name")
+    pipeline = read_index(root).get("_class_name")
     side = int(config["sample_size"])
     sized = config.get("use_additional_conditions")
     if sized is None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Facts, Family, latent_of, read_config
+from .families import Facts, Family, latent_of
 from .net_pixart import same_batch
 from .networks import Decoder, Encoder, named
+from .pipeline_folder import read_config
 from .roles import DECODER, ENCODER
 from .sana_attention import mend_autoencoder, mend_transformer
 from .spec import TextInput

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .families import Facts, Family, latent_of, read_config
+from .families import Facts, Family, latent_of
 from .net_flux import size_shift
 from .net_pixart import same_batch
+from .pipeline_folder import read_config
 from .spec import TextInput
 
 

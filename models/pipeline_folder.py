@@ -8,6 +8,8 @@ from typing import Any
 from .errors import BundleError
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
+BESIDE = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+"""Components of a pipeline that make no part of the picture here, and that no checkpoint file holds."""
 
 
 def pipeline_class(root: Path) -> Any:
@@ -27,13 +29,23 @@ def pipeline_class(root: Path) -> Any:
 def read_index(root: Path) -> dict[str, Any]:
     """`model_index.json`.
 
-    Errors: `BundleError` where it is missing or not JSON.
+    Errors: as `read_config`.
     """
-    path = root / "model_index.json"
+    return read_config(root, "", "model_index.json")
+
+
+def read_config(root: Path, component: str, file: str = "config.json") -> dict[str, Any]:
+    """A component's settings.
+
+    Errors: `BundleError` where the file is missing or holds no JSON object.
+    """
+    path = root / component / file
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}); a diffusers folder holds it") from error
+    if not isinstance(found, dict):
+        raise BundleError(f"{path} holds a {type(found).__name__}; settings are a JSON object")
     return found
 
 

@@ -13,6 +13,8 @@ from .paths import VP, Path, RectifiedFlow, TrigFlow
 from .spec import Boundary, Spacing
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+"""What a spec calls a prediction -> diffusers' `prediction_type`."""
 SetTimes = Callable[[Any, int, tuple[int, int]], None]
 """(scheduler, steps, (width, height)): how a family's pipeline sets its scheduler's times."""
 Fields = dict[str, Any]
@@ -174,7 +176,7 @@ def replaced_scheduler(config: Mapping[str, Any], sampler: str, prediction: str 
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     kept = {name: config[name] for name in names if name in config}
     if prediction is not None:
-        kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[prediction]
+        kept["prediction_type"] = PREDICTION_TYPES[prediction]
     cls = getattr(diffusers, SAMPLER_CLASSES[sampler])
     if sampler in ("ddim", "lcm", "tcd"):
         kept |= {"clip_sample": False, "set_alpha_to_one": True}

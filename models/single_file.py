@@ -9,15 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from .bundle import load_component
 from .errors import BundleError
-from .pipeline_folder import pipeline_class, read_index
+from .files import open_safetensors
+from .pipeline_folder import BESIDE, pipeline_class, read_index
 
 SETTINGS = (".json", ".txt", ".model")
-BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that are in no checkpoint file and make no part of the picture."""
 
 
 def open_single_file(path: Path, out: Path, config: Path) -> Path:
@@ -28,8 +25,8 @@ def open_single_file(path: Path, out: Path, config: Path) -> Path:
     Errors: `BundleError` where the file is a pickle or unreadable, the settings are missing, or the two are of other
     bases, with both sides. `out` appears only when whole.
     """
-    if path.suffix.lower() != ".safetensors":
-        raise BundleError(f"{path} is not a safetensors file; convert it: a pickle may run code")
+    with open_safetensors(path) as file:
+        names = list(file.keys())
     if not (config / "model_index.json").is_file():
         raise BundleError(
             f"{config} has no model_index.json; name with --config a local diffusers folder of the checkpoint's base "
@@ -37,11 +34,6 @@ def open_single_file(path: Path, out: Path, config: Path) -> Path:
         )
     if out.exists():
         raise BundleError(f"{out} exists already; delete it or name another --out")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path} cannot be read as safetensors ({error}); download it again") from error
     pipeline = pipeline_class(config)
     if not hasattr(pipeline, "from_single_file"):
         raise BundleError(f"{config} is a {pipeline.__name__}, and diffusers opens no single file of it")

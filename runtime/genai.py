@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.pipeline_folder import read_config, read_index
+
 from .contestants import Contestant, Sample
 from .errors import EngineUnavailable
 from .images import encode
@@ -121,7 +123,7 @@ def write_genai_folder(bundle: "Bundle", folder: Path) -> None:
         openvino_tokenizers.convert_tokenizer(bundle.tokenizer), folder / "tokenizer" / "openvino_tokenizer.xml"
     )
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = json.loads((bundle.root / "model_index.json").read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}
+    index = read_index(bundle.root) | {"vae": ["diffusers", "AutoencoderKL"]}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -181,8 +183,7 @@ def _converted(network: nn.Module, feeds: dict[str, Tensor], output: str) -> Any
 
 def _config(bundle: "Bundle", part: str, file: str = "config.json") -> dict[str, Any]:
     """Settings without those that are null, which GenAI does not read as absent."""
-    config = json.loads((bundle.root / part / file).read_text())
-    return {name: value for name, value in config.items() if value is not None}
+    return {name: value for name, value in read_config(bundle.root, part, file).items() if value is not None}
 
 
 def _needs_epsilon(scheduler: dict[str, Any]) -> bool:

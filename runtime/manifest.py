@@ -4,15 +4,14 @@ An engine is bound to the weights it was made from (`weights_digest`) and to its
 set by `fewstep verify` alone, after every comparison with torch passed. No torch here.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.files import sha256_of, write_whole
 
 from .errors import EngineUnavailable
 
@@ -26,8 +25,6 @@ KINDS = (
 """Kinds of exported engine this release reads."""
 PRECISIONS = ("bf16", "fp16", "fp8", "int8")
 """Endings of engine kinds; a kind without one is of float32."""
-PARTIAL = ".partial"
-"""Ending of a file in the making."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,23 +114,6 @@ def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:
     return path
 
 
-def write_whole(path: Path, content: Any) -> None:
-    """Write bytes (or a buffer) beside `path`, then move them there: a reader sees the old file or the new, never half.
-
-    Errors: `OSError`; the part written so far is removed.
-    """
-    beside = path.with_name(path.name + PARTIAL)
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def read_manifest(bundle: Bundle, kind: str) -> Manifest:
     """The manifest of one kind of engine.
 
@@ -179,11 +159,6 @@ def checked_files(bundle: Bundle, manifest: Manifest) -> dict[str, Path]:
                 raise EngineUnavailable(f"{part} changed since it was exported (wrong SHA-256); {remedy}")
         files[role] = path
     return files
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(data: Mapping[str, Any]) -> Manifest:

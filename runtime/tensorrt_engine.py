@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.files import write_whole
 
 from .cuda_device import CudaDevice, Device
 from .engine import DECODER, DENOISER, TEXT, Capabilities
 from .errors import EngineFailed, EngineUnavailable
-from .manifest import Manifest, checked_files, engine_folder, export_command, read_manifest, write_whole
+from .manifest import Manifest, checked_files, engine_folder, export_command, read_manifest
 from .tensorrt_flavour import TensorRT, load_tensorrt, said
 from .tensorrt_profiles import Shapes, describe, describe_profiles, pick_profile, served_batches
 

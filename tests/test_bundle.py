@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.models.bundle import Bundle, find_bundle, load_bundle, reseal, seal_bundle
 from fewstep.models.errors import BundleError, SpecError
+from fewstep.models.files import sha256_of
 from fewstep.models.networks import ControlNet, Decoder, DenoiserNet, Encoder, TextEncoder
 from fewstep.models.spec import QualityRow
 from tiny import copy_bundle, tiny_spec
@@ -251,3 +252,24 @@ def test_sealing_forgets_where_a_component_was_loaded_from(tiny_teacher, tmp_pat
     sealed = seal_bundle(folder, "copy", tiny_teacher.spec)
     assert "somebody" not in (folder / "unet" / "config.json").read_text()
     assert sealed.load("unet").config.block_out_channels == tiny_teacher.load("unet").config.block_out_channels
+
+
+def test_sealing_takes_every_digest_once(copy, monkeypatch):
+    """At 2 to 7 GB a second look takes as long as the first."""
+    seen = []
+    monkeypatch.setattr("fewstep.models.bundle.sha256_of", lambda path: seen.append(path) or sha256_of(path))
+    listed = json.loads((copy / "bundle.json").read_text())["files"]
+    assert reseal(load_bundle(copy, check_digests=False)).spec == tiny_spec("lcm")
+    assert sorted(path.relative_to(copy).as_posix() for path in seen) == sorted(listed)
+
+
+def test_a_seal_that_is_interrupted_leaves_the_old_one(copy, monkeypatch):
+    before = (copy / "bundle.json").read_bytes()
+
+    def killed(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.models.files.os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reseal(load_bundle(copy), golden=())
+    assert (copy / "bundle.json").read_bytes() == before and not list(copy.glob("bundle.json.*"))

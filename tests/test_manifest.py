@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fewstep.models.bundle import load_bundle
+from fewstep.models.files import sha256_of
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import (
     Graph,
@@ -17,7 +18,6 @@ from fewstep.runtime.manifest import (
     export_command,
     exported_kinds,
     read_manifest,
-    sha256_of,
     write_manifest,
 )
 from tiny import copy_bundle

@@ -15,15 +15,14 @@ from fewstep.export.parity import relative_error
 from fewstep.export.tensorrt import axis_lengths, export_tensorrt, key_of, parses_and_builds
 from fewstep.export.tensorrt_build import Settings, build_engine, profiles_of
 from fewstep.models.bundle import load_bundle
+from fewstep.models.files import sha256_of, write_whole
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import (
     checked_files,
     engine_folder,
     read_manifest,
-    sha256_of,
     write_manifest,
-    write_whole,
 )  # fmt: skip
 from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt
 from fewstep.runtime.torch_engine import TorchEngine

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fewstep.models.bundle import load_bundle
+from fewstep.models.files import sha256_of
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, read_manifest, sha256_of, write_manifest
+from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, read_manifest, write_manifest
 from fewstep.runtime.tensorrt_engine import TensorRTEngine
 from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt, said
 from fewstep.runtime.tensorrt_profiles import served_batches

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
+from fewstep.models.bundle import Bundle, seal_bundle
 from fewstep.models.linear_attention import FIELD
+from fewstep.models.pipeline_folder import read_index
+from fewstep.models.schedulers import PREDICTION_TYPES
 from fewstep.models.spec import Guidance, SamplerSpec
 
 from .recipe import Recipe
@@ -51,10 +53,10 @@ def write_student(recipe: Recipe, teacher: Bundle, unet: Any, out: Path) -> Bund
     unet = unet.eval().to(memory_format=torch.contiguous_format)
     (unet.half() if recipe.run.fp16_weights else unet.float()).save_pretrained(beside / "unet")
     _write_pipeline(recipe, teacher, beside, linear=FIELD in unet.config)
-    seal_bundle(beside, out.name, student_spec(recipe, teacher))
+    sealed = seal_bundle(beside, out.name, student_spec(recipe, teacher))
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
-    return load_bundle(out)
+    return Bundle(out, sealed.name, sealed.spec)
 
 
 def takes_control(unet: Any, teacher: Bundle) -> bool:
@@ -76,11 +78,11 @@ def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, *, linear: bo
     """
     from diffusers import DDIMScheduler, LCMScheduler
 
-    path, index = teacher.spec.path, json.loads((teacher.root / "model_index.json").read_text())
+    path, index = teacher.spec.path, read_index(teacher.root)
     settings: dict[str, Any] = {
         name: getattr(path, name) for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     }
-    settings["prediction_type"] = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}[teacher.spec.prediction]
+    settings["prediction_type"] = PREDICTION_TYPES[teacher.spec.prediction]
     settings |= {"clip_sample": False, "set_alpha_to_one": teacher.spec.final_alpha_one}
     settings["steps_offset"] = 1  # read by neither scheduler here, but diffusers' pipeline warns where it is not 1
     if recipe.sampling.sampler == "lcm":
