@@ -180,7 +180,7 @@ def _check_features(root: Path, source: Path, config: Mapping[str, Any]) -> None
             "x": torch.zeros(1, unet["in_channels"], side, side), "t": torch.zeros(1), "w": torch.zeros(1),
             "ctx": torch.zeros(1, 8, unet["cross_attention_dim"]),
         }  # fmt: skip
-        if denoiser.net.sized:
+        if "size_ids" in denoiser.inputs:
             width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
             feeds |= {"pooled": torch.zeros(1, width), "size_ids": torch.zeros(1, 6)}
         try:

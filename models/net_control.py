@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .cross_attention import sharing_copy
 from .denoiser import expand
-from .networks import ControlNet, DenoiserNet, named, residual_count
+from .networks import ControlNet, DenoiserNet, named, residual_count, size_inputs, size_settings
 
 
 def control_network(controlnet: Any) -> nn.Module:
@@ -31,21 +31,17 @@ class UnionControl(nn.Module):
         self.controlnet = sharing_copy(controlnet)
         self.controlnet.transformer_layes = nn.ModuleList(map(_Alone, self.controlnet.transformer_layes))
         self.kinds = int(controlnet.config.num_control_type)
-        self.sized = controlnet.config.addition_embed_type == "text_time"
-        sizes = ("pooled", "size_ids") if self.sized else ()
-        self.inputs = ("x", "t", "ctx", *sizes, "edge", "kind", "scale")
+        self.inputs = ("x", "t", "ctx", *size_inputs(controlnet), "edge", "kind", "scale")
         self.outputs = tuple(f"residual_{k}" for k in range(residual_count(controlnet)))
 
     def forward(self, *feeds: Tensor) -> tuple[Tensor, ...]:
         given = named(self.inputs, feeds)
-        settings: dict[str, Any] = {}
-        if self.sized:
-            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
         kind, x = given["kind"], given["x"]
         one_hot = (kind[:, None] == torch.arange(self.kinds, device=kind.device)).to(x.dtype)
         down, mid = self.controlnet(
             x, given["t"], given["ctx"], controlnet_cond=[given["edge"]], control_type=one_hot,
-            control_type_idx=[kind], conditioning_scale=[expand(given["scale"], x)], return_dict=False, **settings,
+            control_type_idx=[kind], conditioning_scale=[expand(given["scale"], x)], return_dict=False,
+            **size_settings(given),
         )  # fmt: skip
         return (*down, mid)
 

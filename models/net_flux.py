@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Facts, Family, latent_of
-from .net_pixart import same_batch
-from .networks import named
+from .networks import named, same_batch
 from .spec import TextInput
 
 SIDE = 1024

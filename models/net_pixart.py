@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .families import Facts, Family, latent_of
-from .networks import named
+from .networks import MaskedText, named, same_batch
 from .pipeline_folder import read_config, read_index
 from .spec import TextInput
 
@@ -61,27 +60,6 @@ def _one_more_axis(layer: nn.Module, given: Any, out: Tensor) -> Tensor:
     return out.unsqueeze(1)
 
 
-class T5Text(nn.Module):
-    """T5's encoder: ids, mask [B, L] int64 -> ctx [B, L, D], ctx_mask [B, L] float."""
-
-    inputs, outputs = ("ids", "mask"), ("ctx", "ctx_mask")
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        same_batch(ids, mask)
-        ctx = self.text_encoder(ids, attention_mask=mask)[0]
-        return ctx, mask.to(ctx.dtype)
-
-
-def same_batch(first: Tensor, *others: Tensor) -> None:
-    """Tell an exporter that the batches are one: attention code asks, and would fix the batch of the example."""
-    for other in others:
-        torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
-
-
 def _facts(root: Path) -> Facts:
     latent, config = latent_of(root), read_config(root, "transformer")
     pipeline = read_index(root).get("_class_name")
@@ -101,8 +79,8 @@ PIXART = Family(
     name="pixart",
     folder="transformer",
     denoiser=lambda transformer, control: PixArtNet(transformer),
-    text=lambda load: T5Text(load("text_encoder")),
-    text_outputs=T5Text.outputs,
+    text=lambda load: MaskedText(load("text_encoder")),
+    text_outputs=MaskedText.outputs,
     takes_w=lambda config: False,
     stride=lambda config: int(config["patch_size"]),
     facts=_facts,

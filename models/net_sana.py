@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Facts, Family, latent_of
-from .net_pixart import same_batch
-from .networks import Decoder, Encoder, named
+from .networks import Decoder, Encoder, named, same_batch
 from .pipeline_folder import read_config
 from .roles import DECODER, ENCODER
 from .sana_attention import mend_autoencoder, mend_transformer

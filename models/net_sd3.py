@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .families import Facts, Family, latent_of
 from .net_flux import size_shift
-from .net_pixart import same_batch
+from .networks import same_batch
 from .pipeline_folder import read_config
 from .spec import TextInput
 

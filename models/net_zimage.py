@@ -16,7 +16,7 @@ from torch.nn import functional
 from .errors import BundleError
 from .families import Facts, Family, latent_of
 from .net_flux import times_by_size
-from .net_pixart import same_batch
+from .networks import MaskedText, same_batch
 from .spec import TextInput
 
 BLOCK = 32
@@ -127,21 +127,6 @@ class RealAttention:
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out  # type: ignore[no-any-return]
 
 
-class QwenText(nn.Module):
-    """Qwen3: ids, mask [B, L] int64 -> ctx [B, L, D] before the last layer, ctx_mask [B, L] float."""
-
-    inputs, outputs = ("ids", "mask"), ("ctx", "ctx_mask")
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        same_batch(ids, mask)
-        ctx = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        return ctx, mask.to(ctx.dtype)
-
-
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
     """[B, S, H, D]: neighbours (2k, 2k+1) turned by the k-th angle of their token."""
     cos, sin = (angle[:, :, None] for angle in angles)
@@ -183,8 +168,8 @@ Z_IMAGE = Family(
     name="z-image",
     folder="transformer",
     denoiser=lambda transformer, control: ZImageNet(transformer),
-    text=lambda load: QwenText(load("text_encoder")),
-    text_outputs=QwenText.outputs,
+    text=lambda load: MaskedText(load("text_encoder"), layer=-2),
+    text_outputs=MaskedText.outputs,
     takes_w=lambda config: False,
     stride=lambda config: PATCH,
     facts=_facts,

@@ -28,10 +28,9 @@ class DenoiserNet(nn.Module):
         super().__init__()
         self.unet = unet
         self.takes_w = unet.config.time_cond_proj_dim is not None
-        self.sized = unet.config.addition_embed_type == "text_time"
         count = residual_count(unet) if control else 0
         self.inputs = (
-            "x", "t", "ctx", *(("pooled", "size_ids") if self.sized else ()), *(("w",) if self.takes_w else ()),
+            "x", "t", "ctx", *size_inputs(unet), *(("w",) if self.takes_w else ()),
             *(f"residual_{k}" for k in range(count)),
         )  # fmt: skip
 
@@ -53,8 +52,7 @@ class DenoiserNet(nn.Module):
         if self.takes_w:
             embedded = guidance_embedding(given["w"], self.unet.config.time_cond_proj_dim)
             settings["timestep_cond"] = embedded.to(given["x"].dtype)
-        if self.sized:
-            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
+        settings |= size_settings(given)
         out: Tensor = self.unet(given["x"], given["t"], ctx, return_dict=False, **settings)[0]
         return out
 
@@ -65,17 +63,27 @@ class ControlNet(nn.Module):
     def __init__(self, controlnet: Any) -> None:
         super().__init__()
         self.controlnet = controlnet
-        self.sized = controlnet.config.addition_embed_type == "text_time"
-        self.inputs = ("x", "t", "ctx", *(("pooled", "size_ids") if self.sized else ()), "edge", "scale")
+        self.inputs = ("x", "t", "ctx", *size_inputs(controlnet), "edge", "scale")
         self.outputs = tuple(f"residual_{k}" for k in range(residual_count(controlnet)))
 
     def forward(self, *feeds: Tensor) -> tuple[Tensor, ...]:
         given = named(self.inputs, feeds)
-        settings: dict[str, Any] = {}
-        if self.sized:
-            settings["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
-        down, mid = self.controlnet(given["x"], given["t"], given["ctx"], given["edge"], return_dict=False, **settings)
+        down, mid = self.controlnet(
+            given["x"], given["t"], given["ctx"], given["edge"], return_dict=False, **size_settings(given)
+        )
         return tuple(r * expand(given["scale"], r) for r in (*down, mid))
+
+
+def size_inputs(network: Any) -> tuple[str, ...]:
+    """What a U-Net or ControlNet of SDXL takes beside the others': the pooled text and the picture's size."""
+    return ("pooled", "size_ids") if network.config.addition_embed_type == "text_time" else ()
+
+
+def size_settings(given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Feeds of `size_inputs` as diffusers' `forward` takes them; nothing where there are none."""
+    if "size_ids" not in given:
+        return {}
+    return {"added_cond_kwargs": {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}}
 
 
 def residual_count(unet: Any) -> int:
@@ -94,6 +102,12 @@ def named(inputs: tuple[str, ...], feeds: tuple[Tensor | None, ...]) -> dict[str
     if len(feeds) > len(inputs):
         raise ValueError(f"this network takes {', '.join(inputs)}; it was given {len(feeds)} tensors")
     return given
+
+
+def same_batch(first: Tensor, *others: Tensor) -> None:
+    """Tell an exporter that the batches are one: attention code asks, and would fix the batch of the example."""
+    for other in others:
+        torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
 
 
 class Decoder(nn.Module):
@@ -141,6 +155,26 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.text_encoder(ids)[0]
         return out
+
+
+class MaskedText(nn.Module):
+    """A text encoder told which tokens are real: ids, mask [B, L] int64 -> ctx [B, L, D], ctx_mask [B, L] float.
+
+    layer: which of its hidden states is taken, -2 being the one before the last layer; None for its output (T5).
+    """
+
+    inputs, outputs = ("ids", "mask"), ("ctx", "ctx_mask")
+
+    def __init__(self, text_encoder: Any, *, layer: int | None = None) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.layer = layer
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        same_batch(ids, mask)
+        found = self.text_encoder(ids, attention_mask=mask, output_hidden_states=self.layer is not None)
+        ctx: Tensor = found[0] if self.layer is None else found.hidden_states[self.layer]
+        return ctx, mask.to(ctx.dtype)
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
