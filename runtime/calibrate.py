@@ -1,8 +1,9 @@
 """Warm an engine up and measure what its calls cost at each batch size, within a time budget."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 
@@ -19,22 +20,23 @@ from .step import RowState, advance, run_batch
 from .work import Served, decode, embed, paint_rows
 
 REPEATS = 3
+ROUNDS = 5
 
 
 @torch.inference_mode()
 def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
     """Fill `costs` for the model's roles: size 1 always, larger sizes while the role's share of the budget lasts.
 
-    Calls of size 1 are measured in turns, as a request makes them: a network that is run again and again finds its
-    weights in the processor's cache, and a graph of a whole request never does. The empty prompt's embedding stays in
-    the model's cache.
+    The empty prompt's embedding stays in the model's cache.
 
     Errors: `EngineFailed` where the engine breaks on its first calls.
     """
     calls = role_calls(model)
     sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
-    for role, seconds in in_turns(calls, sizes[0], budget_s / 2, time.perf_counter):
+    for role, seconds in in_turns(calls, sizes[0], budget_s / 4, time.perf_counter):
         costs.record((model.name, role), sizes[0], seconds)
+    for role in filter(picture_steps, calls):
+        costs.saved[model.name, role] = saved_s(calls, role, budget_s / 4, time.perf_counter)
     for role, call in calls.items():
         share = 0.5 if role == DENOISER else 0.5 / (len(calls) - 1)
         first = sizes[0], costs.seconds((model.name, role), sizes[0])
@@ -84,22 +86,44 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
 def in_turns(
     calls: Mapping[str, Callable[[int], object]], size: int, budget_s: float, clock: Callable[[], float]
 ) -> list[tuple[str, float]]:
-    """(role, seconds) of single calls, in rounds of all roles: one to warm them, then one or more within the budget.
-
-    A round has two denoiser calls, since that network follows itself in every request of several steps.
-    """
-    turn = [role for role in calls for _ in range(2 if role == DENOISER else 1)]
+    """(role, seconds) of single calls, in rounds of all roles: one to warm them, then one or more within the budget."""
     found: list[tuple[str, float]] = []
-    begun = clock()
-    for done in range(1 + REPEATS):
-        if done > 1 and (clock() - begun) * (done + 1) / done > budget_s:
-            break
-        for role in turn:
+    for done in _rounds(budget_s, clock):
+        for role, call in calls.items():
             start = clock()
-            calls[role](size)
+            call(size)
             if done:
                 found.append((role, clock() - start))
     return found
+
+
+def saved_s(
+    calls: Mapping[str, Callable[[int], object]], whole: str, budget_s: float, clock: Callable[[], float]
+) -> float:
+    """Seconds by which one call of a `picture` role ends before the calls that it replaces: the median of pairs.
+
+    Whole requests are compared, since a denoiser that follows itself finds its weights in the processor's cache, and
+    the graph of several steps holds them once for each step.
+    """
+    saved = []
+    for done in _rounds(budget_s, clock):
+        start = clock()
+        for role in (TEXT, *[DENOISER] * (picture_steps(whole) or 0), DECODER):
+            calls[role](1)
+        middle = clock()
+        calls[whole](1)
+        if done:
+            saved.append(2 * middle - start - clock())
+    return median(saved)
+
+
+def _rounds(budget_s: float, clock: Callable[[], float]) -> Iterator[int]:
+    """0 for the round that warms, then 1 to `ROUNDS`: one at least, the others while they fit."""
+    begun = clock()
+    for done in range(1 + ROUNDS):
+        if done > 1 and (clock() - begun) * (done + 1) / done > budget_s:
+            return
+        yield done
 
 
 def measure(

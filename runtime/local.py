@@ -23,7 +23,7 @@ from fewstep.models.spec import SamplerSpec
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import DENOISER, TEXT, Engine
+from .engine import TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -219,12 +219,11 @@ class Runtime:
 
     def _in_one_call(self, live: Live) -> bool:
         """Whether one graph does the request from text to pixels, and sooner than the calls that it replaces."""
-        steps = len(live.plan.rows)
-        whole = (live.model.name, picture_role(steps))
-        if not fits_one_call(live) or not self._costs.measured(whole):
+        steps, name = len(live.plan.rows), live.model.name
+        whole = name, picture_role(steps)
+        if whole not in self._costs.saved or not fits_one_call(live):
             return False
-        parts = [*[DENOISER] * steps, live.decoder, *([TEXT] if live.missing else [])]
-        return self._costs.seconds(whole, 1) < sum(self._costs.seconds((live.model.name, role), 1) for role in parts)
+        return self._costs.saved[whole] > (0.0 if live.missing else self._costs.seconds((name, TEXT), 1))
 
     def _follow(self, ticket: Ticket) -> Iterator[Event]:
         try:

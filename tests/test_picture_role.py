@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fewstep.export.graphs import random_feeds, role_graph
+from fewstep.runtime.calibrate import saved_s
 from fewstep.runtime.config import RuntimeConfig
 from fewstep.runtime.engine import DECODER, DENOISER, PICTURE, TEXT
 from fewstep.runtime.errors import EngineUnavailable
@@ -32,14 +33,14 @@ class Offering:
         self._engine.close()
 
 
-def serve(bundle, engine, costs):
+def serve(bundle, engine, saved):
     runtime = Runtime([bundle], engines={bundle.name: engine}, config=RuntimeConfig(calibration_budget_s=0))
-    for role, seconds in costs.items():
-        runtime._costs.record((bundle.name, role), 1, seconds)
+    runtime._costs.record((bundle.name, TEXT), 1, 0.01)
+    runtime._costs.saved.update({(bundle.name, role): seconds for role, seconds in saved.items()})
     return runtime
 
 
-CHEAP = {PICTURE: 0.01, "picture-2": 0.01, TEXT: 0.01, DENOISER: 0.01, DECODER: 0.01}
+CHEAP = {PICTURE: 0.02, "picture-2": 0.02}
 
 
 @pytest.mark.parametrize(("steps", "role"), [(1, PICTURE), (2, "picture-2")])
@@ -59,29 +60,41 @@ def test_one_call_makes_the_picture_of_the_row_by_row_form(request, name, steps,
 
 
 @pytest.mark.parametrize(
-    ("settings", "costs"),
-    [
-        ({"steps": 4}, CHEAP),
-        ({"steps": 1}, {**CHEAP, PICTURE: 0.04}),
-        ({"steps": 1}, {TEXT: 0.01, DENOISER: 0.01, DECODER: 0.01}),
-    ],
+    ("settings", "saved"),
+    [({"steps": 4}, CHEAP), ({"steps": 1}, {**CHEAP, PICTURE: -0.001}), ({"steps": 1}, {})],
     ids=["steps without a graph", "measured slower", "not measured"],
 )
-def test_it_is_used_only_where_it_can_and_pays(tiny_dmd2, settings, costs):
+def test_it_is_used_only_where_it_can_and_pays(tiny_dmd2, settings, saved):
     engine = Offering(tiny_dmd2)
-    with serve(tiny_dmd2, engine, costs) as runtime:
+    with serve(tiny_dmd2, engine, saved) as runtime:
         runtime.generate(GenerateRequest(prompt="a red cat", seed=1, **settings))
     assert not {PICTURE, "picture-2"} & {role for role, _ in engine.seen}
 
 
 def test_a_known_prompt_counts_without_its_text_call(tiny_dmd2):
     engine = Offering(tiny_dmd2)
-    with serve(tiny_dmd2, engine, {**CHEAP, PICTURE: 0.025}) as runtime:
+    with serve(tiny_dmd2, engine, {PICTURE: 0.005}) as runtime:
         served = runtime._served[tiny_dmd2.name]
         live = admit(served, GenerateRequest(prompt="a red cat", steps=1))
         assert runtime._in_one_call(live)
         live.embedded["a red cat"] = {}
-        assert not runtime._in_one_call(live), "0.025 s against 0.02 s for denoiser and decoder"
+        assert not runtime._in_one_call(live), "0.005 s saved against 0.01 s for the text that is known"
+
+
+@pytest.mark.parametrize(("whole_s", "saved"), [(0.03, 0.02), (0.07, -0.02)])
+def test_whole_requests_are_compared_in_turns(whole_s, saved):
+    now, seen = [0.0], []
+
+    def call(role, seconds):
+        def run(size):
+            seen.append(role)
+            now[0] += seconds
+
+        return run
+
+    calls = {role: call(role, 0.01) for role in (TEXT, DENOISER, DECODER)} | {"picture-3": call("picture-3", whole_s)}
+    assert saved_s(calls, "picture-3", 0.0, lambda: now[0]) == pytest.approx(saved)
+    assert seen == 2 * [TEXT, DENOISER, DENOISER, DENOISER, DECODER, "picture-3"], "once to warm, once to measure"
 
 
 def test_guided_teachers_and_students_without_one_step_have_none(tiny_teacher):
