@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fewstep.models.arguments import read_names
 from fewstep.runtime.errors import EngineUnavailable
 
 from .option import Option, flag
@@ -32,15 +33,11 @@ class Exporter:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
-
-
-_ROLES = Option(name="roles", help="comma-separated; default: all", read=_names, metavar="ROLES")
+_ROLES = Option(name="roles", help="comma-separated; default: all", read=read_names, metavar="ROLES")
 _GRAPHS = Option(
     name="graphs",
     help="further graphs: picture, picture-2, picture-4 (whole requests of so many steps in one call)",
-    read=_names,
+    read=read_names,
     metavar="GRAPHS",
 )
 _DEVICE = Option(name="device", help="cpu or cuda, what it is built for; default: cpu", metavar="DEVICE")

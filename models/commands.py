@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import read_names
+
 if TYPE_CHECKING:
     from .importing import Additions
     from .known import Answers
@@ -106,7 +108,9 @@ def _import_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--decoder", type=Path, metavar="DIR", help="a tiny autoencoder in place of the folder's own")
     parser.add_argument("--controlnet", type=Path, metavar="DIR", help="put in a ControlNet or ControlNet-Union")
-    parser.add_argument("--control-kinds", type=_names, default=(), metavar="A,B,...", help="the union's control types")
+    parser.add_argument(
+        "--control-kinds", type=read_names, default=(), metavar="A,B,...", help="the union's control types"
+    )
     parser.add_argument("--t2i-adapter", type=Path, metavar="DIR", help="put in a T2I-Adapter")
     parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="put in an IP-Adapter; with --image-encoder")
     parser.add_argument("--image-encoder", type=Path, metavar="DIR", help="the CLIP image encoder of the IP-Adapter")
@@ -127,10 +131,6 @@ def _additions(args: Any) -> "Additions":
         image_encoder=args.image_encoder,
         negative=args.negative,
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
 
 
 def _stated(args: Any) -> "Answers":

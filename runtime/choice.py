@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from fewstep.models.arguments import read_count
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.spec import SamplerSpec
 
@@ -220,7 +221,9 @@ def command(argv: Sequence[str]) -> int:
         epilog="example: fewstep engines scenes-lcm --threads 1",
     )
     parser.add_argument("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
-    parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads of a call; default: torch's choice")
+    parser.add_argument(
+        "--threads", type=read_count, metavar="N", help="CPU threads of a call; default: torch's choice"
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args(argv)
     bundle = load_bundle(args.bundle)
@@ -236,12 +239,6 @@ def command(argv: Sequence[str]) -> int:
         name = f"{candidate.kind}{' (auto)' if candidate.kind == chosen else ''}"
         print(f"{name:<30} {_state(candidate):<22} {times:<34} {candidate.why}")
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _state(candidate: Candidate) -> str:

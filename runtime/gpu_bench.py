@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.arguments import read_count
+
 from .errors import EngineUnavailable
 from .gpu_plan import MODES, PLAN, PRECISIONS, SHAPES, TINY_PLAN, Case, Shape
 from .gpu_shapes import TinyDecoder
@@ -267,7 +269,9 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), help="only this one; tiny tries the code on any machine")
     parser.add_argument("--mode", choices=MODES, help="only this one; default: all")
     parser.add_argument("--budget-s", type=float, default=540.0, help="begin no case beyond this; default: 540")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"calls measured per case; default: {REPEATS}")
+    parser.add_argument(
+        "--repeats", type=read_count, default=REPEATS, help=f"calls measured per case; default: {REPEATS}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there after every case")
     args = parser.parse_args(argv)
     plan = TINY_PLAN if args.shape == "tiny" else [case for case in PLAN if args.shape in (None, case.shape)]

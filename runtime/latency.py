@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.models.arguments import read_count, read_counts
+
 from .contestants import STAGES, Contestant, Sample, bench_runtime, runtime_contestant
 from .diffusers_pipeline import pipeline_name
 from .errors import EngineUnavailable, InvalidRequest
@@ -240,16 +242,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bundle", metavar="DIR", help="a bundle folder, or a shipped bundle's short name")
     add("--engines", type=_engines, help="comma-separated; default: torch and every verified engine")
-    add("--steps", type=_counts, default=STEPS, help="comma-separated; default: 1,2,4,8,25")
-    add("--batch", type=_counts, default=(1,), help="pictures per request, comma-separated; default: 1")
+    add("--steps", type=read_counts, default=STEPS, help="comma-separated; default: 1,2,4,8,25")
+    add("--batch", type=read_counts, default=(1,), help="pictures per request, comma-separated; default: 1")
     add(
         "--peers",
         type=_peers,
         default=(),
         help=f"beside diffusers, which is always one: {', '.join(PEERS)}; the compiled one takes minutes to warm up",
     )
-    add("--repeats", type=_count, default=20, help="turns measured per step count and batch; default: 20")
-    add("--threads", type=_count, help="CPU threads of every contestant; default: torch's choice")
+    add("--repeats", type=read_count, default=20, help="turns measured per step count and batch; default: 20")
+    add("--threads", type=read_count, help="CPU threads of every contestant; default: torch's choice")
     add("--no-components", action="store_true", help="leave out the networks alone")
     add("--json", type=Path, metavar="FILE", help="write the report there")
     add("--plot", type=Path, metavar="FILE", help="write a picture of the report there (PNG, SVG, PDF)")
@@ -271,25 +273,16 @@ def _settings(args: argparse.Namespace) -> list[str]:
 def _engines(text: str) -> tuple[str, ...]:
     from .engines import KINDS
 
-    return _names(text, tuple(KINDS), "engine")
+    return _known(text, tuple(KINDS), "engine")
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    return _names(text, tuple(PEERS), "peer")
+    return _known(text, tuple(PEERS), "peer")
 
 
-def _names(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+def _known(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Names between commas, each once, all of them known."""
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no {what}; use {', '.join(known)}")
     return names
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_count(part) for part in text.split(",")))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fewstep.models.arguments import read_count
+
 from .events import Picture
 from .images import encode
 from .measurement import machine_facts, take_turns
@@ -79,11 +81,9 @@ def command(argv: Sequence[str]) -> int:
         description="What encoding a finished picture takes, per format, setting and size; encoders take turns.",
         epilog="example: fewstep bench pictures --json pictures.json",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="turns measured; default: 7")
+    parser.add_argument("--repeats", type=read_count, default=7, help="turns measured; default: 7")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     from tqdm import tqdm
 
     total = len(KINDS) * len(SIDES) * len(ENCODERS) * (args.repeats + 1)

@@ -96,6 +96,9 @@ def test_wrong_use(capsys):
     with pytest.raises(SystemExit):
         command(["--shape", "sd9"])
     assert "sd9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(["--device", "cpu", "--shape", "tiny", "--repeats", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_the_plan_begins_with_the_target_and_names_real_shapes():

@@ -45,4 +45,4 @@ def test_the_command_writes_and_prints(tmp_path, monkeypatch, capsys):
     assert shown.count("1.00x") >= len(KINDS) and report["command"] == "fewstep bench pictures --repeats 1"
     with pytest.raises(SystemExit):
         command(["--repeats", "0"])
-    assert "--repeats is 0; it must be at least 1" in capsys.readouterr().err
+    assert "--repeats: '0' is not a whole number of at least 1" in capsys.readouterr().err
