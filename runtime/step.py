@@ -4,6 +4,7 @@ Shapes: a row's latent is [C, ...] without batch, its conditions likewise (ctx [
 may come from different requests, samplers, step counts and step indices; a row's result does not depend on others.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,7 +71,7 @@ def advance(engine: Engine, states: Sequence[RowState], spec: SamplerSpec) -> li
     f = evaluate(engine, states, x)
     if spec.clip is not None:
         f = _clip(x, f, states, spec)
-    finite = torch.isfinite(f.flatten(1).sum(dim=1)).tolist()  # one pass: what is not finite stays so in a sum
+    finite = finite_rows(f)
     rows = [state.row for state in states]
     numbers = torch.tensor([(row.a, row.b, row.c) for row in rows], dtype=torch.float32, device=x.device)
     a, b, c = (column.reshape(-1, *([1] * (x.ndim - 1))) for column in numbers.unbind(1))
@@ -105,6 +106,11 @@ def evaluate(engine: Engine, states: Sequence[RowState], x: Tensor) -> Tensor:
     f = out[: len(rows)].clone()
     f[pairs] = guide(out[len(rows) :], f[pairs], _vector([rows[i].w for i in pairs], x))
     return f
+
+
+def finite_rows(x: Tensor) -> list[bool]:
+    """Whether each row [B, ...] is finite, in one pass: what is not stays so in a sum."""
+    return [math.isfinite(total) for total in x.flatten(1).sum(dim=1, dtype=torch.float32).tolist()]
 
 
 def run_batch(engine: Engine, role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

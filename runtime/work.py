@@ -30,7 +30,7 @@ from .plan import Plan, Row, compile_plan
 from .request import GenerateRequest
 from .rng import NoiseStream
 from .scheduler import DENOISE, Item, Work
-from .step import Conditions, Features, History, RowState, advance, run_batch
+from .step import Conditions, Features, History, RowState, advance, finite_rows, run_batch
 from .text import Prompts
 
 MOST_PLANS = 1000
@@ -150,7 +150,7 @@ def embed(engine: Engine, prompts: Prompts, texts: Sequence[str]) -> list[Condit
     feeds = {name: torch.tensor([tokens[name] for tokens in read], device=device) for name in read[0]}
     outs = [out.clone() for out in run_batch(engine, TEXT, feeds)]  # the engine may reuse its outputs
     for out in outs:
-        if bad := [text for text, ok in zip(texts, _finite(out), strict=True) if not ok]:
+        if bad := [text for text, ok in zip(texts, finite_rows(out), strict=True) if not ok]:
             raise EngineFailed(f"engine {engine.name} gave a non-finite text embedding of {bad[0]!r}")
     return [dict(zip(engine.capabilities.text_outputs, values, strict=True)) for values in zip(*outs, strict=True)]
 
@@ -235,7 +235,7 @@ def decode(engine: Engine, latents: Tensor, role: str = DECODER) -> list[Picture
 
 def to_pictures(engine: Engine, out: Tensor) -> list[Picture | EngineFailed]:
     """A decoder's output [B, 3, H, W] in [-1, 1] -> pictures [H, W, 3] uint8, rounded as diffusers does."""
-    finite = torch.isfinite(out.flatten(1).sum(dim=1)).tolist()  # one pass: whatever is not finite stays so in a sum
+    finite = finite_rows(out)
     levels = torch.mul(out, 127.5).add_(127.5).clamp_(0, 255).round_()
     pixels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
     return [
@@ -282,8 +282,3 @@ def _row_state(live: Live, canvas: Canvas) -> RowState:
     row = live.plan.rows[canvas.step]
     uncond = live.uncond if row.pair else None
     return RowState(row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history, live.kind, live.features)
-
-
-def _finite(x: Tensor) -> list[bool]:
-    found: list[bool] = torch.isfinite(x).flatten(1).all(dim=1).tolist()
-    return found
