@@ -4,15 +4,15 @@ Random tensors are no stand-in: ranges measured on them are wrong for the latent
 student's plans visit, which are a handful of points.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fewstep.models.bundle import Bundle
-from fewstep.runtime.engine import CONTROLNET, DECODER, ENCODER, Capabilities, Engine
+from fewstep.runtime.engine import CONTROLNET, ENCODER, Engine
 from fewstep.runtime.loop import run_request
+from fewstep.runtime.recording import RecordingEngine
 from fewstep.runtime.request import Control, GenerateRequest
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
@@ -28,34 +28,6 @@ PROMPTS = (
 SEED = 500
 Rows = tuple[dict[str, Tensor], ...]
 """Feeds of one role, each of a batch of one."""
-
-
-class RecordingEngine:
-    """Passes calls on to an engine and keeps copies of their feeds, split into rows, in `rows[role]`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.rows: dict[str, list[dict[str, Tensor]]] = defaultdict(list)
-        self.pictures: list[Tensor] = []
-
-    @property
-    def name(self) -> str:
-        return self._engine.name
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._engine.capabilities
-
-    def run(self, role: str, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        batch = next(iter(feeds.values())).shape[0]
-        self.rows[role] += [{name: value[k : k + 1].clone() for name, value in feeds.items()} for k in range(batch)]
-        outputs = self._engine.run(role, feeds)
-        if role == DECODER:
-            self.pictures += list(torch.split(outputs[0].clone(), 1))
-        return outputs
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 def student_feeds(
@@ -86,6 +58,7 @@ def student_feeds(
         )
         with torch.inference_mode():
             run_request(recorder, bundle, request, prompts=read)
+    found = {role: tuple(rows) for role, rows in recorder.rows.items()}
     if ENCODER in recorder.capabilities.roles:
-        recorder.rows[ENCODER] = [{"picture": picture} for picture in recorder.pictures]
-    return {role: tuple(rows) for role, rows in recorder.rows.items()}
+        found[ENCODER] = tuple({"picture": picture} for picture in recorder.pictures)
+    return found

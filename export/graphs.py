@@ -195,6 +195,12 @@ def _times(bundle: Bundle, batch: int, draw: torch.Generator) -> Tensor:
     return torch.tensor([times[order[k % len(order)]] for k in range(batch)], dtype=torch.float32)
 
 
+def axis_lengths(bundle: Bundle) -> list[dict[str, int]]:
+    """For each picture size of a bundle, the lengths of the free axes that `role_graph` names."""
+    unit = bundle.size_unit
+    return [{"rows": height // unit, "columns": width // unit} for width, height in bundle.spec.sizes]
+
+
 def _axes(bundle: Bundle, feeds: Mapping[str, Tensor]) -> dict[str, Axes]:
     """Free axes of each input: the batch, and height and width in steps of the denoiser's own stride."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -202,10 +208,8 @@ def _axes(bundle: Bundle, feeds: Mapping[str, Tensor]) -> dict[str, Axes]:
     sizes = bundle.spec.sizes
     if len(sizes) == 1:
         return axes
-    unit = bundle.spec.latent.factor * bundle.family.stride(bundle.config(bundle.family.folder))
-    width, height = sizes[0]
-    rows = torch.export.Dim("rows", min=1, max=max(h for _, h in sizes) // unit)
-    columns = torch.export.Dim("columns", min=1, max=max(w for w, _ in sizes) // unit)
+    unit, (width, height), every = bundle.size_unit, sizes[0], axis_lengths(bundle)
+    rows, columns = (torch.export.Dim(a, min=1, max=max(at[a] for at in every)) for a in ("rows", "columns"))
     for name, tensor in feeds.items():
         if tensor.ndim == 4 and name != "pixels":  # an image encoder has one size
             axes[name][2] = (tensor.shape[2] * unit // height) * rows

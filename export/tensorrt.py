@@ -28,7 +28,7 @@ from fewstep.runtime.manifest import (
 )  # fmt: skip
 from fewstep.runtime.tensorrt_flavour import TensorRT, load_tensorrt
 
-from .graphs import MAX_BATCH
+from .graphs import MAX_BATCH, axis_lengths
 from .onnx_half import half_graphs
 from .tensorrt_build import BATCHES, Range, Settings, build_engine, profiles_of
 
@@ -155,12 +155,6 @@ def key_of(
     }
     found: dict[str, Any] = json.loads(json.dumps(parts))
     return found
-
-
-def axis_lengths(bundle: Bundle) -> list[dict[str, int]]:
-    """For each picture size of a bundle, the lengths of the free axes that `graphs.role_graph` names."""
-    unit = bundle.spec.latent.factor * bundle.family.stride(bundle.config(bundle.family.folder))
-    return [{"rows": height // unit, "columns": width // unit} for width, height in bundle.spec.sizes]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class Bundle:
         return read_config(self.root, component)
 
     @property
+    def size_unit(self) -> int:
+        """Pixels that a picture's sides are multiples of: of one latent, times the denoiser's own stride."""
+        return self.spec.latent.factor * self.family.stride(self.config(self.family.folder))
+
+    @property
     def extra_roles(self) -> tuple[str, ...]:
         """Roles that are other forms of the same work, offered where an engine was exported with them: `picture` and
         `picture-N`, the whole of a request of 1 or N steps without guidance pairs."""

@@ -79,11 +79,12 @@ def measure_costs(engine: "Engine", bundle: Bundle, *, threads: int | None = Non
     import torch
 
     from .calibrate import role_calls
+    from .measurement import device_wait
     from .text import Prompts
     from .work import Served
 
     device = engine.capabilities.device
-    settle = torch.cuda.synchronize if device.startswith("cuda") else _nothing
+    settle = device_wait(device)
     roles: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         calls = role_calls(Served(bundle.name, bundle.spec, engine, Prompts(bundle, capacity=1)))
@@ -206,10 +207,6 @@ def _sees_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _nothing() -> None:
-    """The CPU has nothing to wait for."""
 
 
 def command(argv: Sequence[str]) -> int:

@@ -1,17 +1,18 @@
 """Each network alone: what one call takes per engine and batch size, its operations, and what of the peak that is."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import CONTROLNET, Capabilities, Engine
-from .measurement import percentiles, take_turns
+from .engine import CONTROLNET, Engine
+from .measurement import percentiles, take_turns, timed
 from .operations import count_operations
 from .peak import matrix_peak
+from .recording import RecordingEngine
 from .request import Control, GenerateRequest
 from .step import run_batch
 
@@ -48,14 +49,14 @@ def record_feeds(engine: Engine, bundle: "Bundle") -> dict[str, Feeds]:
     """What each role of `engine` is fed by a real request of one picture, ControlNet included where there is one."""
     from .loop import run_request
 
-    recorder = _Recorder(engine)
+    recorder = RecordingEngine(engine, keep=1)
     run_request(recorder, bundle, GenerateRequest(prompt="a red circle"))
     if CONTROLNET in engine.capabilities.roles:
         width, height = bundle.spec.sizes[0]
         edge = np.zeros((height, width, 3), np.uint8)
         kind = next(iter(bundle.spec.control_kinds), None)
         run_request(recorder, bundle, GenerateRequest(prompt="a red circle", control=Control(edge=edge, kind=kind)))
-    return recorder.feeds
+    return {role: rows[-1] for role, rows in recorder.rows.items()}
 
 
 def operations_per_role(engine: Engine, feeds: Mapping[str, Feeds]) -> dict[str, int]:
@@ -80,7 +81,7 @@ def component_rows(
         for batch in batches:
             peaks.sample()
             many = {name: value.repeat(batch, *[1] * (value.ndim - 1)) for name, value in fed.items()}
-            calls = {kind: _timed(engine, role, many) for kind, engine in able.items()}
+            calls = {kind: timed(partial(run_batch, engine, role, many)) for kind, engine in able.items()}
             for kind, seconds in take_turns(calls, repeats, lambda kind, r=role: tell(f"{r}, {kind}")).items():  # type: ignore[misc]
                 row: dict[str, Any] = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
                 speed = operations[role] * batch / row["p50_ms"] / 1e6
@@ -91,35 +92,3 @@ def component_rows(
         peak = peaks.best.get(precision_of(row["engine"]))
         row["fraction_of_peak"] = None if peak is None else round(row["gflop_per_s"] / peak, 3)
     return rows
-
-
-def _timed(engine: Engine, role: str, feeds: Feeds) -> Callable[[int], float]:
-    def call(turn: int) -> float:
-        begun = time.perf_counter()
-        run_batch(engine, role, feeds)
-        return time.perf_counter() - begun
-
-    return call
-
-
-class _Recorder:
-    """An engine that keeps copies of what each role was last fed."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.feeds: dict[str, Feeds] = {}
-
-    @property
-    def name(self) -> str:
-        return self._engine.name
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._engine.capabilities
-
-    def run(self, role: str, feeds: Feeds) -> tuple[Tensor, ...]:
-        self.feeds[role] = {name: value[:1].clone() for name, value in feeds.items()}
-        return self._engine.run(role, feeds)
-
-    def close(self) -> None:
-        self._engine.close()

@@ -25,7 +25,7 @@ from fewstep.models.arguments import read_count
 from .errors import EngineUnavailable
 from .gpu_plan import MODES, PLAN, PRECISIONS, SHAPES, TINY_PLAN, Case, Shape
 from .gpu_shapes import TinyDecoder
-from .measurement import machine_facts
+from .measurement import call_seconds, machine_facts
 from .operations import count_operations
 from .peak import copy_bandwidth, matrix_peak
 
@@ -223,17 +223,7 @@ def _captured(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def _median_s(call: Callable[[], None], device: str, repeats: int) -> float:
-    wait: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-    for _ in range(3):
-        call()
-    taken = []
-    for _ in range(repeats):
-        wait()
-        begun = time.perf_counter()
-        call()
-        wait()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+    return statistics.median(call_seconds(call, device, repeats=repeats, warm_up=3))
 
 
 def _release(device: str) -> None:

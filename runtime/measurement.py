@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,41 @@ def take_turns(
             if turn >= warm_up:
                 found[name].append(outcome)
     return found
+
+
+def timed(call: Callable[[], object]) -> Callable[[int], float]:
+    """What takes turns to say how many seconds `call` took."""
+
+    def run(turn: int) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    return run
+
+
+def call_seconds(call: Callable[[], object], device: str, *, repeats: int, warm_up: int = 1) -> list[float]:
+    """Seconds of each of `repeats` calls, until the device is done with it; the first ones only warm up."""
+    wait = device_wait(device)
+    for _ in range(warm_up):
+        call()
+    taken = []
+    for _ in range(repeats):
+        wait()
+        begun = time.perf_counter()
+        call()
+        wait()
+        taken.append(time.perf_counter() - begun)
+    return taken
+
+
+def device_wait(device: str) -> Callable[[], object]:
+    """What returns once the device has done all that it was given; a CPU has when a call returns."""
+    if not device.startswith("cuda"):
+        return lambda: None
+    import torch
+
+    return partial(torch.cuda.synchronize, device)
 
 
 def percentiles(seconds: Sequence[float], batch: int) -> dict[str, float]:

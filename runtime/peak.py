@@ -1,9 +1,8 @@
 """What a machine can do at most, measured: matrix products per second in a precision, bytes moved per second."""
 
-import time
-from collections.abc import Callable
-
 import torch
+
+from .measurement import call_seconds
 
 SIDE = 2048
 """Of the matrices on a CPU; a GPU takes four times that."""
@@ -14,26 +13,11 @@ def matrix_peak(dtype: torch.dtype, *, device: str = "cpu", side: int | None = N
     size = side or (4 * SIDE if device.startswith("cuda") else SIDE)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    fastest_s = _fastest_s(lambda: torch.mm(a, b, out=out), device, repeats)
-    return 2 * size**3 / fastest_s
+    return 2 * size**3 / min(call_seconds(lambda: torch.mm(a, b, out=out), device, repeats=repeats))
 
 
 def copy_bandwidth(*, device: str = "cpu", size_bytes: int = 1 << 28, repeats: int = 5) -> float:
     """Bytes per second, read and written, of the fastest copy of `size_bytes`, which no cache holds."""
     source = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size_bytes / _fastest_s(lambda: target.copy_(source), device, repeats)
-
-
-@torch.inference_mode()
-def _fastest_s(call: Callable[[], object], device: str, repeats: int) -> float:
-    wait: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-    call()
-    taken = []
-    for _ in range(repeats):
-        wait()
-        begun = time.perf_counter()
-        call()
-        wait()
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+    return 2 * size_bytes / min(call_seconds(lambda: target.copy_(source), device, repeats=repeats))

@@ -4,8 +4,8 @@ import argparse
 import io
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fewstep.models.arguments import read_count
 
 from .events import Picture
 from .images import encode
-from .measurement import machine_facts, take_turns
+from .measurement import machine_facts, take_turns, timed
 
 SIDES = (64, 512, 1024)
 KINDS = ("photo", "drawing")
@@ -32,7 +32,7 @@ def bench_pictures(
         for side in sides:
             picture = sample_picture(kind, side)
             sizes = {name: len(run(picture)) for name, run in ENCODERS.items()}
-            calls = {name: _timed(run, picture) for name, run in ENCODERS.items()}
+            calls = {name: timed(partial(run, picture)) for name, run in ENCODERS.items()}
             for name, seconds in take_turns(calls, repeats, progress or (lambda name: None), warm_up=1).items():
                 ms = round(statistics.median(seconds) * 1e3, 3)
                 rows.append({"picture": kind, "side": side, "encoder": name, "p50_ms": ms, "bytes": sizes[name]})
@@ -122,12 +122,3 @@ ENCODERS: dict[str, Encoder] = {
     "webp by Pillow, lossless": _pillow("webp", lossless=True, method=0, quality=0),
 }
 """Ours, as `fewstep.runtime.images` does it, and other ways for comparison."""
-
-
-def _timed(run: Encoder, picture: Picture) -> Callable[[int], float]:
-    def call(turn: int) -> float:
-        begun = time.perf_counter()
-        run(picture)
-        return time.perf_counter() - begun
-
-    return call

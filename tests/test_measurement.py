@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.runtime import measurement
 from fewstep.runtime.components import Peaks, precision_of
-from fewstep.runtime.measurement import machine_facts, percentiles, take_turns
+from fewstep.runtime.measurement import call_seconds, device_wait, machine_facts, percentiles, take_turns, timed
 from fewstep.runtime.operations import count_operations
 from fewstep.runtime.peak import copy_bandwidth, matrix_peak
 
@@ -21,6 +22,22 @@ def test_percentiles_by_nearest_rank():
     found = percentiles([k / 1000 for k in range(1, 101)], batch=4)
     assert (found["p50_ms"], found["p95_ms"], found["p99_ms"]) == (50.5, 95.0, 99.0)
     assert found["images_per_s"] == pytest.approx(4 / 0.0505, abs=0.01)
+
+
+def test_a_measured_call_begins_and_ends_with_the_device_at_rest(monkeypatch):
+    order = []
+    monkeypatch.setattr(measurement, "device_wait", lambda device: lambda: order.append(device))
+    taken = call_seconds(lambda: order.append("call"), "cuda:1", repeats=2, warm_up=3)
+    assert order == ["call"] * 3 + ["cuda:1", "call", "cuda:1"] * 2
+    assert len(taken) == 2 and min(taken) > 0 and timed(lambda: order.append("timed"))(7) > 0 and order[-1] == "timed"
+
+
+def test_the_device_that_is_waited_for_is_the_one_that_was_named(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device_wait("cuda:1")()
+    device_wait("cpu")()
+    assert waited == ["cuda:1"]
 
 
 def test_machine_facts():

@@ -10,9 +10,9 @@ import torch
 from fewstep.export import commands
 from fewstep.export import tensorrt as exporter
 from fewstep.export import verify as verifier
-from fewstep.export.graphs import random_feeds
+from fewstep.export.graphs import axis_lengths, random_feeds
 from fewstep.export.parity import relative_error
-from fewstep.export.tensorrt import axis_lengths, export_tensorrt, key_of, parses_and_builds
+from fewstep.export.tensorrt import export_tensorrt, key_of, parses_and_builds
 from fewstep.export.tensorrt_build import Settings, build_engine, profiles_of
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of, write_whole
