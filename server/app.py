@@ -25,7 +25,7 @@ from . import errors, streaming
 from .gate import Gate
 from .health import Health
 from .metrics import Meters
-from .pictures import Encoded, Store, encoded
+from .pictures import Encoded, Store, account, encoded
 from .settings import Settings
 from .wire import GenerateBody, ImagesBody, Job, find_model, generate_job, images_job
 
@@ -188,7 +188,7 @@ async def images(body: ImagesBody, request: Request) -> Response:
         "size": f"{width}x{height}",
         "output_format": job.format,
         "background": "opaque",
-        **_account(result, files),
+        **account(result, files),
     }
     return JSONResponse(reply, headers={"x-fewstep-seed": str(result.seeds[0])})
 
@@ -221,25 +221,4 @@ async def _progress(service: Service, job: Job, ticket: Ticket) -> AsyncIterator
 def _native(result: Result, files: Encoded, job: Job) -> dict[str, Any]:
     height, width = result.pictures[0].shape[:2]
     pictures = [{"b64": b, "seed": seed} for b, seed in zip(files.base64(), result.seeds, strict=True)]
-    return {"pictures": pictures, "format": job.format, "width": width, "height": height, **_account(result, files)}
-
-
-def _account(result: Result, files: Encoded) -> dict[str, Any]:
-    """What was run and how long each stage took, the same in both replies."""
-    t = result.timings
-    return {
-        "model": result.model,
-        "steps": result.steps,
-        "guidance": result.guidance,
-        "nfe": result.nfe,
-        "seeds": list(result.seeds),
-        "notes": list(result.notes),
-        "timings": {
-            "queue_s": t.queue_s,
-            "text_s": t.text_s,
-            "denoise_s": t.denoise_s,
-            "decode_s": t.decode_s,
-            "encode_s": files.encode_s,
-            "total_s": t.total_s + files.encode_s,
-        },
-    }
+    return {"pictures": pictures, "format": job.format, "width": width, "height": height, **account(result, files)}

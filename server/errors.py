@@ -118,7 +118,11 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_body(request: Request, error: Exception) -> Response:
-    first = cast(RequestValidationError, error).errors()[0]
+    return JSONResponse(described(cast(RequestValidationError, error).errors()[0]), 400)
+
+
+def described(first: Mapping[str, Any]) -> dict[str, Any]:
+    """The envelope of a body's first fault, as pydantic found it; `loc` begins with where the body came from."""
     kind, where = first["type"], [str(part) for part in first["loc"][1:]]
     code = _BODY_CODES.get(kind, "invalid_type")
     if kind == "json_invalid":
@@ -131,7 +135,7 @@ async def _on_body(request: Request, error: Exception) -> Response:
         message = f"{'.'.join(where)} is missing; it is required"
     else:
         message = f"{'.'.join(where)} is {_short(first['input'])}; {first['msg'][:1].lower()}{first['msg'][1:]}"
-    return JSONResponse(envelope(message, "invalid_request_error", code, ".".join(where) or None), 400)
+    return envelope(message, "invalid_request_error", code, ".".join(where) or None)
 
 
 def _short(value: Any) -> str:

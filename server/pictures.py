@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from fewstep.runtime.events import Picture, Result
 from fewstep.runtime.images import encode
@@ -44,6 +45,27 @@ async def encoded(pool: ThreadPoolExecutor, result: Result, job: Job) -> Encoded
 def _file(picture: Picture, job: Job, about: Mapping[str, str]) -> bytes:
     options = {} if job.level is None else {"level" if job.format == "png" else "quality": job.level}
     return encode(picture, job.format, metadata=about, **options)
+
+
+def account(result: Result, files: Encoded) -> dict[str, Any]:
+    """What was run and how long each stage took, the same in every reply."""
+    t = result.timings
+    return {
+        "model": result.model,
+        "steps": result.steps,
+        "guidance": result.guidance,
+        "nfe": result.nfe,
+        "seeds": list(result.seeds),
+        "notes": list(result.notes),
+        "timings": {
+            "queue_s": t.queue_s,
+            "text_s": t.text_s,
+            "denoise_s": t.denoise_s,
+            "decode_s": t.decode_s,
+            "encode_s": files.encode_s,
+            "total_s": t.total_s + files.encode_s,
+        },
+    }
 
 
 class Store:
