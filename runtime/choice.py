@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.models.arguments import read_count
 from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.roles import picture_role, picture_steps
 from fewstep.models.spec import SamplerSpec
 
-from .engine import DECODER, DENOISER, TEXT
+from .engine import DECODER, DECODER_TINY, DENOISER, TEXT
 from .engines import KINDS, installed
 from .errors import EngineUnavailable
 from .manifest import Manifest, export_command, exported_kinds, read_manifest, write_manifest
@@ -72,26 +73,30 @@ def fingerprint(threads: int | None = None) -> dict[str, Any]:
 def measure_costs(engine: "Engine", bundle: Bundle, *, threads: int | None = None) -> dict[str, Any]:
     """For `Manifest.costs`: seconds of an engine's calls as serving makes them, by role and rows, and the machine.
 
-    The fastest of several calls counts: what else the machine does only adds. They are few where one takes long.
+    The fastest of several calls counts: what else the machine does only adds. They are few where one takes long. A
+    `picture` role is listed where one call of it ends before the calls that it replaces, as serving takes it then.
 
     Errors: `EngineFailed`.
     """
     import torch
 
-    from .calibrate import role_calls
+    from .calibrate import role_calls, saved_s
     from .measurement import device_wait
     from .text import Prompts
     from .work import Served
 
     device = engine.capabilities.device
-    settle = device_wait(device)
+    settle, share_s = device_wait(device), BUDGET_S / 6
     roles: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         calls = role_calls(Served(bundle.name, bundle.spec, engine, Prompts(bundle, capacity=1)))
-        for role in (TEXT, DENOISER, DECODER):
+        sizes = dict.fromkeys((TEXT, DENOISER, DECODER), sorted({*SIZES, rows_per_step(bundle.spec)}))
+        whole = [role for role in filter(picture_steps, calls) if saved_s(calls, role, share_s, time.perf_counter) > 0]
+        sizes |= {role: [1] for role in calls if role == DECODER_TINY or role in whole}
+        for role, counts in sizes.items():
             roles[role] = {}
-            for size in sorted({*SIZES, rows_per_step(bundle.spec)}):
-                taken = fastest_s(lambda r=role, n=size: (calls[r](n), settle()), BUDGET_S / 6, time.perf_counter)  # type: ignore[misc]
+            for size in counts:
+                taken = fastest_s(lambda r=role, n=size: (calls[r](n), settle()), share_s, time.perf_counter)  # type: ignore[misc]
                 roles[role][str(size)] = taken
                 if taken * 4 > BUDGET_S:
                     break
@@ -130,10 +135,13 @@ def fastest_s(call: Callable[[], object], budget_s: float, clock: Callable[[], f
 
 
 def picture_cost_s(costs: Mapping[str, Any], spec: SamplerSpec, steps: int) -> float | None:
-    """Seconds of one picture by measured costs; None where one of them is missing."""
+    """Seconds of one picture by measured costs, in the calls that serving makes; None where one of them is missing."""
     roles = costs.get("roles", {})
-    rows = str(rows_per_step(spec))
-    parts = (roles.get(TEXT, {}).get("1"), roles.get(DENOISER, {}).get(rows), roles.get(DECODER, {}).get("1"))
+    if (whole := roles.get(picture_role(steps))) is not None:
+        return float(whole["1"])
+    rows, decoder = str(rows_per_step(spec)), DECODER_TINY if steps in spec.tiny_decoder else DECODER
+    decoding = roles.get(decoder) or roles.get(DECODER, {})
+    parts = (roles.get(TEXT, {}).get("1"), roles.get(DENOISER, {}).get(rows), decoding.get("1"))
     if not all(isinstance(part, int | float) for part in parts):
         return None
     text_s, step_s, decoder_s = parts

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,29 @@ def test_guided_models_cost_two_rows_a_step(tiny_teacher):
     assert picture_cost_s(known, tiny_teacher.spec, 10) == 1 + 10 * 3 + 4
     del known["roles"]["denoiser"]["2"]
     assert picture_cost_s(known, tiny_teacher.spec, 10) is None
+
+
+def test_a_picture_costs_what_the_calls_that_serving_makes_cost(tiny_lcm):
+    """A tiny decoder at its step counts, and one call for all where that is listed."""
+    roles = {"text": {"1": 1.0}, "denoiser": {"1": 3.0}, "decoder": {"1": 5.0}, "decoder+tiny": {"1": 2.0}}
+    spec = replace(tiny_lcm.spec, tiny_decoder=(1, 2))
+    assert [picture_cost_s({"roles": roles}, spec, n) for n in (1, 2, 4)] == [6.0, 9.0, 18.0]
+    roles |= {"picture": {"1": 4.5}, "picture-4": {"1": 17.0}}
+    assert [picture_cost_s({"roles": roles}, spec, n) for n in (1, 2, 4)] == [4.5, 9.0, 17.0]
+    for role in ("decoder+tiny", "picture"):
+        del roles[role]
+    assert picture_cost_s({"roles": roles}, spec, 1) == 9.0, "an engine without the tiny decoder decodes with the other"
+
+
+def test_a_graph_of_the_whole_request_is_listed_where_serving_would_take_it(bundle, monkeypatch):
+    taken_s = {"text": 0.001, "denoiser": 0.002, "decoder": 0.001, "decoder+tiny": 0.001, "picture": 0.002,
+               "picture-2": 0.02}  # fmt: skip
+    calls = {role: (lambda n, s=seconds: time.sleep(s)) for role, seconds in taken_s.items()}
+    monkeypatch.setattr("fewstep.runtime.calibrate.role_calls", lambda model: calls)
+    monkeypatch.setattr(choice, "REPEATS", 3)
+    roles = measure_costs(FakeEngine(), bundle)["roles"]
+    assert set(roles) == {"text", "denoiser", "decoder", "decoder+tiny", "picture"}
+    assert 0.002 <= roles["picture"]["1"] < 0.004 and set(roles["picture"]) == set(roles["decoder+tiny"]) == {"1"}
 
 
 def test_the_fastest_of_a_few_calls_within_the_budget():
