@@ -2,7 +2,7 @@
 
 TEXT, DENOISER, DENOISER_CONTROL = "text", "denoiser", "denoiser+control"
 DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT = "denoiser+adapter", "denoiser+image-prompt"
-DENOISER_NEGATIVE = "denoiser+negative"
+DENOISER_NEGATIVE, DENOISER_LORA = "denoiser+negative", "denoiser+lora"
 CONTROLNET, ADAPTER, IMAGE_PROMPT = "controlnet", "adapter", "image-prompt"
 DECODER, DECODER_TINY, ENCODER = "decoder", "decoder+tiny", "encoder"
 PICTURE = "picture"

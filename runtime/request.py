@@ -4,16 +4,22 @@ A `GenerateRequest` is what the caller said; `resolve` fills in what the bundle'
 nothing after it has to check again.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 from fewstep.models.spec import SamplerSpec
 
 from .errors import InvalidRequest
+from .request_methods import resolve_methods
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
-
+MAX_TIMES = 100
+WITHOUT_TIMES = ("phased",)
+"""Samplers whose times are the edges of what was trained."""
 
 _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("prompt", (str,), "text"),
@@ -27,6 +33,13 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("height", (int,), "a whole number of pixels"),
     ("priority", (int,), "a whole number"),
     ("deadline_s", (int, float), "a number of seconds"),
+    ("clip", (int, float), "a number"),
+    ("clip_quantile", (int, float), "a number"),
+    ("negative_mode", (str,), "text"),
+    ("negative_scale", (int, float), "a number"),
+    ("residual", (str,), "text"),
+    ("residual_delta", (int, float), "a number"),
+    ("invert", (str,), "text"),
 )
 """Field, what it may be, and how to say so."""
 
@@ -47,8 +60,63 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Begin from a picture: [H, W, 3] uint8 array of the request's size.
+
+    strength: how far it is taken back to noise, above 0; 1 begins from pure noise. mask: [H, W] uint8, 255 where the
+    picture is made anew, 0 where it is kept to the pixel. keep: what of the picture the new one must have, "grey" (its
+    luminance: colourisation) or "coarse" (the mean of each 8x8 block: super-resolution). prompt: what the picture
+    shows, for `invert`.
+    """
+
+    image: Any
+    strength: float = 0.75
+    mask: Any | None = None
+    keep: str | None = None
+    prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePrompt:
+    """A picture as prompt (IP-Adapter): [H, W, 3] uint8 array of any size."""
+
+    image: Any
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Helper:
+    """A second served model takes part: one of the same latents, a teacher or base model.
+
+    mode: "pull" (Distillation++: after the first step it pulls the clean estimate by `weight`), "first" (diversity
+    distillation: it does the first step) or "refine" (the picture is scored, and one below `threshold` is drawn again
+    from `strength` in `steps` by the helper). guidance: the helper's own, its spec's default where None.
+    """
+
+    model: str
+    mode: str
+    guidance: float | None = None
+    weight: float | None = None
+    steps: int | None = None
+    strength: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt, `n` pictures. None means: as the bundle's spec says. Picture i of n has the seed `seed + i`."""
+    """One prompt, `n` pictures. None means: as the bundle's spec says. Picture i of n has the seed `seed + i`.
+
+    docs/inference.md has a table of the methods behind the options:
+
+    times: a grid of its own, falling, in the path's native time; it decides the number of steps. clip: bound on the
+    clean estimate, in latent units; clip_quantile: the bound grows to this quantile of |x0| of the row, and what is
+    clipped is scaled back to `clip` (dynamic thresholding). guidance_ramp: (tau1, tau2) in units of t / 1000, guidance
+    is whole below tau1, none above tau2. negative_mode: how a negative prompt is heard: by classifier-free guidance
+    (None), or in the attention ("nasa", "nag") with `negative_scale`. residual: guidance against a kept estimate of the
+    unconditional output, "self" or "onetime" (StreamDiffusion), scaled by residual_delta. noise_correction: the first
+    step's direction is the noise itself. invert: the served inverse student that takes `edit.image` to noise. loras:
+    (name, weight) of LoRAs that the bundle registers. previews: progress events carry a picture.
+    """
 
     prompt: str
     negative_prompt: str | None = None
@@ -62,6 +130,24 @@ class GenerateRequest:
     control: Control | None = None
     priority: int = 0
     deadline_s: float | None = None
+    edit: Edit | None = None
+    image_prompt: ImagePrompt | None = None
+    helper: Helper | None = None
+    times: tuple[float, ...] | None = None
+    clip: float | None = None
+    clip_quantile: float | None = None
+    guidance_ramp: tuple[float, float] | None = None
+    negative_mode: str | None = None
+    negative_scale: float | None = None
+    residual: str | None = None
+    residual_delta: float | None = None
+    noise_correction: bool = False
+    invert: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    previews: bool = False
+
+
+_PARTS = (("control", Control), ("edit", Edit), ("image_prompt", ImagePrompt), ("helper", Helper))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +158,38 @@ class Limits:
     max_queue: int = 256
 
 
-def resolve(request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits()) -> GenerateRequest:
+@dataclass(frozen=True, kw_only=True)
+class Offers:
+    """What a served model can do beyond its spec.
+
+    name: its name here. roles: of its engine. negative: how its graph hears negative prompts, "nasa" or "nag". models:
+    the specs of all models served here, by name; a helper or inverse student is one of them. loras: names that its
+    engine can mix by row.
+    """
+
+    name: str = ""
+    roles: frozenset[str] = frozenset()
+    negative: str | None = None
+    models: Mapping[str, SamplerSpec] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+
+
+def resolve(
+    request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits(), offers: Offers | None = None
+) -> GenerateRequest:
     """The same request with every None decided by the spec.
+
+    offers: what the model that is asked can do; without it only what the spec decides is checked.
 
     Errors: `InvalidRequest` with the field, the value and what is allowed.
     """
     _check_types(request)
     if not request.prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty; say what the picture should show")
-    for field in ("prompt", "negative_prompt"):
-        length = len(getattr(request, field) or "")
+    for name in ("prompt", "negative_prompt"):
+        length = len(getattr(request, name) or "")
         if length > MAX_PROMPT_CHARS:
-            raise InvalidRequest(field, f"{field} has {length} characters; at most {MAX_PROMPT_CHARS}: shorten it")
+            raise InvalidRequest(name, f"{name} has {length} characters; at most {MAX_PROMPT_CHARS}: shorten it")
     if not 1 <= request.n <= limits.max_n:
         raise InvalidRequest("n", f"n is {request.n}; ask for 1 to {limits.max_n} pictures")
     if not 0 <= request.seed <= MAX_SEED - limits.max_n:
@@ -91,31 +197,37 @@ def resolve(request: GenerateRequest, spec: SamplerSpec, limits: Limits = Limits
     if request.deadline_s is not None and not request.deadline_s > 0:  # also refuses NaN
         raise InvalidRequest("deadline_s", f"deadline_s is {request.deadline_s}; it must be above 0 seconds")
     _check_sampler(request, spec)
-    steps = spec_steps(request.steps, spec)
+    steps = spec_steps(request.steps, spec) if request.times is None else _own_steps(request, spec)
     width, height = _size(request, spec)
     guidance = _guidance(request, spec)
-    if request.negative_prompt and guidance == 1.0:
+    if request.negative_prompt and guidance == 1.0 and request.negative_mode is None:
         raise InvalidRequest(
             "negative_prompt", "negative_prompt does nothing at guidance 1: raise guidance or leave it out"
         )
     _check_control(request.control, width, height, spec.control_kinds)
-    return replace(request, steps=steps, width=width, height=height, guidance=guidance)
+    whole = replace(request, steps=steps, width=width, height=height, guidance=guidance)
+    return resolve_methods(whole, spec, offers)
 
 
 def _check_types(request: GenerateRequest) -> None:
-    for field, kinds, said in _KINDS:
-        value = getattr(request, field)
-        optional = field not in ("prompt", "seed", "n", "priority")
+    for name, kinds, said in _KINDS:
+        value = getattr(request, name)
+        optional = name not in ("prompt", "seed", "n", "priority")
         if not (value is None and optional) and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise InvalidRequest(field, f"{field} is {value!r}; it must be {said}")
+            raise InvalidRequest(name, f"{name} is {value!r}; it must be {said}")
+    for name, kind in _PARTS:
+        value = getattr(request, name)
+        if value is not None and not isinstance(value, kind):
+            raise InvalidRequest(name, f"{name} is of type {type(value).__name__}; it must be a {kind.__name__}")
 
 
 def _check_sampler(request: GenerateRequest, spec: SamplerSpec) -> None:
     """Settings that only some models have."""
-    if request.negative_prompt and spec.guidance.mode != "cfg":
+    if request.negative_prompt and spec.guidance.mode != "cfg" and request.negative_mode is None:
         raise InvalidRequest(
             "negative_prompt",
-            f"negative_prompt needs classifier-free guidance, and this model's is {spec.guidance.mode!r}: leave it out",
+            f"negative_prompt needs classifier-free guidance, and this model's is {spec.guidance.mode!r}: leave it out "
+            "or, where the model has it, say negative_mode",
         )
     gamma = request.gamma
     if gamma is not None and spec.sampler != "tcd":
@@ -141,6 +253,28 @@ def spec_steps(steps: int | None, spec: SamplerSpec) -> int:
             allowed = f"any from 1 to {spec.spacing.max_steps}"
         raise InvalidRequest("steps", f"steps is {steps}; this model was made for: {allowed}")
     return steps
+
+
+def _own_steps(request: GenerateRequest, spec: SamplerSpec) -> int:
+    """The step count of a request with times of its own."""
+    times, path = request.times, spec.path
+    if not isinstance(times, tuple) or not times or any(isinstance(t, bool) or not isinstance(t, Real) for t in times):
+        raise InvalidRequest("times", f"times is {times!r}; it must be a list of numbers, noisiest first")
+    if spec.sampler in WITHOUT_TIMES:
+        raise InvalidRequest("times", f"times is given, and a {spec.sampler!r} model's are fixed: use steps")
+    if len(times) > MAX_TIMES or any(b >= a for a, b in pairwise(times)) or not _inside(times, path.end, path.start):
+        raise InvalidRequest(
+            "times",
+            f"times is {list(times)[:8]}; use 1 to {MAX_TIMES} times that fall strictly, each above {path.end} and at "
+            f"most {path.start}",
+        )
+    if request.steps is not None and request.steps != len(times):
+        raise InvalidRequest("steps", f"steps is {request.steps} and times has {len(times)}; leave steps out")
+    return len(times)
+
+
+def _inside(times: tuple[float, ...], end: float, start: float) -> bool:
+    return end < times[-1] and times[0] <= start
 
 
 def _size(request: GenerateRequest, spec: SamplerSpec) -> tuple[int, int]:
