@@ -50,12 +50,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Progress:
-    """Picture number `picture` (from 0) has done `step` of `steps` steps."""
+    """Picture number `picture` (from 0) has done `step` of `steps` steps.
+
+    preview: what its clean estimate shows, where the request asks for previews; it may be smaller than the picture.
+    """
 
     ticket_id: str
     picture: int
     step: int
     steps: int
+    preview: Picture | None = None
 
 
 @dataclass(frozen=True)
