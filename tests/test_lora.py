@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -171,12 +172,14 @@ def test_a_lora_of_a_transformer(tmp_path):
 
 
 class TestRefused:
-    def refuse(self, bundle, tmp_path, lora, match):
+    def refusal(self, bundle, tmp_path, lora):
+        """What merging says; nothing of the folder may change."""
         root = copied(bundle, tmp_path / "refused")
         before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-        with pytest.raises(BundleError, match=match):
+        with pytest.raises(BundleError) as caught:
             merge_loras(root, [lora])
         assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+        return str(caught.value)
 
     def test_another_base(self, tiny_dmd2, tmp_path):
         """A wider prompt, as a LoRA of SDXL on SD 1.5: the layer and the shapes of both sides."""
@@ -187,48 +190,50 @@ class TestRefused:
         file = tmp_path / "pytorch_lora_weights.safetensors"
         layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         match = rf"{layer} is 48 wide \(in\), and .*unet has 32 \(shapes \(2, 48\) and \(16, 32\)\).*import the base"
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), match)
+        assert re.search(match, self.refusal(tiny_dmd2, tmp_path, (file, 1.0)))
 
     def test_layers_that_are_not_there(self, tiny_dmd2, tmp_path):
         file = tmp_path / "deep.safetensors"
         shapes = {"A": (2, 16), "B": (16, 2)}
         name = "unet.down_blocks.7.attentions.0.to_q"
         save_file({f"{name}.lora_{k}.weight": torch.zeros(s) for k, s in shapes.items()}, file)
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), rf"changes {name}, which .*unet does not have")
+        assert re.search(rf"changes {name}, which .*unet does not have", self.refusal(tiny_dmd2, tmp_path, (file, 1.0)))
 
     def test_components_that_are_not_there(self, tiny_dmd2, tmp_path):
         file = tmp_path / "flux.safetensors"
         save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 16)}, file)
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), "transformer.blocks.0.*has unet, text_encoder")
+        assert re.search("transformer.blocks.0.*has unet, text_encoder", self.refusal(tiny_dmd2, tmp_path, (file, 1.0)))
 
     @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
     def test_pickles(self, tiny_dmd2, tmp_path, suffix):
         file = tmp_path / f"lora{suffix}"
         file.write_bytes(b"x")
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), "not a safetensors file; convert it")
+        assert "not a safetensors file; convert it" in self.refusal(tiny_dmd2, tmp_path, (file, 1.0))
 
     def test_a_file_that_is_no_lora(self, tiny_dmd2, tmp_path):
         weights = tiny_dmd2.root / "unet/diffusion_pytorch_model.safetensors"
-        self.refuse(tiny_dmd2, tmp_path, (weights, 1.0), "changes '.*', and .* has unet, text_encoder")
+        assert re.search(
+            "changes '.*', and .* has unet, text_encoder", self.refusal(tiny_dmd2, tmp_path, (weights, 1.0))
+        )
 
     def test_names_that_diffusers_does_not_read(self, tiny_dmd2, tmp_path):
         """Its reader of kohya's text encoders knows them only with their output projections."""
         file = tmp_path / "half.safetensors"
         name = "lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_"
         save_file({f"{name}down.weight": torch.zeros(2, 32), f"{name}up.weight": torch.zeros(32, 2)}, file)
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), "names for text_encoder that diffusers does not read")
+        assert "names for text_encoder that diffusers does not read" in self.refusal(tiny_dmd2, tmp_path, (file, 1.0))
 
     def test_other_adapters(self, tiny_dmd2, tmp_path):
         file = tmp_path / "loha.safetensors"
         save_file({"lora_unet_conv_in.hada_w1_a": torch.zeros(2, 2)}, file)
-        self.refuse(tiny_dmd2, tmp_path, (file, 1.0), "is a LoHa, not a LoRA")
+        assert "is a LoHa, not a LoRA" in self.refusal(tiny_dmd2, tmp_path, (file, 1.0))
 
     def test_broken_missing_and_unweighted(self, tiny_dmd2, files, tmp_path):
         broken = tmp_path / "broken.safetensors"
         broken.write_bytes(b"{}")
-        self.refuse(tiny_dmd2, tmp_path / "1", (broken, 1.0), "cannot be read as safetensors")
-        self.refuse(tiny_dmd2, tmp_path / "2", (tmp_path / "no.safetensors", 1.0), "does not exist")
-        self.refuse(tiny_dmd2, tmp_path / "3", (files / "first.safetensors", float("nan")), "weight of first")
+        assert "cannot be read as safetensors" in self.refusal(tiny_dmd2, tmp_path / "1", (broken, 1.0))
+        assert "does not exist" in self.refusal(tiny_dmd2, tmp_path / "2", (tmp_path / "no.safetensors", 1.0))
+        assert "weight of first" in self.refusal(tiny_dmd2, tmp_path / "3", (files / "first.safetensors", float("nan")))
 
     def test_pipelines_without_loras(self, tiny_dmd2, files, tmp_path):
         root = copied(tiny_dmd2, tmp_path / "pixart")

@@ -180,8 +180,8 @@ def test_no_request_waits_for_ever(steps, priority, rival_steps, rival_priority,
     scheduler.submit(_job("victim", steps, priority, None), 0.0)
     own = one * (steps + 1)
     bound = STRETCH * own * 2.0**-priority + 50 * one * 5 + 1.0
-    now, number = 0.0, 0
-    while now <= bound:
+    now, number, done = 0.0, 0, False
+    while not done and now <= bound:
         for _ in range(2):
             number += 1
             deadline = None if rival_deadline_s is None else now + rival_deadline_s
@@ -189,9 +189,8 @@ def test_no_request_waits_for_ever(steps, priority, rival_steps, rival_priority,
         scheduler.expire(now)
         now += one
         work = scheduler.next()
-        if Ended("victim", "finished") in scheduler.complete(work, [None] * len(work.items), now):
-            return
-    raise AssertionError(f"still waiting after {now:.2f} s; its own cost is {own:.2f} s")
+        done = Ended("victim", "finished") in scheduler.complete(work, [None] * len(work.items), now)
+    assert done, f"still waiting after {now:.2f} s; its own cost is {own:.2f} s"
 
 
 def _job(name, steps, priority, deadline_s):
