@@ -51,7 +51,7 @@ def test_own_pictures_are_cut_to_the_teachers_size(tiny_teacher, tmp_path):
 def test_batches_are_a_function_of_the_step(tiny_teacher):
     latents = torch.arange(10.0)[:, None, None, None].expand(10, 4, 2, 2).contiguous()
     ids = tokenize(tiny_teacher.tokenizer, list("abcdefghij"))[:, None]
-    data = Latents(latents, ids, tokenize(tiny_teacher.tokenizer, [""])[0])
+    data = Latents(latents, {"ids": ids}, {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]})
     text = tiny_teacher.text_encoder()
     source, other = LatentSource(data, text, 6, seed=1), LatentSource(data, text, 6, seed=1)
     source.batch(0)
@@ -61,21 +61,24 @@ def test_batches_are_a_function_of_the_step(tiny_teacher):
     assert not torch.equal(a.x0, LatentSource(data, text, 6, seed=2).batch(7).x0)
     rows = a.x0[:, 0, 0, 0].long()
     assert torch.allclose(a.cond["ctx"], text(ids[rows, 0].long()), atol=1e-6)
-    assert torch.allclose(a.uncond["ctx"][3], text(data.empty.long()[None])[0], atol=1e-6)
+    assert torch.allclose(a.uncond["ctx"][3], text(data.empty["ids"].long()[None])[0], atol=1e-6)
     assert a.x0.shape == (6, 4, 2, 2) and not a.cond["ctx"].requires_grad
 
 
 def test_an_empty_set_is_refused(tiny_teacher):
-    empty = Latents(torch.zeros(0, 4, 2, 2), torch.zeros(0, 1, 24), torch.zeros(24))
+    empty = Latents(torch.zeros(0, 4, 2, 2), {"ids": torch.zeros(0, 1, 24)}, {"ids": torch.zeros(24)})
     with pytest.raises(DataError, match="empty"):
         LatentSource(empty, tiny_teacher.text_encoder(), 2)
 
 
 def test_latents_are_kept_in_a_file(tmp_path):
-    data = Latents(torch.randn(3, 2).half(), torch.ones(3, 1, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
+    feeds = {name: k * torch.ones(3, 1, 4 + k, dtype=torch.int32) for k, name in enumerate(("ids", "mask", "ids_2"))}
+    data = Latents(torch.randn(3, 2).half(), feeds, {name: value[0, 0] + 7 for name, value in feeds.items()})
     save_latents(tmp_path / "x" / "latents.safetensors", data)
     found = load_latents(tmp_path / "x" / "latents.safetensors")
     assert torch.equal(found.latents, data.latents) and torch.equal(found.ids, data.ids)
+    for mine, theirs in ((found.feeds, data.feeds), (found.empty, data.empty)):
+        assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
     for name in ("bad.safetensors", "none.safetensors"):
         with pytest.raises(DataError, match=name):

@@ -3,7 +3,7 @@
 A mutant is data: what is replaced by what, and who must notice. Each is a mistake that is easily made here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,18 +19,21 @@ from fewstep.trainers import (
     distribution,
     loop,
     oracle_distillation,
+    pairs,
     plot,
     progressive,
+    reflow,
     rollout,
     transitions,
 )  # fmt: skip
 from fewstep.trainers import times as training_times
 from fewstep.trainers.jumps import LcmJump
-from fewstep.trainers.objective import Turn
+from fewstep.trainers.objective import Switch, Turn
 from fewstep.trainers.oracle import check_recipe
 from fewstep.trainers.oracle_samplers import sampler_checks
 from fewstep.trainers.player import Player
 from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.reflow import Annealing
 from fewstep.trainers.times import GridPairs, GridTimes, HalvingPairs
 
 
@@ -176,12 +179,37 @@ def unscaled_features(original):
     return loss
 
 
+def never_off(original):
+    """The switch is not obeyed."""
+
+    def lead(*networks):
+        original(*networks)
+        return Switch()
+
+    return lead
+
+
+def unsized_noise(original):
+    def noise(self, paired, turn):
+        beta = self.beta(turn)
+        return (1.0 - beta) * paired + beta * turn.noise(paired)
+
+    return noise
+
+
+def unannealed(original):
+    def loss(self, player, cast, batch, turn):
+        return original(self, player, cast, batch, replace(turn, step=turn.total))
+
+    return loss
+
+
 def even_times(original):
     return lambda self, path, count, turn: original(GridTimes(self.points, 0.0), path, count, turn)
 
 
 LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
-FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion")
+FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = {
     "guidance: sign flipped": Mutant(
         transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")
@@ -211,7 +239,20 @@ MUTANTS = {
         transitions, "noised", lambda g: lambda p, x0, t, noise: g(p, noise, t, x0), ("lcm", "progressive")
     ),
     "features: not in proportion to their size": Mutant(distillation, "feature_loss", unscaled_features, FEATURES),
-    "stages: fed by each other": Mutant(oracle_distillation, "lead", lambda g: lambda *networks: None, ("a-sdm",)),
+    "stages: fed by each other": Mutant(
+        oracle_distillation, "lead", lambda g: lambda *networks: None, ("a-sdm", "ppcl")
+    ),
+    "stages: always fed by the teacher": Mutant(oracle_distillation, "lead", never_off, ("ppcl",)),
+    "reflow: noises mixed without keeping their size": Mutant(Annealing, "noise", unsized_noise, ("slim",)),
+    "reflow: noise stays independent": Mutant(
+        Annealing, "noise", lambda g: lambda s, z, turn: turn.noise(z), ("slim",)
+    ),
+    "reflow: from the pairs to independent noise": Mutant(
+        Annealing, "beta", lambda g: lambda self, turn: 1.0 - g(self, turn), ("slim",)
+    ),
+    "reflow: x_t of the pair's own noise": Mutant(reflow.AnnealingReflow, "loss", unannealed, ("slim",)),
+    "pairs: fresh noise on the way": Mutant(pairs, "ddim_chain", noisy_chain, ("slim",)),
+    "pairs: one noise for all": Mutant(Turn, "noise", lambda g: lambda self, x: g(self, x[:1]).expand_as(x), ("slim",)),
     "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
     "scores: real and fake swapped": Mutant(
         distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD

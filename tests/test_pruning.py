@@ -7,16 +7,8 @@ from test_surgery import pixart, sd3, unet
 from torch import nn
 
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.pruning import (
-    layer_inputs,
-    linear_fit,
-    linear_intervals,
-    passing,
-    ranked_cut,
-    removal_scores,
-    unet_removals,
-)
-from fewstep.trainers.surgery import Cut, cut_unet, keep_layers, layers_after
+from fewstep.trainers.pruning import passing, ranked_cut, removal_scores, unet_removals
+from fewstep.trainers.surgery import Cut, cut_unet, keep_layers
 
 
 def silent(block):
@@ -85,44 +77,3 @@ def test_an_idle_transformer_layer_ranks_first(make):
     without = keep_layers(network, (0, 1, 2, 4, 5)).eval()
     if make is pixart:  # SD3 counts the layers that attend twice
         assert torch.allclose(transformed(without), transformed(network), atol=1e-5)
-
-
-class Layers(nn.Module):
-    """Layers 0, 4 and 5 are not linear; 1 to 3 are, as one."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
-
-    def forward(self, hidden_states):
-        x = hidden_states
-        for k, layer in enumerate(self.layers):
-            x = layer(x)
-            if k in (0, 4, 5):
-                x = torch.sin(9 * x)
-        return x
-
-
-def test_the_linear_interval_is_found():
-    network, x = Layers(), noise(400, 6)
-    entered = layer_inputs(network.layers, lambda: network(x))
-    assert len(entered) == 7 and torch.equal(entered[0], x)
-    states = [*entered[:-1], network(x)]  # the hooks see a layer's own output, the sine stands outside it
-    states = [s.detach() for s in states]
-    assert linear_intervals(states) == [(1, 3)]
-    assert layers_after(6, linear_intervals(states)) == (0, 2, 4, 5)
-
-
-def test_a_run_ends_where_the_fit_drops():
-    x = noise(400, 4).double()
-    bent = x + 0.25 * torch.sin(5 * x)
-    states = [x, 2 * x + 1, x @ noise(4, 4).double(), bent, bent.exp()]
-    assert linear_fit(states[0], states[2]) == pytest.approx(1.0, abs=1e-6)
-    assert 0.9 < linear_fit(x, bent) < 0.99
-    assert linear_intervals(states, least=0.8, drop=0.01) == [(0, 1)]
-    assert linear_intervals(states, least=0.8, drop=0.2) == [(0, 2)]
-
-
-def test_few_tokens_do_not_look_linear():
-    assert linear_fit(noise(40, 30), torch.sin(50 * noise(40, 30))) < 0.5

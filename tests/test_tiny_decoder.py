@@ -33,7 +33,8 @@ def latents(tiny_lcm, tmp_path_factory):
     file = tmp_path_factory.mktemp("latents") / "latents.safetensors"
     rng = torch.Generator().manual_seed(0)
     ids = tokenize(tiny_lcm.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    data = Latents(torch.randn(4, 4, 16, 16, generator=rng), ids, tokenize(tiny_lcm.tokenizer, [""])[0])
+    empty = {"ids": tokenize(tiny_lcm.tokenizer, [""])[0]}
+    data = Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
     save_latents(file, data)
     return data, file
 

@@ -6,7 +6,8 @@ from typing import Any
 from fewstep.models.bundle import load_bundle
 
 from .recipe import Recipe
-from .student import again, build_student
+from .settling import settled
+from .student import again, build_student, load_denoiser
 
 BYTES = 4
 """Weights, gradients, optimiser moments and averages are float32."""
@@ -18,7 +19,8 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     Errors: `BundleError` where the teacher cannot be opened.
     """
     bundle = load_bundle(teacher)
-    teacher_unet = bundle.load("unet")
+    recipe = settled(recipe, bundle)
+    teacher_unet = load_denoiser(bundle)
     student = build_student(bundle, recipe.student, fold_scale=1.0)
     stage = recipe.stages[-1]
     networks = {"student": student}
@@ -35,7 +37,8 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
         players[name] = {"parameters": weights, "trained": trained, "averages": averages, "bytes": held}
         total += held
     steps = {stage.name: stage.steps for stage in recipe.stages}
-    return {"teacher_parameters": count(teacher_unet), "players": players, "bytes": total, "stage_steps": steps}
+    found = {"teacher_parameters": count(teacher_unet), "players": players, "bytes": total, "stage_steps": steps}
+    return found | ({"runs": [str(run) for run in recipe.student.runs]} if recipe.student.runs else {})
 
 
 def count(network: Any, *, trained: bool = False) -> int:

@@ -44,7 +44,7 @@ def distill(argv: list[str]) -> int:
 
     seconds = None if args.minutes is None else args.minutes * 60
     bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
-    steps = ", ".join(map(str, bundle.spec.steps))
+    steps = ", ".join(map(str, bundle.spec.steps)) or f"1 to {bundle.spec.spacing.max_steps}"
     print(f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher} for {steps} steps")
     return 0
 
@@ -70,7 +70,7 @@ def recipes(argv: list[str]) -> int:
     print(f"{'recipe':<14}{'family':<14}{'steps':<12}{'needs':<22}{'oracle':<9}paper")
     for row in rows:
         needs = ", ".join(name for name, wanted in row["needs"].items() if wanted)
-        steps = " ".join(map(str, row["steps"]))
+        steps = " ".join(map(str, row["steps"])) or "as teacher"
         print(f"{row['name']:<14}{row['family']:<14}{steps:<12}{needs:<22}{row['oracle']:<9}{row['paper']}")
     return 0
 

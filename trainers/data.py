@@ -4,13 +4,14 @@ Two places it comes from: the built-in `scenes`, drawn on demand, and a user's o
 convention (a folder with `metadata.jsonl`, one `{"file_name", "text"}` a line). Both are encoded once by the teacher's
 autoencoder and can be kept in one safetensors file.
 
-Shapes: latents [N, C, h, w] as the denoiser sees them (scaled); ids [N, K, L] token ids of K phrasings each.
+Shapes: latents [N, C, h, w] as the denoiser sees them (scaled); what the text network is fed, by its names (`ids`,
+`mask`, `ids_2`, ...), [N, K, L] of K phrasings each.
 """
 
 import json
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.spec import SamplerSpec
+from fewstep.runtime.loop import negative_text, size_conditions
+from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.text import tokenise
 
 from . import scenes
 from .errors import DataError
@@ -31,22 +36,30 @@ ENCODE_BATCH = 64
 
 @dataclass(frozen=True)
 class Latents:
-    """An encoded data set. `empty` [L] are the token ids of the empty prompt."""
+    """An encoded data set. `feeds`: name -> [N, K, L]; `empty`: name -> [L], the same of the empty prompt."""
 
     latents: Tensor
-    ids: Tensor
-    empty: Tensor
+    feeds: Mapping[str, Tensor]
+    empty: Mapping[str, Tensor]
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of the first tokenizer, [N, K, L]."""
+        return self.feeds["ids"]
+
 
 class LatentSource:
-    """Batches for the loop: samples and phrasings drawn by (seed, step), text encoded by the frozen text encoder."""
+    """Batches for the loop: samples and phrasings drawn by (seed, step), text encoded by the frozen text network.
+
+    spec: the teacher's, by which the network is told the picture's size and its guidance scale, where it takes them.
+    """
 
     def __init__(
         self, data: Latents, text_encoder: nn.Module, batch: int, *, seed: int = 0, bf16: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", spec: SamplerSpec | None = None,
     ) -> None:  # fmt: skip
         if len(data) == 0:
             raise DataError("the data set is empty; give at least one picture")
@@ -56,21 +69,50 @@ class LatentSource:
         self.seed = seed
         self.bf16 = bf16
         self.device = torch.device(device)
-        self.empty_ctx = self.encode_text(data.empty[None])
+        self.w = spec.guidance.range if spec is not None and spec.guidance.mode == "embedded" else None
+        self.sized = {} if spec is None else size_conditions(_asking(data.latents, spec), spec)
+        nothing = self.encode_text({name: value[None] for name, value in data.empty.items()})
+        if spec is not None and spec.guidance.zero_empty:
+            nothing = {name: torch.zeros_like(value) for name, value in nothing.items()}
+        self.nothing = nothing
 
     def batch(self, step: int) -> Batch:
+        return self.gather(self.choose(step), derive(self.seed, step, "scale"))
+
+    def choose(self, step: int) -> Tensor:
+        """[B, 2]: which samples, and which phrasing of each."""
         rng = torch.Generator().manual_seed(derive(self.seed, step, "data"))
         rows = torch.randint(len(self.data), (self.size,), generator=rng)
         phrasing = torch.randint(self.data.ids.shape[1], (self.size,), generator=rng)
-        x0 = self.data.latents[rows].float().to(self.device)
-        ctx = self.encode_text(self.data.ids[rows, phrasing])
-        return Batch(x0, {"ctx": ctx}, {"ctx": self.empty_ctx.expand_as(ctx)})
+        return torch.stack([rows, phrasing], dim=1)
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """[B, L] token ids -> ctx [B, L, D] float32."""
+    def gather(self, chosen: Tensor, scale_seed: int = 0) -> Batch:
+        """The batch of these samples and phrasings; scale_seed: of the guidance scales that the network is told."""
+        rows, phrasing = chosen.unbind(1)
+        x0 = self.data.latents[rows].float().to(self.device)
+        cond = self.encode_text({name: value[rows, phrasing] for name, value in self.data.feeds.items()})
+        uncond = {name: self.nothing[name].expand_as(value) for name, value in cond.items()}
+        fixed = {name: value.to(self.device).expand(len(rows), -1) for name, value in self.sized.items()}
+        if self.w is not None:
+            low, high = self.w
+            rng = torch.Generator().manual_seed(scale_seed)
+            fixed["w"] = (low + (high - low) * torch.rand(len(rows), generator=rng)).to(self.device)
+        return Batch(x0, {**cond, **fixed}, {**uncond, **fixed})
+
+    def encode_text(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the text network gives, float32 by its names (`ctx`, `pooled`, ...), of feeds [B, L]."""
+        net: Any = self.text_encoder
+        given = [feeds[name].long().to(self.device) for name in net.inputs]
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out: Tensor = self.text_encoder(ids.long().to(self.device))
-        return out.float()
+            out = net(*given)
+        found = out if isinstance(out, tuple) else (out,)
+        return {name: value.float() for name, value in zip(net.outputs, found, strict=True)}
+
+
+def _asking(latents: Tensor, spec: SamplerSpec) -> GenerateRequest:
+    """A request for pictures of the latents' size."""
+    height, width = (side * spec.latent.factor for side in latents.shape[-2:])
+    return GenerateRequest(prompt="-", width=width, height=height)
 
 
 def encode_scenes(teacher: Bundle, count: int, *, seed: int = 0, phrasings: int = 2) -> Latents:
@@ -86,12 +128,12 @@ def encode_scenes(teacher: Bundle, count: int, *, seed: int = 0, phrasings: int 
     return encode(teacher, draw(), count)
 
 
-def encode_folder(teacher: Bundle, folder: Path) -> Latents:
-    """Encode a user's pictures, each cut to the teacher's first size from its middle.
+def encode_folder(teacher: Bundle, folder: Path, *, first: int | None = None) -> Latents:
+    """Encode a user's pictures, or the first ones, each cut to the teacher's first size from its middle.
 
     Errors: `DataError` naming the file or line at fault.
     """
-    rows = read_metadata(folder)
+    rows = read_metadata(folder)[:first]
     width, height = teacher.spec.sizes[0]
 
     def read() -> Iterator[tuple[Image.Image, list[str]]]:
@@ -103,17 +145,27 @@ def encode_folder(teacher: Bundle, folder: Path) -> Latents:
 
 def encode(teacher: Bundle, samples: Iterable[tuple[Image.Image, list[str]]], count: int) -> Latents:
     """Pictures and their captions -> latents and token ids, in batches, without gradient."""
-    encoder, tokenizer = teacher.encoder(), teacher.tokenizer
-    latents, ids = [], []
+    encoder, tokenizers, spec = teacher.encoder(), teacher.tokenizers(), teacher.spec
+    latents: list[Tensor] = []
+    captions: list[dict[str, Tensor]] = []
     with torch.no_grad(), tqdm(total=count, desc="encode data", dynamic_ncols=True) as bar:
         for chunk in _chunks(samples, ENCODE_BATCH):
             pixels = torch.stack([to_pixels(picture) for picture, _ in chunk])
             latents.append(encoder(pixels).half())
-            ids.append(torch.stack([tokenize(tokenizer, texts) for _, texts in chunk]))
+            captions += [read_texts(tokenizers, spec, texts) for _, texts in chunk]
             bar.update(len(chunk))
     if not latents:
         raise DataError("the data set is empty; give at least one picture")
-    return Latents(torch.cat(latents), torch.cat(ids), tokenize(tokenizer, [""])[0])
+    feeds = {name: torch.stack([each[name] for each in captions]) for name in captions[0]}
+    empty = read_texts(tokenizers, spec, [negative_text(GenerateRequest(prompt="-"), spec)])
+    return Latents(torch.cat(latents), feeds, {name: value[0] for name, value in empty.items()})
+
+
+def read_texts(tokenizers: Sequence[Any], spec: SamplerSpec, texts: Sequence[str]) -> dict[str, Tensor]:
+    """What the text network is fed of each, [len(texts), L] int32 by name, as when it is served; long texts are cut."""
+    reads = [replace(read, cut=True) for read in spec.text]
+    found = [tokenise(tokenizers, text, "text", reads).feeds for text in texts]
+    return {name: torch.tensor([each[name] for each in found], dtype=torch.int32) for name in found[0]}
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -132,7 +184,8 @@ def save_latents(path: Path, data: Latents) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": data.latents, "ids": data.ids, "empty": data.empty}, path)
+    empty = {_empty_name(name): value for name, value in data.empty.items()}
+    save_file({"latents": data.latents, **data.feeds, **empty}, path)
 
 
 def load_latents(path: Path) -> Latents:
@@ -142,9 +195,15 @@ def load_latents(path: Path) -> Latents:
 
     try:
         found = load_file(path)
-        return Latents(found["latents"], found["ids"], found["empty"])
+        feeds = {name: value for name, value in found.items() if name != "latents" and not name.startswith("empty")}
+        empty = {name: found[_empty_name(name)] for name in feeds}
+        return Latents(found["latents"], {"ids": found["ids"], **feeds}, empty)
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(f"{path} is not a file of latents ({error}); delete it and it is made anew") from error
+
+
+def _empty_name(name: str) -> str:
+    return "empty" if name == "ids" else f"empty.{name}"
 
 
 def read_metadata(folder: Path) -> list[tuple[Path, str]]:

@@ -19,6 +19,7 @@ from torch import nn
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.runtime.engine import DECODER, DENOISER
 
+from .data import Latents, LatentSource, read_texts
 from .quality import Measured, draw_prompts, measure_bundle, step_counts
 from .tiny_decoder import COMPONENT, with_tiny_decoder
 
@@ -99,14 +100,11 @@ def _feeds(bundle: Bundle, role: str, network: nn.Module) -> dict[str, torch.Ten
     latent = torch.randn(BATCH, spec.latent.channels, height // factor, width // factor, generator=draw)
     if role == DECODER:
         return {"latent": latent}
-    config = bundle.config("unet")
-    ctx = torch.randn(BATCH, bundle.tokenizer.model_max_length, config["cross_attention_dim"], generator=draw)
-    known = {
-        "x": latent,
-        "t": torch.full((BATCH,), 999.0),
-        "ctx": ctx,
-        "w": torch.full((BATCH,), spec.guidance.default),
-    }
+    texts = read_texts(bundle.tokenizers(), spec, ["a red circle"] * BATCH)
+    data = Latents(latent, {name: value[:, None] for name, value in texts.items()}, {n: v[0] for n, v in texts.items()})
+    rows = torch.arange(BATCH)
+    given = LatentSource(data, bundle.text_encoder(), BATCH, spec=spec).gather(torch.stack([rows, 0 * rows], dim=1))
+    known = {**given.cond, "x": latent, "t": torch.full((BATCH,), float(spec.path.start))}
     return {name: known[name] for name in network.inputs}  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""From a teacher bundle and a recipe to a sealed student bundle.
+"""From a teacher bundle of any family and a recipe to a sealed student bundle.
 
 Beside the bundle `OUT` stands a run folder `OUT.run` with the configuration, and per stage a checkpoint, metrics, loss
 curves and sample grids. A stage that ended leaves its student there, so `resume` continues in the stage that was cut.
@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.networks import DenoiserNet, as_network
-from fewstep.models.spec import SamplerSpec
+from fewstep.models.networks import as_network
 
-from .data import Latents, LatentSource, encode_folder, encode_scenes, load_latents, save_latents
+from .data import Latents, LatentSource
 from .discriminator import FakeWithCritic
 from .distillation import KnowledgeDistillation
 from .errors import CheckpointError, RecipeError
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
+from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
 from .player import Player
 from .preview import sample, save_grid
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
-from .student import again, build_student, merged
-from .student_bundle import student_spec, write_student
-from .watch import Seen, lead, stage_pairs, watch
+from .settling import settled, training_data
+from .student import again, build_student, is_unet, load_denoiser, merged
+from .student_bundle import check_contract, student_spec, write_student
+from .watch import Twin, lead, stage_pairs, watch_both
 
 
 def distill(
@@ -56,31 +57,21 @@ def distill(
     out = Path(out)
     run = out.with_name(out.name + ".run")
     _check_out(out, run, teacher)
+    check_contract(recipe, teacher)
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = data if data is not None else training_data(recipe, teacher)
+    recipe = settled(recipe, teacher, data, run / "runs.json")
     run_of = recipe.run
-    source = LatentSource(data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=where)
+    source = LatentSource(
+        data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=where, spec=teacher.spec
+    )
     total = sum(stage.steps for stage in recipe.stages)
     previous: Any = None
     for stage in recipe.stages:
         seconds = None if max_seconds is None else max_seconds * stage.steps / total
         previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, where)
     return write_student(recipe, teacher, previous.cpu(), out)
-
-
-def training_data(recipe: Recipe, teacher: Bundle) -> Latents:
-    """The recipe's data, encoded by the teacher; kept in and read from the file `run.latents` where it is named."""
-    kept = Path(recipe.run.latents) if recipe.run.latents else None
-    if kept is not None and kept.exists():
-        return load_latents(kept)
-    if recipe.run.data is not None:
-        data = encode_folder(teacher, Path(recipe.run.data))
-    else:
-        data = encode_scenes(teacher, recipe.run.scenes, seed=recipe.run.seed)
-    if kept is not None:
-        save_latents(kept, data)
-    return data
 
 
 @dataclass(frozen=True)
@@ -95,45 +86,53 @@ class Assembled:
         return self.objective.loss(player, self.cast, batch, turn)
 
 
-def assemble(recipe: Recipe, stage: Stage, spec: SamplerSpec, teacher_unet: Any, student_unet: Any) -> Assembled:
-    """Networks of U-Nets for a stage: the student, its averages, a frozen teacher, and a fake score with its critic."""
+def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner: Any) -> Assembled:
+    """Networks for a stage: the student, its averages, a frozen teacher, and a fake score with its critic.
 
-    def denoiser(unet: Any) -> Denoiser:
-        return Denoiser(as_network(DenoiserNet(unet)), spec.path, spec.prediction)
+    frozen, learner: denoisers of the teacher bundle's family, as their own class.
 
-    student = Player("student", student_unet.train(), stage.player_settings["student"])
+    Errors: `RecipeError` for an objective that needs what the family or the recipe does not have.
+    """
+    spec, family = teacher.spec, teacher.family
+
+    def denoiser(network: Any) -> Denoiser:
+        net = family.denoiser(network, False).train(network.training).to(learner.device)
+        return Denoiser(as_network(net), spec.path, spec.prediction)
+
+    student = Player("student", learner.train(), stage.player_settings["student"])
     players = [student]
-    seen = _watched(stage.objective, student_unet, teacher_unet)
-    roles = {"student": denoiser(student_unet), "teacher": denoiser(teacher_unet.requires_grad_(False).eval())}
+    pairs = _compared(recipe, stage.objective, learner, frozen)
+    led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
+    roles = {"student": denoiser(learner), "teacher": denoiser(frozen.requires_grad_(False).eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
     critic = None
     if "fake" in stage.objective.players:
-        fake = FakeWithCritic(deepcopy(teacher_unet).requires_grad_(True)).to(teacher_unet.device).train()
+        if not is_unet(teacher):
+            raise RecipeError(
+                f"recipe {recipe.name!r} has a critic on the middle of a U-Net, and {teacher.name!r} is a "
+                f"{type(frozen).__name__}; use ppcl or progressive"
+            )
+        fake = FakeWithCritic(deepcopy(frozen).requires_grad_(True)).to(frozen.device).train()
         players.append(Player("fake", fake, stage.player_settings["fake"]))
         roles["fake"], critic = denoiser(fake.unet), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    return Assembled(stage.objective, Cast(roles, critic, seen), tuple(players))
+    seen = watch_both(learner, frozen, pairs) if pairs else {}
+    return Assembled(stage.objective, Cast(roles, critic, seen, led), tuple(players))
 
 
-def _watched(objective: Objective, student_unet: Any, teacher_unet: Any) -> dict[str, Seen]:
-    """What the stages of student and teacher give, for an objective that compares them."""
+def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -> dict[str, Twin]:
+    """The stages of student and teacher that an objective compares."""
     if not isinstance(objective, KnowledgeDistillation) or not objective.feature:
         return {}
-    pairs = stage_pairs(student_unet, teacher_unet)
-    if objective.alone:
-        lead(student_unet, teacher_unet, pairs)
-    return {
-        "student": watch(student_unet, {name: name for name in pairs}),
-        "teacher": watch(teacher_unet, {twin: name for name, twin in pairs.items()}),
-    }
+    return stage_pairs(learner, frozen, recipe.student.runs)
 
 
 def _run_stage(
     recipe: Recipe, stage: Stage, teacher: Bundle, previous: Any, source: LatentSource, folder: Path, resume: bool,
     max_seconds: float | None, device: torch.device,
 ) -> Any:  # fmt: skip
-    """Train one stage and return its student's U-Net; a stage that ended before is read back."""
+    """Train one stage and return its student's network; a stage that ended before is read back."""
     done = folder / "student.safetensors"
     torch.manual_seed(recipe.run.seed)
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
@@ -145,7 +144,7 @@ def _run_stage(
         return start
     frozen = _frozen(recipe, stage, teacher, init, previous)
     frozen = frozen.to(device=device, memory_format=torch.channels_last)
-    method = assemble(recipe, stage, teacher.spec, frozen, start.to(device=device, memory_format=torch.channels_last))
+    method = assemble(recipe, stage, teacher, frozen, start.to(device=device, memory_format=torch.channels_last))
     settings = LoopSettings(
         steps=stage.steps,
         seed=recipe.run.seed,
@@ -157,8 +156,9 @@ def _run_stage(
     )
     kept = _kept(method.players[0], stage)
     show = _painter(recipe, teacher, kept, source, folder)
+    batches = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder)
     train(
-        method, source, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(),
+        method, batches, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(),
         label=stage.name, device=device, on_picture=show,
     )  # fmt: skip
     show(stage.steps)
@@ -181,7 +181,19 @@ def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previou
             f"stage {stage.name!r} learns from {source.name!r}, a student of few steps, and from data too: its "
             "estimate is not the mean of the data, so set task=0"
         )
-    return merged(source.load("unet"))
+    return merged(load_denoiser(source))
+
+
+def _paired(plan: Pairs, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path) -> PairSource:
+    """The stage's pairs, read back where they were drawn before."""
+    file = folder / "pairs.safetensors"
+    if file.is_file():
+        drawn = load_pairs(file)
+    else:
+        by_cfg = teacher.spec.guidance.mode == "cfg"
+        drawn = draw_pairs(method.cast["teacher"], by_cfg, plan, source, seed=source.seed)
+        save_pairs(file, drawn)
+    return PairSource(drawn, source, source.size, seed=source.seed)
 
 
 def _begin(recipe: Recipe, teacher: Bundle, init: Bundle) -> Any:
@@ -196,17 +208,23 @@ def _kept(student: Player, stage: Stage) -> Any:
     return student.module if stage.average is None else student.averages[stage.average]
 
 
-def _painter(recipe: Recipe, teacher: Bundle, unet: nn.Module, source: LatentSource, folder: Path) -> Any:
+SHOWN_STEPS = (1, 2, 4, 8, 25)
+
+
+def _painter(recipe: Recipe, teacher: Bundle, network: nn.Module, source: LatentSource, folder: Path) -> Any:
     """A callback that writes `samples/step_N.png`: a row of pictures per step count, the same noise in each."""
     spec = student_spec(recipe, teacher)
     decoder = teacher.decoder().to(source.device)
+    counts = [n for n in SHOWN_STEPS if spec.allows(n)] or list(spec.steps[:1])
     batch = source.batch(-1)
     shape = (min(8, batch.x0.shape[0]), *batch.x0.shape[1:])
-    cond = {"ctx": batch.cond["ctx"][: shape[0]]}
+    cond, uncond = ({n: v[: shape[0]] for n, v in side.items()} for side in (batch.cond, batch.uncond))
+    empty = uncond if spec.guidance.mode == "cfg" else None
 
     def paint(step: int) -> None:
-        net = as_network(DenoiserNet(unet))
-        rows = [sample(net, spec, n, cond, shape, w=recipe.sampling.guidance_default) for n in spec.steps]
+        net = as_network(teacher.family.denoiser(network, False).to(source.device))
+        w = spec.guidance.default
+        rows = [sample(net, spec, n, cond, shape, w=w, uncond=empty) for n in counts]
         save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
 
     return paint

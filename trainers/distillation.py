@@ -4,6 +4,7 @@ BK-SDM (Kim et al. 2023): `L_task + L_out + L_feat`. A-SDM's assembly, VDMini's 
 are the same with other weights, or with stages that are fed the larger network's inputs (`trainers.watch`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,19 +39,20 @@ class KnowledgeDistillation:
     """The parts of BK-SDM's loss. task, output, feature: weights of data, of the teacher's output and of its stages.
 
     task must be 0 where the teacher is a few-step student: its estimate is not the mean of the data. guidance: the
-    scale both networks are told, where they have an input for it. alone: stages are fed the teacher's inputs (A-SDM),
-    so only features can teach.
+    scale both networks are told, where they have an input for it; None leaves the batch's own. alone: share of the
+    steps, evenly spread, in which stages are fed the teacher's inputs, so that only features can teach (A-SDM: all;
+    PPCL: every second).
     """
 
     times: Times
     source: NoisedData
     distance: Distance
     weight: Weight
-    guidance: UniformScale
+    guidance: UniformScale | None
     task: float = 1.0
     output: float = 1.0
     feature: float = 1.0
-    alone: bool = False
+    alone: float = 0.0
 
     players = ("student",)
     roles = ("student", "teacher")
@@ -59,8 +61,10 @@ class KnowledgeDistillation:
         student, teacher = cast["student"], cast["teacher"]
         count = batch.x0.shape[0]
         t = self.times.draw(student.path, count, turn)
-        cond = with_scale(batch.cond, self.guidance.draw(count, turn))
+        cond = batch.cond if self.guidance is None else with_scale(batch.cond, self.guidance.draw(count, turn))
         x_t = self.source.draw(student.path, batch, t, turn)
+        if cast.led is not None:
+            cast.led.on = math.floor((turn.step + 1) * self.alone) > math.floor(turn.step * self.alone)
         with torch.no_grad():
             aim = teacher.x0(x_t, t, cond)
         guess = student.x0(x_t, t, cond)

@@ -18,10 +18,11 @@ SOURCES = {
     "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
     "runtime": ("samplers",),
     "trainers": (
-        "consistency", "discriminator", "distances", "distillation", "distribution", "jumps", "loop", "objective",
-        "oracle", "oracle_consistency", "oracle_distillation", "oracle_distribution", "oracle_parts", "oracle_players",
-        "oracle_progressive", "oracle_samplers", "oracle_world", "player", "progressive", "recipe", "recipes",
-        "rollout", "scores", "times", "transitions", "watch",
+        "compression", "consistency", "discriminator", "distances", "distillation", "distribution", "jumps", "lcm",
+        "loop", "objective", "oracle", "oracle_consistency", "oracle_distillation", "oracle_distribution",
+        "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow", "oracle_samplers", "oracle_world",
+        "pairs", "player", "progressive", "recipe", "recipes", "reflow", "rollout", "scores", "times", "transitions",
+        "watch",
     ),
 }  # fmt: skip
 """The files that decide what a recipe computes, and those that check it."""

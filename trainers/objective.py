@@ -22,23 +22,36 @@ Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean samples as the denoiser sees them, their condition, and the condition that says nothing (for guidance)."""
+    """Clean samples as the denoiser sees them, their condition, and the condition that says nothing (for guidance).
+
+    noise: shaped as x0, the noise that each sample was made from, where a network made them (`trainers.pairs`).
+    """
 
     x0: Tensor
     cond: Condition
     uncond: Condition
+    noise: Tensor | None = None
+
+
+@dataclass
+class Switch:
+    """Whether the student's stages are fed the teacher's inputs at present."""
+
+    on: bool = True
 
 
 @dataclass(frozen=True)
 class Cast:
     """Who plays which role: `student`, `teacher`, and as a method needs them `target`, `fake` and a critic.
 
-    seen: role -> stage -> that stage's output in the role's last evaluation, for the roles that are watched.
+    seen: role -> stage -> that stage's output in the role's last evaluation, for the roles that are watched. led: turns
+    the feeding of the student's stages with the teacher's inputs on and off, where they can be.
     """
 
     roles: Mapping[str, Denoiser]
     critic: Critic | None = None
     seen: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    led: Switch | None = None
 
     def __getitem__(self, role: str) -> Denoiser:
         return self.roles[role]

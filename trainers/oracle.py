@@ -12,7 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from . import oracle_consistency, oracle_distillation, oracle_distribution, oracle_players, oracle_progressive
+from . import (
+    oracle_consistency,
+    oracle_distillation,
+    oracle_distribution,
+    oracle_players,
+    oracle_progressive,
+    oracle_reflow,
+)
 from .consistency import ConsistencyDistillation
 from .distillation import KnowledgeDistillation
 from .distribution import DistributionMatching
@@ -22,8 +29,10 @@ from .oracle_world import Check, holds
 from .progressive import ProgressiveHalving
 from .recipe import Recipe, RecipeFunction
 from .recipes import RECIPES
+from .reflow import AnnealingReflow
 
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
+    AnnealingReflow: oracle_reflow.checks,
     ConsistencyDistillation: oracle_consistency.checks,
     DistributionMatching: oracle_distribution.checks,
     KnowledgeDistillation: oracle_distillation.checks,

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from fewstep.models.analytic import exact, gaussian
 from fewstep.models.paths import VP, Path
 
-from .distillation import KnowledgeDistillation, feature_loss
+from .distillation import KnowledgeDistillation, Times, feature_loss
 from .objective import Batch, Cast, Turn
 from .oracle_parts import source_checks
 from .oracle_world import Bent, Check, World, below, between, holds, recipe_spec, slope_of, turn, world
 from .recipe import Recipe
-from .watch import lead, stage_pairs, watch
+from .surgery import Run
+from .watch import Twin, lead, stage_pairs, watch_both
 
 COUNT = 256
 
@@ -30,7 +31,9 @@ def checks(recipe: Recipe, objective: KnowledgeDistillation) -> Iterator[Check]:
     if objective.feature:
         yield from _features()
         yield from _wired(objective)
-    yield from _times(recipe, objective)
+        if recipe.student.probe is not None:
+            yield from _replaced(objective)
+    yield from time_checks(recipe, objective.times)
     yield from source_checks(objective.source)
 
 
@@ -109,14 +112,15 @@ def _features() -> Iterator[Check]:
 
 
 class _Chain(nn.Module):
-    """Stages in a row, as a U-Net's blocks are called: each scales what it is given."""
+    """Stages in a row, as a U-Net's blocks or a transformer's layers are called: each scales what it is given."""
 
-    def __init__(self, scales: tuple[float, ...]) -> None:
+    def __init__(self, scales: tuple[float, ...], stack: str = "down_blocks") -> None:
         super().__init__()
-        self.down_blocks = nn.ModuleList(_Scale(scale) for scale in scales)
+        self.row = tuple(_Scale(scale) for scale in scales)
+        setattr(self, stack, nn.ModuleList(self.row))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.down_blocks:
+        for block in self.row:
             x = block(hidden_states=x)
         return x
 
@@ -135,37 +139,61 @@ def _wired(objective: KnowledgeDistillation) -> Iterator[Check]:
     student, teacher = _Chain((4.0, 3.0)), _Chain((2.0, 3.0))
     pairs = stage_pairs(student, teacher)
     yield holds(
-        "stages: each finds its twin", pairs == {"down_blocks.0": "down_blocks.0", "down_blocks.1": "down_blocks.1"}
+        "stages: each finds its twin", pairs == {name: Twin(name, name) for name in ("down_blocks.0", "down_blocks.1")}
     )
-    if objective.alone:
-        lead(student, teacher, pairs)
-    seen = {
-        "student": watch(student, {n: n for n in pairs}),
-        "teacher": watch(teacher, {t: n for n, t in pairs.items()}),
-    }
+    led = lead(student, teacher, pairs) if objective.alone else None
+    seen = watch_both(student, teacher, pairs)
     nets = {"student": student, "teacher": teacher}
     stage = world(VP(), "v")
     roles = {name: replace(stage.teacher(), net=lambda x, t, cond, net=net: net(x)) for name, net in nets.items()}
     plain = replace(objective, task=0.0, output=0.0, feature=1.0)
-    plain.loss("student", Cast(roles, None, seen), stage.batch(8), turn())[0].backward()
-    grads = [block.scale.grad for block in student.down_blocks]
     # (4 - 2)^2 / 2^2 and (12 - 6)^2 / 6^2 own their derivatives 2 (4 - 2) / 4; a stage that is fed rightly has none
-    wanted = (0.5, 0.0) if objective.alone else (0.5 * (1.0 + 1.0), 0.5 * 2.0 * 4.0 / 6.0)
-    for name, grad, aim in zip(pairs, grads, wanted, strict=True):
-        yield below(f"stages: gradient of {name}", (0.0 if grad is None else float(grad)) - aim, 1e-6)
+    aims = {True: (0.5, 0.0), False: (0.5 * (1.0 + 1.0), 0.5 * 2.0 * 4.0 / 6.0)}
+    led_in = []
+    for step in range(10):
+        student.zero_grad()
+        plain.loss("student", Cast(roles, None, seen, led), stage.batch(8), turn(step))[0].backward()
+        grads = [0.0 if block.scale.grad is None else float(block.scale.grad) for block in student.row]
+        led_in.append(grads[1] == 0.0)
+        for name, grad, aim in zip(pairs, grads, aims[led_in[-1]], strict=True):
+            if step < 2:
+                yield below(f"stages: gradient of {name}, step {step}", grad - aim, 1e-6)
+    yield below("stages: share of steps in which they are fed", sum(led_in) / 10 - objective.alone, 1e-9)
     yield holds("stages: no gradient reaches the teacher's", all(w.grad is None for w in teacher.parameters()))
 
 
-def _times(recipe: Recipe, objective: KnowledgeDistillation) -> Iterator[Check]:
+def _replaced(objective: KnowledgeDistillation) -> Iterator[Check]:
+    """Layers 2, (3, 4, 5), 6 against a student's 4, s, 6: s learns 60 of the teacher's input, and 30 of its own."""
+    run, scale = Run("transformer_blocks", 1, 3), 10.0
+    student, teacher = (_Chain(scales, run.stack) for scales in ((4.0, scale, 6.0), (2.0, 3.0, 4.0, 5.0, 6.0)))
+    pairs = stage_pairs(student, teacher, (run,))
+    place, twin = "transformer_blocks.1", Twin("transformer_blocks.1", "transformer_blocks.3")
+    yield holds("runs: the new layer is held against the end of its run", pairs == {place: twin})
+    led, seen = lead(student, teacher, pairs), watch_both(student, teacher, pairs)
+    stage = world(VP(), "v")
+    nets = {"student": student, "teacher": teacher}
+    roles = {name: replace(stage.teacher(), net=lambda x, t, cond, net=net: net(x)) for name, net in nets.items()}
+    plain = replace(objective, task=0.0, output=0.0, feature=1.0)
+    for step, share in ((0, 0.0), (0, 1.0), (1, 0.5), (2, 0.5)):
+        student.zero_grad()
+        batch = stage.batch(8)
+        replace(plain, alone=share).loss("student", Cast(roles, None, seen, led), batch, turn(step))[0].backward()
+        gain = 1.0 if share == 1.0 or (share == 0.5 and step % 2) else 2.0  # how its input compares with the teacher's
+        found = student.get_parameter(f"{place}.scale").grad
+        wanted = 2.0 * gain * (gain * scale - 60.0) / 60.0**2
+        yield below(f"runs: gradient of the new layer, fed in {share}, step {step}", float(found or 0.0) - wanted, 1e-6)
+
+
+def time_checks(recipe: Recipe, drawn: Times) -> Iterator[Check]:
     """Every time lies on the path, every time of the student's samplers is drawn, and the noisiest as often as said."""
     path = VP()
-    t = objective.times.draw(path, 8192, Turn.of(0, 0, 1, "student"))
+    t = drawn.draw(path, 8192, Turn.of(0, 0, 1, "student"))
     yield holds("times: inside the path", bool(((t >= path.end) & (t <= path.start)).all()))
     sampled = torch.tensor(sorted({t for grid in recipe_spec(recipe, path, "v").grids.values() for t in grid}))
     trained = t.unique()
     gaps = (sampled[:, None].double() - trained[None]).abs().min(dim=1).values
     yield below("times: how far a sampler's time is from one that is drawn", gaps, 20.0)
-    said = getattr(objective.times, "start_share", None)
+    said = getattr(drawn, "start_share", None)
     if said is not None:
-        share = said + (1.0 - said) / objective.times.points  # type: ignore[attr-defined]
+        share = said + (1.0 - said) / drawn.points  # type: ignore[attr-defined]
         yield between("times: share of the noisiest", (t == path.start).double().mean() - share, -0.02, 0.02)

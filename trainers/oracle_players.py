@@ -18,6 +18,7 @@ from .objective import Batch, Cast, Metrics, Turn
 from .oracle_world import Bent, Check, World, below, holds, world
 from .player import Player, PlayerSettings
 from .recipe import Recipe, Stage
+from .watch import watch
 
 STEPS = 9
 Weights = dict[str, Tensor]
@@ -123,7 +124,8 @@ def _watched(stage: Stage) -> Watched:
         def critic(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             return (fake.gain * x + fake.offset).flatten(1).mean(1)
 
-    return Watched(stage, tuple(players), Cast(roles, critic), {"teacher": teacher})
+    seen = {"student": watch(players[0].module, {"": "whole"}), "teacher": watch(teacher, {"": "whole"})}
+    return Watched(stage, tuple(players), Cast(roles, critic, seen), {"teacher": teacher})
 
 
 def _bent(module: nn.Module) -> Bent:

@@ -19,6 +19,7 @@ from fewstep.models.spec import Boundary, Guidance, Latent, SamplerSpec
 
 from .objective import Batch, Turn
 from .recipe import Recipe, Sampling
+from .times import EvenGrids
 
 SHAPE = (2, 3)
 SHIFT = 0.4
@@ -140,9 +141,16 @@ def slope_of(loss: Callable[[], Tensor], weight: nn.Parameter, h: float = 1e-3) 
     return (high - low) / (2 * h)
 
 
+AS_TEACHER = Sampling(
+    sampler="ddim", grids=EvenGrids((4, 8, 25)), stochastic=False, guidance_mode="cfg", guidance_default=3.0,
+    guidance_range=(1.0, 10.0),
+)  # fmt: skip
+"""What stands for the contract of a student that is sampled as its teacher."""
+
+
 def recipe_spec(recipe: Recipe, path: Path, prediction: str) -> SamplerSpec:
     """The sampling contract a recipe's student gets, on a path."""
-    s: Sampling = recipe.sampling
+    s: Sampling = recipe.sampling or AS_TEACHER
     return SamplerSpec(
         prediction=prediction,
         path=path,

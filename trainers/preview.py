@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.models.denoiser import Condition, Network, guide, times
 from fewstep.models.spec import SamplerSpec
-from fewstep.runtime.samplers import path_start, updates
+from fewstep.runtime.samplers import start_scale, updates
 
 
 @torch.no_grad()
@@ -17,22 +17,29 @@ def sample(
     net: Network, spec: SamplerSpec, steps: int, cond: Condition, shape: Sequence[int], *, w: float, seed: int = 0,
     uncond: Condition | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latents [B, C, ...] by `x <- A x + B F + C z`. With `uncond` each step is guided by two evaluations."""
+    """Latents [B, C, ...] by `x <- A x + B F + C z + D m`. With `uncond` each step is guided by two evaluations."""
     rng = torch.Generator().manual_seed(seed)
     device = next(iter(cond.values())).device
 
     def noise() -> Tensor:
         return torch.randn(tuple(shape), generator=rng).to(device)
 
-    x = noise() * path_start(spec.path)
-    scale = times(w, x)
-    for t, update in updates(spec, steps):
+    rows = updates(spec, steps)
+    x = noise() * start_scale(spec, rows[0][0])
+    scale, estimate = times(w, x).float(), torch.zeros(())
+    for t, update in rows:
         f = net(x, times(t, x), {**cond, "w": scale})
         if uncond is not None and w != 1.0:
             f = guide(net(x, times(t, x), {**uncond, "w": scale}), f, w)
-        x = update.a * x + update.b * f.float()
+        f = f.float()
+        remembered, keep = estimate, update.keep
+        if keep is not None:
+            estimate = keep[0] * x + keep[1] * f
+        x = update.a * x + update.b * f
         if update.c:
             x = x + update.c * noise()
+        if update.d:
+            x = x + update.d * remembered
     return x
 
 

@@ -1,6 +1,6 @@
-"""Which parts of a network can go: blocks ranked by what they change, and runs of layers that a linear map replaces.
+"""Which parts of a U-Net can go: blocks ranked by what their absence changes.
 
-Both look at a network that answers a few inputs; nothing is trained and nothing is removed here.
+This looks at a network that answers a few inputs; nothing is trained and nothing is removed here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -92,60 +92,6 @@ def ranked_cut(unet: Any, answer: Answer, remove: int) -> tuple[Cut, dict[str, f
     return Cut(middle=all(cut.middle for cut in chosen), layers=layers), scores
 
 
-def layer_inputs(layers: Sequence[nn.Module], answer: Answer) -> list[Tensor]:
-    """[N, D] tokens that enter each layer and those that leave the last: len(layers) + 1 tensors."""
-    seen: list[Tensor] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(_tokens(args[0] if args else kwargs["hidden_states"]))
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        seen.append(_tokens(out[-1] if isinstance(out, tuple) else out))
-
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        hooks.callback(layers[-1].register_forward_hook(leave).remove)
-        answer()
-    return seen
-
-
-def linear_fit(x: Tensor, y: Tensor, ridge: float = 1e-4) -> float:
-    """R^2 of the best affine map from x [N, D] to y [N, E] on tokens it was not fitted on: 1 where y is affine in x.
-
-    Every second token fits and the others judge, so that few tokens cannot look linear by chance.
-    """
-    x, y = x.double(), y.double()
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    fit, judge = slice(0, None, 2), slice(1, None, 2)
-    gram = x[fit].T @ x[fit]
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x[fit].T @ y[fit])
-    left = (y[judge] - x[judge] @ weights).square().sum()
-    return float(1.0 - left / (y[judge] - y[judge].mean(0)).square().sum())
-
-
-def linear_intervals(states: Sequence[Tensor], *, least: float = 0.95, drop: float = 0.02) -> list[tuple[int, int]]:
-    """Disjoint runs (first, last), both included, of two or more layers that one affine map nearly replaces (PPCL).
-
-    states: what enters layer 0, 1, ... and what leaves the last. From each layer the fit is followed over growing runs;
-    a run ends before the layer at which the fit falls by more than `drop` at once (its first difference), or under
-    `least`.
-    """
-    count, found, first = len(states) - 1, [], 0
-    while first < count:
-        last, before = first - 1, 1.0
-        for end in range(first, count):
-            fit = linear_fit(states[first], states[end + 1])
-            if fit < least or before - fit > drop:
-                break
-            last, before = end, fit
-        if last > first:
-            found.append((first, last))
-        first = max(last, first) + 1
-    return found
-
-
 def _pair(block: Any, k: int) -> list[nn.Module]:
     """The k-th residual block of a stage and its attention."""
     attentions = getattr(block, "attentions", ())
@@ -174,10 +120,3 @@ def _leading(out: Any, *args: Any, **kwargs: Any) -> Any:
     value = out[0] if isinstance(out, tuple) else out
     kept = first[:, : value.shape[1]]
     return (kept, *out[1:]) if isinstance(out, tuple) else kept
-
-
-def _tokens(value: Tensor) -> Tensor:
-    """[B, L, D] or [B, D, h, w] -> [N, D]."""
-    if value.ndim == 4:
-        value = value.permute(0, 2, 3, 1)
-    return value.reshape(-1, value.shape[-1]).float()

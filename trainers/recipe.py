@@ -15,6 +15,7 @@ from fewstep.models.spec import Boundary
 
 from .errors import RecipeError
 from .objective import Objective
+from .pairs import Pairs
 from .player import PlayerSettings
 from .student import Student
 from .times import Grids
@@ -51,7 +52,8 @@ class Stage:
 
     "init" is the bundle that `--set init=DIR` names, and the teacher where none is named; as a teacher it is whole, as
     a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
-    players. `average` names the student's running average that is kept, None for its weights themselves.
+    players. `average` names the student's running average that is kept, None for its weights themselves. `pairs`: it
+    learns from samples of its teacher with their noise (`trainers.pairs`), not from the data.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Stage:
     teacher: str = "teacher"
     start: str = "init"
     average: str | None = "kept"
+    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole configuration. `stages` run in order; most methods have one."""
+    """A whole configuration. `stages` run in order; most methods have one. `sampling` None: sampled as its teacher."""
 
     name: str
     family: str
@@ -94,7 +97,7 @@ class Recipe:
     needs: Needs
     student: Student
     stages: tuple[Stage, ...]
-    sampling: Sampling
+    sampling: Sampling | None
     run: Run = field(default_factory=Run)
 
     @property
@@ -104,7 +107,8 @@ class Recipe:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return self.sampling.grids.counts
+        """The step counts of its students; empty where they are the teacher's."""
+        return self.sampling.grids.counts if self.sampling is not None else ()
 
 
 RecipeFunction = Callable[..., Recipe]

@@ -16,8 +16,9 @@ from fewstep.models.linear_attention import FIELD, linearise
 from fewstep.models.networks import guidance_embedding
 
 from .errors import RecipeError
+from .probing import Probe
 from .pruning import ranked_cut
-from .surgery import Cut, cut_unet, narrow_unet, rebuilt
+from .surgery import Cut, Run, cut_unet, layer_twins, narrow_unet, rebuilt, replace_runs
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -32,7 +33,8 @@ class Student:
 
     guidance_width: size of the guidance embedding, None for no input. cut: blocks it keeps (`trainers.surgery`).
     remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
-    as a fraction of the start's. attention: "softmax" or "linear" self-attention.
+    as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
+    replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
     """
 
     guidance_width: int | None = None
@@ -41,16 +43,55 @@ class Student:
     remove: int | None = None
     width: float | None = None
     attention: str = "softmax"
+    runs: tuple[Run, ...] = ()
+    probe: Probe | None = None
+
+    @property
+    def unet_only(self) -> bool:
+        """Whether it asks for what is done to U-Nets alone."""
+        changes = (self.guidance_width, self.cut, self.remove, self.width)
+        return any(change is not None for change in changes) or self.attention != "softmax"
 
 
 def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
-    """A trainable U-Net that begins as `start`'s. A guidance input it does not want is folded at one w."""
+    """A trainable network that begins as `start`'s. A guidance input it does not want is folded at one w.
+
+    Errors: `RecipeError` for a plan that this network cannot follow.
+    """
+    if plan.runs:
+        return again(replace_runs(load_denoiser(start), plan.runs), plan)
+    if not is_unet(start):
+        _refuse_unet_surgery(start, plan)
+        return again(load_denoiser(start), plan)
     return again(shrunk(with_guidance(start, plan, fold_scale=fold_scale), plan), plan)
+
+
+def load_denoiser(bundle: Bundle) -> Any:
+    """The denoiser of a bundle of any family, as its own class."""
+    return bundle.load(bundle.family.folder)
+
+
+def is_unet(bundle: Bundle) -> bool:
+    return bundle.family.folder == "unet"
+
+
+def _refuse_unet_surgery(start: Bundle, plan: Student) -> None:
+    name = start.config(start.family.folder)["_class_name"]
+    if plan.unet_only:
+        raise RecipeError(
+            f"this recipe changes a U-Net (its blocks, channels, attention or guidance input), and {start.name!r} is a "
+            f"{name}; for transformers use ppcl or progressive"
+        )
+    if start.family.takes_w(start.config(start.family.folder)):
+        raise RecipeError(
+            f"{start.name!r} takes the guidance scale as an input, which this recipe's student would lose, and in a "
+            f"{name} it cannot be folded; start from a network without it"
+        )
 
 
 def with_guidance(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
     """The start's U-Net with the guidance input that the plan asks for, or without one."""
-    unet = start.load("unet")
+    unet = load_denoiser(start)
     if plan.guidance_width is None and unet.config.time_cond_proj_dim is not None:
         unet = fold_guidance(unet, fold_scale)
     elif plan.guidance_width is not None:
@@ -89,8 +130,10 @@ def _answer(unet: Any) -> Any:
 
 
 def again(unet: Any, plan: Student) -> Any:
-    """A trainable copy of a U-Net, with LoRA of its own where the plan asks for it."""
-    out = deepcopy(merged(unet)).requires_grad_(True)
+    """A trainable copy of a network, with LoRA of its own where the plan asks for it; of runs only the new layers."""
+    out = deepcopy(merged(unet)).requires_grad_(not plan.runs)
+    for name in layer_twins(plan.runs):
+        out.get_submodule(name).requires_grad_(True)
     if plan.lora_rank is not None:
         add_lora(out, plan.lora_rank)
     return out
@@ -129,9 +172,14 @@ def fold_guidance(unet: Any, w: float) -> Any:
 
 
 def add_lora(unet: Any, rank: int) -> None:
-    """Freeze the U-Net and add trainable low-rank updates (Hu et al. 2021), zero at first."""
+    """Freeze the network and add trainable low-rank updates (Hu et al. 2021), zero at first.
+
+    Errors: `RecipeError` for a class that diffusers adds none to.
+    """
     from peft import LoraConfig
 
+    if not hasattr(type(unet), "add_adapter"):
+        raise RecipeError(f"diffusers adds no LoRA to {type(unet).__name__}; use a recipe that trains all weights")
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
@@ -146,14 +194,14 @@ def merged(unet: Any) -> Any:
     return out
 
 
-def save_lora(unet: Any, folder: Path) -> None:
+def save_lora(unet: Any, folder: Path, component: str) -> None:
     """`pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` reads."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    named = {f"unet.{name}": weight.contiguous() for name, weight in layers.items()}
+    named = {f"{component}.{name}": weight.contiguous() for name, weight in layers.items()}
     save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 
 

@@ -1,7 +1,8 @@
-"""The student as a bundle: its sampling contract, and a diffusers folder around its U-Net."""
+"""The student as a bundle: its sampling contract, and a diffusers folder around its denoiser."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,88 @@ from fewstep.models.pipeline_folder import read_index
 from fewstep.models.schedulers import PREDICTION_TYPES
 from fewstep.models.spec import Guidance, SamplerSpec
 
-from .recipe import Recipe
+from .errors import RecipeError
+from .recipe import Recipe, Sampling
 from .student import merged, save_lora
 
 
 def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
+    """The student's contract: what the recipe decides, and the teacher's wherever it decides nothing."""
     s, t = recipe.sampling, teacher.spec
-    return SamplerSpec(
-        prediction=t.prediction,
-        path=t.path,
-        sampler=s.sampler,
-        grids=s.grids.of(t.path),
-        stochastic=s.stochastic,
-        final_alpha_one=t.final_alpha_one,
-        guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=s.guidance_range),
-        boundary=s.boundary,
-        latent=t.latent,
-        sizes=t.sizes,
-        recipe=recipe.name,
-        teacher=teacher.name,
-    )
+    fresh: dict[str, Any] = {"recipe": recipe.name, "teacher": teacher.name, "quality": (), "golden": ()}
+    fresh["tiny_decoder"] = ()
+    if s is None:
+        return replace(t, **fresh)
+    low, high = s.guidance_range
+    zeros = t.guidance.zero_empty and s.guidance_mode == "cfg"
+    return replace(
+        t, sampler=s.sampler, grids=s.grids.of(t.path), spacing=None, stochastic=s.stochastic, gamma=None, phases=None,
+        start="unit", boundary=s.boundary, clip=None,
+        guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=(low, high), zero_empty=zeros),
+        **fresh,
+    )  # fmt: skip
 
 
-def write_student(recipe: Recipe, teacher: Bundle, unet: Any, out: Path) -> Bundle:
-    """The student as a diffusers folder, sealed. Everything but the U-Net and the scheduler is the teacher's.
+def check_contract(recipe: Recipe, teacher: Bundle) -> None:
+    """Refuse a student that could not be written, before it is trained.
+
+    Errors: `RecipeError`, `SpecError` for a teacher whose path the recipe's sampler does not know.
+    """
+    if recipe.sampling is None:
+        if recipe.run.init is not None:
+            raise RecipeError(
+                f"{recipe.name} prunes its teacher, so init is not for it: name that bundle with --teacher"
+            )
+        return
+    if teacher.spec.path.kind != "vp":
+        raise RecipeError(
+            f"{recipe.name} sells students of a table of betas, which diffusers' {recipe.sampling.sampler} scheduler "
+            f"reads; {teacher.name!r} is on the path {teacher.spec.path.kind!r}: use ppcl, or a teacher on 'vp'"
+        )
+    student_spec(recipe, teacher)
+
+
+def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> Bundle:
+    """The student as a diffusers folder, sealed. Everything but the denoiser and the scheduler is the teacher's.
 
     A ControlNet whose outputs no longer fit a smaller U-Net is left out.
     """
     beside = out.with_name(out.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    parts = ["vae", "text_encoder", "tokenizer", *(["controlnet"] if takes_control(unet, teacher) else [])]
+    folder, spec = teacher.family.folder, student_spec(recipe, teacher)
+    index = read_index(teacher.root)
+    parts = [name for name in index if name.startswith(KEPT)]
+    if takes_control(network, teacher):
+        parts.append("controlnet")
+    else:
+        spec = replace(spec, control_kinds=())
     for part in parts:
         if (teacher.root / part).is_dir():
             shutil.copytree(teacher.root / part, beside / part)
     if recipe.student.lora_rank is not None:
-        save_lora(unet, beside)
-        unet = merged(unet)
-    unet = unet.eval().to(memory_format=torch.contiguous_format)
-    (unet.half() if recipe.run.fp16_weights else unet.float()).save_pretrained(beside / "unet")
-    _write_pipeline(recipe, teacher, beside, linear=FIELD in unet.config)
-    sealed = seal_bundle(beside, out.name, student_spec(recipe, teacher))
+        save_lora(network, beside, folder)
+        network = merged(network)
+    network = network.eval().to(memory_format=torch.contiguous_format)
+    (network.half() if recipe.run.fp16_weights else network.float()).save_pretrained(beside / folder)
+    index |= {name: [None, None] for name in ADDED if name in index}
+    _write_pipeline(recipe, teacher, beside, index, linear=FIELD in network.config)
+    sealed = seal_bundle(beside, out.name, spec)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     return Bundle(out, sealed.name, sealed.spec)
 
 
+KEPT = ("vae", "text_encoder", "tokenizer")
+"""Beginnings of the names of components that a student takes over as they are."""
+ADDED = ("t2i_adapter", "ip_adapter", "image_encoder", "negative", "tiny_decoder")
+"""Additions to a teacher that were made for its denoiser; a student starts without them."""
+
+
 def takes_control(unet: Any, teacher: Bundle) -> bool:
     """Whether the U-Net's encoder is shaped as the teacher's, so that the teacher's ControlNet fits."""
+    if not teacher.has("controlnet"):
+        return False
     theirs = teacher.config("unet")
     depth = len(theirs["down_block_types"])
 
@@ -71,29 +106,35 @@ def takes_control(unet: Any, teacher: Bundle) -> bool:
     return shape(unet.config) == shape(theirs)
 
 
-def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, *, linear: bool) -> None:
+def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, index: dict[str, Any], *, linear: bool) -> None:
     """`scheduler/` and `model_index.json`, so diffusers loads the folder with the student's own sampler.
 
     With linear attention diffusers cannot run the U-Net, and is told so: it refuses a library that it does not find.
     """
+    if recipe.sampling is None:
+        shutil.copytree(teacher.root / "scheduler", folder / "scheduler")
+    else:
+        scheduler = _scheduler(recipe.sampling, teacher)
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if teacher.family.name == "sd":
+            embedded = recipe.sampling.guidance_mode == "embedded"
+            index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
+    if linear:
+        index["unet"] = ["fewstep.models.linear_attention", "UNet2DConditionModel"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _scheduler(sampling: Sampling, teacher: Bundle) -> Any:
     from diffusers import DDIMScheduler, LCMScheduler
 
-    path, index = teacher.spec.path, read_index(teacher.root)
+    path = teacher.spec.path
     settings: dict[str, Any] = {
         name: getattr(path, name) for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     }
     settings["prediction_type"] = PREDICTION_TYPES[teacher.spec.prediction]
     settings |= {"clip_sample": False, "set_alpha_to_one": teacher.spec.final_alpha_one}
     settings["steps_offset"] = 1  # read by neither scheduler here, but diffusers' pipeline warns where it is not 1
-    if recipe.sampling.sampler == "lcm":
-        points = getattr(recipe.sampling.grids, "points", 50)
-        scheduler: Any = LCMScheduler(**settings, original_inference_steps=points)
-    else:
-        scheduler = DDIMScheduler(**settings, timestep_spacing="trailing")
-    scheduler.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if linear:
-        index["unet"] = ["fewstep.models.linear_attention", "UNet2DConditionModel"]
-    embedded = recipe.sampling.guidance_mode == "embedded"
-    index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    if sampling.sampler == "lcm":
+        return LCMScheduler(**settings, original_inference_steps=getattr(sampling.grids, "points", 50))
+    return DDIMScheduler(**settings, timestep_spacing="trailing")

@@ -4,8 +4,10 @@ What comes out is of diffusers' own class with a config that says all of it, so 
 shape that the class has no config for is refused.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,6 +91,7 @@ STACKS: Mapping[str, Mapping[str, str]] = {
     "SanaTransformer2DModel": {"transformer_blocks": "num_layers"},
     "SD3Transformer2DModel": {"transformer_blocks": "num_layers"},
     "FluxTransformer2DModel": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
+    "ZImageTransformer2DModel": {"layers": "n_layers"},
 }
 """Per class: each stack of equal layers, and the config field that counts them."""
 
@@ -129,6 +132,70 @@ def layers_after(count: int, intervals: Sequence[tuple[int, int]]) -> tuple[int,
     """Layers that stay when each interval (first, last), both included, is replaced by its middle layer (PPCL)."""
     gone = {k for first, last in intervals for k in range(first, last + 1) if k != (first + last) // 2}
     return tuple(k for k in range(count) if k not in gone)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Layers `first` to `last` of a stack, both included, in whose place one layer stands, a copy of the middle one."""
+
+    stack: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.stack}.{self.first}-{self.last}"
+
+    @staticmethod
+    def read(text: str) -> "Run":
+        """`transformer_blocks.3-5`. Errors: `RecipeError` for anything else."""
+        found = re.fullmatch(r"(\w+)\.(\d+)-(\d+)", text)
+        if found is None or int(found[2]) >= int(found[3]):
+            raise RecipeError(f"runs holds {text!r}; write STACK.FIRST-LAST, as transformer_blocks.3-5")
+        return Run(found[1], int(found[2]), int(found[3]))
+
+
+def stacks_of(transformer: Any) -> dict[str, int]:
+    """The stacks whose layers can be dropped, and how many each has.
+
+    Errors: `RecipeError` for a class without any.
+    """
+    name = type(transformer).__name__
+    if name not in STACKS:
+        raise RecipeError(
+            f"{name} has no stack of like layers; those of {', '.join(STACKS)} can be dropped. For a U-Net use "
+            "bk-sdm, edgefusion, a-sdm or vdmini"
+        )
+    return {stack: int(transformer.config[field]) for stack, field in STACKS[name].items()}
+
+
+def replace_runs(transformer: Any, runs: Sequence[Run]) -> Any:
+    """The transformer with one layer in place of each run.
+
+    Errors: `RecipeError` for a run that is not there, overlaps another, or takes in a last layer that is special.
+    """
+    counts = stacks_of(transformer)
+    for run in runs:
+        if run.stack not in counts or run.last >= counts[run.stack]:
+            able = ", ".join(f"{stack}.0-{count - 1}" for stack, count in counts.items())
+            raise RecipeError(f"runs holds {run}; this {type(transformer).__name__} has {able}")
+    for stack, count in counts.items():
+        mine = sorted((run.first, run.last) for run in runs if run.stack == stack)
+        if any(b[0] <= a[1] for a, b in pairwise(mine)):
+            raise RecipeError(f"runs {', '.join(map(str, runs))} overlap; a layer can go once")
+        if type(transformer).__name__ == "SD3Transformer2DModel" and mine and mine[-1][1] == count - 1:
+            raise RecipeError(f"runs holds {stack}.{mine[-1][0]}-{count - 1}; SD3's last layer is special: keep it")
+        if mine:
+            transformer = keep_layers(transformer, layers_after(count, mine), stack)
+    return transformer
+
+
+def layer_twins(runs: Sequence[Run]) -> dict[str, Run]:
+    """Of what `replace_runs` makes: the name of each layer that stands for a run -> the run."""
+    found = {}
+    for run in runs:
+        before = sum(other.last - other.first for other in runs if other.stack == run.stack and other.last < run.first)
+        found[f"{run.stack}.{run.first - before}"] = run
+    return found
 
 
 def rebuilt(network: Any, changes: Mapping[str, Any], before: Rename, *, corner: bool = False) -> Any:

@@ -116,7 +116,7 @@ class IdSource:
         rows = torch.randint(len(self.data), (self.size,), generator=rng)
         phrasing = torch.randint(self.data.ids.shape[1], (self.size,), generator=rng)
         ids = self.data.ids[rows, phrasing].long()
-        ids[torch.rand(self.size, generator=rng) < self.drop] = self.data.empty.long()
+        ids[torch.rand(self.size, generator=rng) < self.drop] = self.data.empty["ids"].long()
         x0 = self.data.latents[rows].float().to(self.device)
         return Batch(x0.contiguous(memory_format=torch.channels_last), {"ids": ids.to(self.device)}, {})
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
 from fewstep.models.networks import Decoder, as_network
 
-from .data import Latents, encode_scenes, load_latents
+from .data import Latents, LatentSource, encode_scenes, load_latents
 from .errors import RecipeError
 from .features import FeatureNet, as_input, load_features
 from .loop import LoopSettings, train
@@ -175,20 +175,16 @@ def training_latents(bundle: Bundle, data: Latents, count: int, seed: int) -> Te
     """[2 count, C, h, w] half: latents of data, and the bundle's own samples, evenly from each of its step counts."""
     rng = torch.Generator().manual_seed(derive(seed, "tiny decoder"))
     rows = torch.randperm(len(data), generator=rng)[:count]
-    real, ids = data.latents[rows].half(), data.ids[rows, 0].long()
-    steps = [n for n in bundle.spec.steps if n <= 4] or [4]
-    net, text, empty = as_network(bundle.denoiser_net()), bundle.text_encoder(), None
-    if bundle.spec.guidance.mode == "cfg":
-        with torch.no_grad():
-            empty = text(data.empty[None].long())
+    spec, net = bundle.spec, as_network(bundle.denoiser_net())
+    source = LatentSource(data, bundle.text_encoder(), CHUNK, spec=spec)
+    steps = [n for n in spec.steps if n <= 4] or [4]
     made = []
-    for k, chunk in enumerate(ids.split(CHUNK)):
-        with torch.no_grad():
-            cond = {"ctx": text(chunk)}
-        uncond = None if empty is None else {"ctx": empty.expand_as(cond["ctx"])}
-        shape, w = (len(chunk), *real.shape[1:]), bundle.spec.guidance.default
-        made.append(sample(net, bundle.spec, steps[k % len(steps)], cond, shape, w=w, seed=k, uncond=uncond).half())
-    return torch.cat([real, *made])
+    for k, chunk in enumerate(torch.stack([rows, torch.zeros_like(rows)], dim=1).split(CHUNK)):
+        given = source.gather(chunk)
+        uncond = given.uncond if spec.guidance.mode == "cfg" else None
+        count, shape, w = steps[k % len(steps)], given.x0.shape, spec.guidance.default
+        made.append(sample(net, spec, count, given.cond, shape, w=w, seed=k, uncond=uncond).half())
+    return torch.cat([data.latents[rows].half(), *made])
 
 
 def write_decoder(bundle: Bundle, tiny: Any, out: Path, use_at: Sequence[int] = ()) -> Bundle:

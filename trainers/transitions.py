@@ -33,8 +33,11 @@ class NoisedData:
     pure_at_start: bool = True
 
     def draw(self, path: Path, batch: Batch, t: Tensor, turn: Turn) -> Tensor:
-        noise = turn.noise(batch.x0)
-        x_t = noised(path, batch.x0, t, noise)
+        return self.mix(path, batch.x0, t, turn.noise(batch.x0))
+
+    def mix(self, path: Path, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of samples [B, C, ...] and the noise that is theirs."""
+        x_t = noised(path, x0, t, noise)
         if not self.pure_at_start:
             return x_t
         at_start = expand((t >= path.start).to(x_t.dtype), x_t)
