@@ -11,11 +11,11 @@ from fewstep.models.roles import picture_steps
 
 from .costs import Costs
 from .engine import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, TEXT
+from .jobs import Lane, mixed
 from .loop import admit, latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
 from .rng import NoiseStream
-from .scheduler import Lane
 from .step import RowState, advance, run_batch
 from .work import Served, decode, embed, paint_rows
 
@@ -31,7 +31,7 @@ def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
 
     Errors: `EngineFailed` where the engine breaks on its first calls.
     """
-    calls = role_calls(model)
+    calls = role_calls(model, mixes=True)
     sizes = lane.batch_sizes or tuple(2**k for k in range(lane.max_batch.bit_length()))
     for role, seconds in in_turns(calls, sizes[0], budget_s / 4, time.perf_counter):
         costs.record((model.name, role), sizes[0], seconds)
@@ -44,10 +44,13 @@ def calibrate(model: Served, lane: Lane, costs: Costs, budget_s: float) -> None:
             costs.record((model.name, role), size, seconds)
 
 
-def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, Callable[[int], object]]:
+def role_calls(
+    model: Served, size: tuple[int, int] | None = None, *, mixes: bool = False
+) -> dict[str, Callable[[int], object]]:
     """Engine calls as serving makes them, by role: each takes the number of rows.
 
-    size: (width, height) of the picture; the spec's first where it is left out. The empty prompt's embedding stays in
+    size: (width, height) of the picture; the spec's first where it is left out. mixes: with control, also calls of
+    which every other row has none, named by `runtime.jobs.mixed`. The empty prompt's embedding stays in
     the model's cache. To be called, as what it returns, under inference mode.
 
     Errors: `EngineFailed` where the engine breaks on the empty prompt.
@@ -80,6 +83,8 @@ def role_calls(model: Served, size: tuple[int, int] | None = None) -> dict[str, 
         kind = 0 if model.spec.control_kinds else None
         steered = replace(plain, row=replace(row, control=1.0), edge=edge, kind=kind)
         calls[DENOISER_CONTROL] = lambda n: advance(engine, [steered] * n, model.spec)
+        if mixes:
+            calls[mixed(DENOISER_CONTROL)] = lambda n: advance(engine, ([steered, plain] * n)[:n], model.spec)
     return calls
 
 

@@ -23,7 +23,7 @@ from fewstep.models.spec import SamplerSpec
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import TEXT, Engine
+from .engine import DENOISER, DENOISER_CONTROL, TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -36,10 +36,11 @@ from .errors import (
     Overloaded,
 )
 from .events import Event, Failed, Finished, Progress, Result
+from .jobs import Ended, Job, Lane, Prepare, Rejected, RowCall, Stepped, Work
 from .loop import admit, finished
 from .metrics import Metrics, Recorder
 from .request import GenerateRequest, Limits
-from .scheduler import Ended, Job, Lane, Rejected, Scheduler, Stepped, Work
+from .scheduler import Scheduler
 from .text import Prompts
 from .ticket import Ticket
 from .work import Live, Served, execute, fits_one_call
@@ -117,11 +118,15 @@ class Runtime:
         live = admit(self._pick(model), request, self._limits, begun)
         ticket = Ticket(secrets.token_hex(8))
         whole = self._in_one_call(live)
-        rows = tuple((row.evaluations, row.control != 0.0) for row in live.plan.rows)
+        name = live.model.name
+        rows = tuple(
+            RowCall(name, DENOISER_CONTROL if row.control else DENOISER, row.evaluations) for row in live.plan.rows
+        )
+        texts = (Prepare(TEXT, name, TEXT, len(live.missing)),) if live.missing else ()
         job = Job(
             id=ticket.id,
             model=live.model.name,
-            prompts=0 if whole else len(live.missing),
+            before=() if whole else texts,
             rows=() if whole else rows,
             finish=picture_role(len(rows)) if whole else live.decoder,
             pictures=live.request.n,
@@ -274,11 +279,11 @@ class Runtime:
             if size:
                 self._recorder.call(work.kind, size, seconds)
             if size and clean:
-                self._costs.record((work.model, work.role), *_cost(size, seconds, self._lanes[work.model]))
+                self._costs.record((work.model, work.priced), *_cost(size, seconds, self._lanes[work.model]))
             for event in self._scheduler.complete(work, errors, time.monotonic()):
                 if isinstance(event, Stepped):
                     steps.append(event)
-                else:
+                elif isinstance(event, Ended):
                     self._outbox.append(event)
             tickets = {item.id: self._live[item.id] for item in work.items if item.id in self._live}
         for event in steps:
@@ -314,7 +319,7 @@ class Runtime:
 def _lane(engine: Engine, config: RuntimeConfig) -> Lane:
     able = engine.capabilities
     most = able.max_batch if config.max_batch is None else min(able.max_batch, config.max_batch)
-    return Lane(max_batch=most, batch_sizes=able.batch_sizes, mixes_control=able.device != "cpu")
+    return Lane(max_batch=most, batch_sizes=able.batch_sizes)
 
 
 def _cost(size: int, seconds: float, lane: Lane) -> tuple[int, float]:

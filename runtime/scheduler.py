@@ -1,7 +1,7 @@
-"""Which work the engine does next. A state machine: events and `now_s` in, decisions out; no torch, clock, lock or log.
+"""Which work an engine does next. A state machine: events and `now_s` in, decisions out; no torch, clock, lock or log.
 
-A request is text work (unless its prompts are cached), then rows (one per step and picture), then decode work. Work of
-different requests shares an engine call where the measured costs say that it pays.
+A request is preparations, then rows, then decodes (`runtime.jobs`). Each waits in the queue of the model and role that
+does it, whichever request it is of, and shares a call with what waits there where the measured costs say that it pays.
 
 Order. Every request has one due time, fixed when it is accepted: `arrival + STRETCH * own cost / 2^priority`, or its
 deadline less its own cost where that is sooner. The earliest due goes first, and a running request yields to it at its
@@ -10,125 +10,75 @@ later due times.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from .costs import CONSIDERED, Costs, best_count
-from .engine import DECODER, DENOISER, DENOISER_CONTROL, TEXT
+from .costs import CONSIDERED, Batches, Costs
+from .engine import DENOISER
+from .forecast import Forecast
+from .jobs import (
+    DECODE,
+    DENOISE,
+    KINDS,
+    Accepted,
+    Ended,
+    Item,
+    Job,
+    Lane,
+    Paused,
+    Rejected,
+    Stepped,
+    Work,
+    mixed,
+)
+from .pricing import Price, Pricing
 
-DENOISE, DECODE = "denoise", "decode"
 STRETCH = 10.0
 """A request's waiting time is in proportion when it takes this many times its own cost."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """What one model's engine can take. `mixes_control`: rows with and without ControlNet may share a call."""
-
-    max_batch: int
-    batch_sizes: tuple[int, ...] = ()
-    mixes_control: bool = False
+Change = Stepped | Paused | Ended
+Key = tuple[str, str, str]
+"""(model, kind of work, role): what a queue is for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the scheduler knows of a request. `rows` holds, per step, (network evaluations, with ControlNet?).
+class _Entry(NamedTuple):
+    """An item that waits. Entries sort by the request's due time, then arrival; within it decodes go first."""
 
-    prompts: text encodings still to make, 0 where cached. deadline_s: absolute, on the clock of `now_s`. finish: the
-    role of the last call of each picture; where that role does all the work, there are neither prompts nor rows.
-    """
-
-    id: str
-    model: str
-    prompts: int
-    rows: tuple[tuple[int, bool], ...]
-    pictures: int = 1
-    priority: int = 0
-    deadline_s: float | None = None
-    finish: str = DECODER
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """`finish_s`: when the request is predicted to end."""
-
-    finish_s: float
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """reason: "queue" (too many requests), "deadline" (it or one admitted before would be late), "hopeless" (late even
-    alone).
-
-    predicted_s: how long the request would take from now.
-    """
-
-    reason: str
-    retry_after_s: float
-    predicted_s: float
-
-
-@dataclass(frozen=True)
-class Item:
-    """A share of a call: step `step` of picture `picture` of a request. Text work is of the request as a whole."""
-
-    id: str
-    picture: int = 0
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Work:
-    """One engine call. kind: "text", "denoise" or "decode". `size` is its batch in prompts, evaluations or pictures."""
-
-    kind: str
-    model: str
-    role: str
-    items: tuple[Item, ...]
+    due_s: float
+    arrival: int
+    rank: int
+    number: int
+    item: Item
     size: int
+    alone_s: float
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """A picture has done `step` steps."""
+@dataclass(slots=True)
+class _Unit:
+    """Pictures of a request that step together: one, or all of a coupled request."""
 
-    id: str
-    picture: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The request's one end. reason: "finished", "failed" (with `error`), "cancelled", "expired" or "closed"."""
-
-    id: str
-    reason: str
-    error: object = None
-
-
-@dataclass
-class _Picture:
+    number: int
+    count: int
     step: int = 0
-    running: bool = False
-    done: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class _Live:
-    """`after_s[k]`: what one picture still costs once k steps are done; `text_s`: what the prompts cost."""
+    """`left_s`: what all that is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued:
+    (rank, number) of what waits -> its queue."""
 
     job: Job
-    after_s: tuple[float, ...]
-    text_s: float
-    pictures: list[_Picture]
-    text_done: bool
-    text_running: bool = False
-    due_s: float = 0.0
-
-    def remaining_s(self) -> float:
-        """What the request still costs if nothing is shared."""
-        text = 0.0 if self.text_done else self.text_s
-        return text + sum(self.after_s[picture.step] for picture in self.pictures if not picture.done)
+    price: Price
+    due_s: float
+    arrival: int
+    left_s: float
+    preparing: int
+    pictures: int
+    models: frozenset[str]
+    units: dict[int, _Unit] = field(default_factory=dict)
+    queued: dict[tuple[int, int], Key] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -136,75 +86,124 @@ class Scheduler:
 
     def __init__(self, lanes: Mapping[str, Lane], costs: Costs, *, max_queue: int) -> None:
         self._lanes = dict(lanes)
-        self._costs = costs
+        self._pricing = Pricing(self._lanes, costs)
         self._max_queue = max_queue
         self._live: dict[str, _Live] = {}
         self._order: list[tuple[float, int, str]] = []  # (due, arrival number, id), earliest first
+        self._left: list[float] = []  # what each of `_order` still costs
+        self._deadlines: list[tuple[float, str]] = []
+        self._queues: dict[Key, list[_Entry]] = {}
+        self._held: set[str] = set()
+        self._users: Counter[str] = Counter()
         self._arrivals = 0
+        self.forecast = Forecast()
 
     @property
     def live(self) -> int:
         """Accepted requests that have not ended."""
         return len(self._live)
 
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `expire` has something to do next."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def add(self, model: str, lane: Lane) -> None:
+        """Serve one more model, or the same one by another engine."""
+        self._lanes[model] = lane
+
+    def drop(self, model: str) -> None:
+        """Serve a model no longer; no request that visits it may be here."""
+        if self._users[model]:
+            raise ValueError(f"{self._users[model]} requests still need {model}")
+        self._held.discard(model)
+        del self._lanes[model], self._users[model]
+
+    def hold(self, model: str) -> None:
+        """Give out none of a model's work until `release`; it waits, and is admitted as before."""
+        self._held.add(model)
+
+    def release(self, model: str) -> None:
+        self._held.discard(model)
+
+    def users(self, model: str) -> tuple[str, ...]:
+        """The requests that visit a model."""
+        if not self._users[model]:
+            return ()
+        return tuple(request_id for request_id, live in self._live.items() if model in live.models)
+
+    def waiting_due_s(self, model: str) -> float | None:
+        """The earliest due time of what waits for a model, None where nothing does."""
+        return min((queue[0].due_s for key, queue in self._queues.items() if key[0] == model), default=None)
+
     def submit(self, job: Job, now_s: float) -> Accepted | Rejected:
         """Admit a request, or say when to come back. Ids must be new."""
         if job.id in self._live:
             raise ValueError(f"request {job.id} is already here")
-        new = self._price(job)
-        own = new.remaining_s()
+        price = self._pricing.job(_with_work(job))
+        own = price.total_s
         soft = now_s + STRETCH * own * 2.0 ** -max(-8, min(8, job.priority))
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
-        ahead, harmed = self._queue_s(due, own, now_s)
-        predicted = ahead + own
+        place = bisect.bisect_left(self._order, (due, self._arrivals))
+        ahead = sum(self._left[:place])
+        predicted = self.forecast.ends_in(now_s, due - now_s, ahead, own)
         if len(self._live) >= self._max_queue:
-            backlog = sum(live.remaining_s() for live in self._live.values())
-            return Rejected("queue", backlog / 2, predicted)  # half the queue's time: every refused caller comes back
-        if job.deadline_s is not None and self._measured(job):
+            # half the queue's time: every refused caller comes back
+            return Rejected("queue", sum(self._left) / 2 / self.forecast.speed, predicted)
+        if job.deadline_s is not None and self._pricing.measured(job):
             if now_s + own > job.deadline_s:
                 return Rejected("hopeless", 0.0, own)
-            if now_s + predicted > job.deadline_s or harmed:
-                return Rejected("deadline", max(ahead, own), predicted)
-        new.due_s = due
-        self._live[job.id] = new
-        bisect.insort(self._order, (due, self._arrivals, job.id))
-        self._arrivals += 1
+            if now_s + predicted > job.deadline_s or self._harms(place, own, now_s):
+                return Rejected("deadline", max(ahead, own) / self.forecast.speed, predicted)
+        self.forecast.arrived(now_s, due - now_s, own)
+        self._enter(job, price, due, place)
         return Accepted(now_s + predicted)
 
     def cancel(self, request_id: str) -> Ended | None:
         """End a request now; what runs of it is forgotten when it returns. None where it is not here (any more)."""
         return self._end(request_id, "cancelled") if request_id in self._live else None
 
+    def fail(self, request_ids: Iterable[str], error: object) -> list[Ended]:
+        """End those requests that are here."""
+        return [self._end(request_id, "failed", error) for request_id in request_ids if request_id in self._live]
+
     def expire(self, now_s: float) -> list[Ended]:
         """End every request whose deadline has passed."""
-        late = [i for i, live in self._live.items() if live.job.deadline_s is not None and live.job.deadline_s <= now_s]
-        return [self._end(request_id, "expired") for request_id in late]
+        ends = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            ends.append(self._end(self._deadlines[0][1], "expired"))
+        return ends
 
     def close(self) -> list[Ended]:
         """End everything."""
         return [self._end(request_id, "closed") for request_id in list(self._live)]
 
+    def extend(self, job: Job) -> None:
+        """More work for a paused request, in its old place; its id, priority and deadline stay as they were."""
+        live = self._live[job.id]
+        self._users.subtract(live.models)
+        live.job, live.price, live.models = job, self._pricing.job(_with_work(job)), job.models
+        self._users.update(live.models)
+        live.preparing, live.pictures = len(job.before), job.pictures
+        self._spend(live, live.left_s - live.price.total_s)
+        self._begin(live)
+
+    def conclude(self, request_id: str, now_s: float) -> Ended | None:
+        """End a paused request, with nothing more to do. None where it is not here any more."""
+        live = self._live.get(request_id)
+        return None if live is None else self._end(request_id, "expired" if _late(live.job, now_s) else "finished")
+
     def next(self) -> Work | None:
         """The next engine call, its items marked as running; None where nothing is ready."""
-        wanted: tuple[str, str, str] | None = None
-        found: list[tuple[Item, int]] = []
-        for _, _, request_id in self._order:
-            live = self._live[request_id]
-            for kind, role, item, size in self._ready(live):
-                group = (live.job.model, kind, self._group(live.job.model, role))
-                if wanted is None:
-                    wanted = group
-                if group == wanted:
-                    found.append((item, size))
-            if len(found) >= CONSIDERED:
-                break
-        if wanted is None:
-            return None
-        return self._take(wanted, found)
+        wanted, first = None, None
+        for key, queue in self._queues.items():
+            if (first is None or queue[0] < first) and key[0] not in self._held:
+                wanted, first = key, queue[0]
+        return None if wanted is None else self._take(*self._choose(wanted))
 
-    def complete(self, work: Work, errors: Sequence[object | None], now_s: float) -> list[Stepped | Ended]:
+    def complete(self, work: Work, errors: Sequence[object | None], now_s: float) -> list[Change]:
         """Take back a call: one error (or None) per item, in order. Items of requests that have ended are dropped."""
-        events: list[Stepped | Ended] = []
+        events: list[Change] = []
         for item, error in zip(work.items, errors, strict=True):
             live = self._live.get(item.id)
             if live is None:
@@ -213,107 +212,170 @@ class Scheduler:
                 events.append(self._end(item.id, "failed", error))
                 continue
             events += self._progress(live, item, work.kind)
-            if all(picture.done for picture in live.pictures):
-                late = live.job.deadline_s is not None and live.job.deadline_s <= now_s
-                events.append(self._end(item.id, "expired" if late else "finished"))
+            if live.preparing or live.pictures:
+                continue
+            if live.job.then_s is not None:
+                events.append(Paused(item.id))
+            else:
+                events.append(self._end(item.id, "expired" if _late(live.job, now_s) else "finished"))
         return events
 
-    def _progress(self, live: _Live, item: Item, kind: str) -> list[Stepped | Ended]:
-        if kind == TEXT:
-            live.text_done, live.text_running = True, False
-            return []
-        picture = live.pictures[item.picture]
-        picture.running = False
+    def _progress(self, live: _Live, item: Item, kind: str) -> list[Change]:
         if kind == DECODE:
-            picture.done = True
+            live.pictures -= 1
+            self._spend(live, live.price.finish_s)
             return []
-        picture.step += 1
-        return [Stepped(item.id, item.picture, picture.step)]
+        if kind != DENOISE:
+            live.preparing -= 1
+            self._spend(live, live.price.before_s[item.step])
+            if not live.preparing:
+                self._begin_rows(live)
+            return []
+        unit = live.units[item.picture]
+        self._spend(live, live.price.row_s[unit.step])
+        unit.step += 1
+        self._queue_row(live, unit)
+        return [Stepped(item.id, number, unit.step) for number in range(unit.number, unit.number + unit.count)]
 
-    def _ready(self, live: _Live) -> list[tuple[str, str, Item, int]]:
-        """(kind, role, item, size) of everything of a request that may run now; decode ahead of rows."""
+    def _enter(self, job: Job, price: Price, due_s: float, place: int) -> None:
+        own, models = price.total_s, job.models
+        live = _Live(job, price, due_s, self._arrivals, own, len(job.before), job.pictures, models)
+        self._arrivals += 1
+        self._live[job.id] = live
+        self._order.insert(place, (due_s, live.arrival, job.id))
+        self._left.insert(place, own)
+        if job.deadline_s is not None:
+            bisect.insort(self._deadlines, (job.deadline_s, job.id))
+        self._users.update(models)
+        self._begin(live)
+
+    def _begin(self, live: _Live) -> None:
+        """Queue what a job begins with."""
+        for k, part in enumerate(live.job.before):
+            self._push(
+                live, (part.model, part.kind, part.role), 1, Item(live.job.id, 0, k), part.size, live.price.before_s[k]
+            )
+        if not live.preparing:
+            self._begin_rows(live)
+
+    def _begin_rows(self, live: _Live) -> None:
         job = live.job
-        if not live.text_done:
-            return [] if live.text_running else [(TEXT, TEXT, Item(job.id), job.prompts)]
-        decodes, rows = [], []
-        for number, picture in enumerate(live.pictures):
-            if picture.running or picture.done:
-                continue
-            if picture.step == len(job.rows):
-                decodes.append((DECODE, job.finish, Item(job.id, number, picture.step), 1))
-            else:
-                evaluations, control = job.rows[picture.step]
-                rows.append((DENOISE, _role(control), Item(job.id, number, picture.step), evaluations))
-        return decodes + rows
+        units = [_Unit(0, job.pictures)] if job.coupled else [_Unit(k, 1) for k in range(live.pictures)]
+        live.units = {unit.number: unit for unit in units}
+        for unit in units:
+            self._queue_row(live, unit)
 
-    def _group(self, model: str, role: str) -> str:
-        return DENOISER if role == DENOISER_CONTROL and self._lanes[model].mixes_control else role
+    def _queue_row(self, live: _Live, unit: _Unit) -> None:
+        """Queue a unit's next row, or its pictures' decodes where all rows are done."""
+        job, step = live.job, unit.step
+        if step < len(job.rows):
+            row = job.rows[step]
+            item, size = Item(job.id, unit.number, step, unit.count), row.evaluations * unit.count
+            self._push(live, (row.model, DENOISE, row.role), 1, item, size, live.price.row_s[step])
+        elif job.finish is None:
+            live.pictures -= unit.count
+        else:
+            for number in range(unit.number, unit.number + unit.count):
+                self._push(live, (job.model, DECODE, job.finish), 0, Item(job.id, number, step), 1, live.price.finish_s)
 
-    def _take(self, group: tuple[str, str, str], found: list[tuple[Item, int]]) -> Work:
-        """Fill one call from the candidates, most urgent first, up to the size that pays."""
-        model, kind, role = group
-        lane = self._lanes[model]
-        sums = [0]
-        for _, size in found:
-            sums.append(sums[-1] + size)
-        most = max(1, bisect.bisect_right(sums, lane.max_batch) - 1)
-        count = best_count(len(found), most, lambda k: self._call_s(model, role, sums[k]))
-        items = tuple(item for item, _ in found[:count])
-        for item in items:
-            live = self._live[item.id]
-            if kind == TEXT:
-                live.text_running = True
-            else:
-                live.pictures[item.picture].running = True
-        if kind == DENOISE and any(self._live[i.id].job.rows[i.step][1] for i in items):
-            role = DENOISER_CONTROL
-        return Work(kind, model, role, items, sums[count])
+    def _push(self, live: _Live, key: Key, rank: int, item: Item, size: int, alone_s: float) -> None:
+        number = item.step if key[1] in KINDS[:2] else item.picture
+        entry = _Entry(live.due_s, live.arrival, rank, number, item, size, alone_s)
+        bisect.insort(self._queues.setdefault(key, []), entry)
+        live.queued[rank, number] = key
+
+    def _remove(self, live: _Live, rank: int, number: int) -> None:
+        key = live.queued.pop((rank, number))
+        queue = self._queues[key]
+        del queue[bisect.bisect_left(queue, (live.due_s, live.arrival, rank, number))]
+        if not queue:
+            del self._queues[key]
+
+    def _choose(self, wanted: Key) -> tuple[Key, list[_Entry], bool]:
+        """(queue, entries of the next call, whether rows that need no steering are among those that do).
+
+        Rows that no picture steers can share a call with those of one steered role, with zeros for what steers them.
+        They do where serving all together ends earlier in the mean than serving each kind in calls of its own.
+        """
+        model, kind, role = wanted
+        own = self._queues[wanted][:CONSIDERED]
+        other = self._partner(wanted) if kind == DENOISE and len(self._queues) > 1 else None
+        if other is None and len(own) == 1:
+            return wanted, own, False
+        alone = self._batches(model, role, own)
+        if other is None:
+            return wanted, own[: alone.size], False
+        theirs = self._queues[other][: CONSIDERED - len(own)]
+        steered = other if role == DENOISER else wanted
+        apart = self._batches(model, other[2], theirs)
+        both = sorted(own + theirs)
+        together = self._batches(model, mixed(steered[2]), both)
+        found = both[: together.size]
+        mine = len(set(found) & set(own))
+        apart_s = alone.total_s + len(theirs) * alone.span_s + apart.total_s
+        if mine == len(found) or together.total_s >= apart_s * (1 - 1e-9):
+            return wanted, own[: alone.size], False
+        return steered, found, True
+
+    def _partner(self, wanted: Key) -> Key | None:
+        """The queue whose rows may share a call with those of `wanted`, if what that costs was measured."""
+        model, _, role = wanted
+        if role != DENOISER:
+            other = (model, DENOISE, DENOISER)
+            return other if other in self._queues and self._pricing.known(model, mixed(role)) else None
+        steered = [
+            (queue[0], key)
+            for key, queue in self._queues.items()
+            if key[:2] == wanted[:2] and key != wanted and self._pricing.known(model, mixed(key[2]))
+        ]
+        return min(steered)[1] if steered else None
+
+    def _batches(self, model: str, role: str, entries: Sequence[_Entry]) -> Batches:
+        return self._pricing.batches(model, role, [entry.size for entry in entries])
+
+    def _take(self, key: Key, entries: Sequence[_Entry], mixes: bool) -> Work:
+        model, kind, role = key
+        size, alone_s = 0, 0.0
+        for entry in entries:
+            self._remove(self._live[entry.item.id], entry.rank, entry.number)
+            size += entry.size
+            alone_s += entry.alone_s
+        priced = mixed(role) if mixes else role
+        self.forecast.ran(alone_s, alone_s if len(entries) == 1 else self._pricing.call_s(model, priced, size))
+        return Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
 
     def _end(self, request_id: str, reason: str, error: object = None) -> Ended:
         live = self._live.pop(request_id)
-        place = bisect.bisect_left(self._order, (live.due_s, -1, ""))
-        while self._order[place][2] != request_id:
-            place += 1
-        del self._order[place]
+        for rank, number in tuple(live.queued):
+            self._remove(live, rank, number)
+        place = bisect.bisect_left(self._order, (live.due_s, live.arrival))
+        del self._order[place], self._left[place]
+        if live.job.deadline_s is not None:
+            del self._deadlines[bisect.bisect_left(self._deadlines, (live.job.deadline_s, request_id))]
+        self._users.subtract(live.models)
         return Ended(request_id, reason, error)
 
-    def _call_s(self, model: str, role: str, size: int) -> float:
-        """Seconds of a call, counting the padding to a size that the engine has, and the calls above its largest."""
-        lane = self._lanes[model]
-        if size > lane.max_batch:
-            whole, rest = divmod(size, lane.max_batch)
-            return whole * self._call_s(model, role, lane.max_batch) + (
-                self._call_s(model, role, rest) if rest else 0.0
-            )
-        padded = min((s for s in lane.batch_sizes if s >= size), default=size)
-        return self._costs.seconds((model, role), padded)
+    def _spend(self, live: _Live, seconds: float) -> None:
+        """So much less is left of a request's work."""
+        live.left_s = max(0.0, live.left_s - seconds)
+        self._left[bisect.bisect_left(self._order, (live.due_s, live.arrival))] = live.left_s
 
-    def _queue_s(self, due_s: float, own_s: float, now_s: float) -> tuple[float, bool]:
-        """(seconds of what goes before `due_s`, whether `own_s` more there breaks a deadline that holds without)."""
-        ahead, total, harmed = 0.0, 0.0, False
-        for due, _, request_id in self._order:
-            live = self._live[request_id]
-            total += live.remaining_s()
-            if due <= due_s:
-                ahead = total
-            elif live.job.deadline_s is not None:
-                harmed |= now_s + total <= live.job.deadline_s < now_s + total + own_s
-        return ahead, harmed
-
-    def _price(self, job: Job) -> _Live:
-        """A request with its costs as the table has them now."""
-        calls = {row: self._call_s(job.model, _role(row[1]), row[0]) for row in set(job.rows)}
-        after = [self._call_s(job.model, job.finish, 1)]
-        for row in reversed(job.rows):
-            after.append(after[-1] + calls[row])
-        text = self._call_s(job.model, TEXT, job.prompts) if job.prompts else 0.0
-        pictures = [_Picture() for _ in range(job.pictures)]
-        return _Live(job, tuple(reversed(after)), text, pictures, text_done=job.prompts == 0)
-
-    def _measured(self, job: Job) -> bool:
-        roles = {_role(control) for _, control in job.rows} | {job.finish} | ({TEXT} if job.prompts else set())
-        return all(self._costs.measured((job.model, role)) for role in roles)
+    def _harms(self, place: int, own_s: float, now_s: float) -> bool:
+        """Whether `own_s` more at a place in the order breaks a deadline behind it that holds without."""
+        speed, total = self.forecast.speed, sum(self._left[:place])
+        for (_, _, request_id), left in zip(self._order[place:], self._left[place:], strict=True):
+            total += left
+            deadline = self._live[request_id].job.deadline_s
+            if deadline is not None and now_s + total / speed <= deadline < now_s + (total + own_s) / speed:
+                return True
+        return False
 
 
-def _role(control: bool) -> str:
-    return DENOISER_CONTROL if control else DENOISER
+def _late(job: Job, now_s: float) -> bool:
+    return job.deadline_s is not None and job.deadline_s <= now_s
+
+
+def _with_work(job: Job) -> Job:
+    if not (job.before or job.rows or job.finish) or job.pictures < 1:
+        raise ValueError(f"request {job.id} asks for no work")
+    return job

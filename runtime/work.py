@@ -26,10 +26,10 @@ from .engine import (
 )
 from .errors import EngineFailed, FewstepError
 from .events import Picture
+from .jobs import DENOISE, Item, Work
 from .plan import Plan, Row, compile_plan
 from .request import GenerateRequest
 from .rng import NoiseStream
-from .scheduler import DENOISE, Item, Work
 from .step import Conditions, Features, History, RowState, advance, finite_rows, run_batch
 from .text import Prompts
 

@@ -1,0 +1,68 @@
+"""When a request will end: what is in front of it, how fast shared calls do that, and who is likely to pass it.
+
+Pure: seconds come in as numbers. All costs are those of requests served alone.
+"""
+
+import bisect
+from collections import deque
+
+ARRIVALS = 64
+"""Latest arrivals by which the near future is judged."""
+FEWEST = 16
+"""With fewer arrivals than this nothing is said of those to come."""
+MEMORY_S = 2.0
+"""Call seconds over which the speed is averaged."""
+
+
+class Forecast:
+    """Learns from calls (`ran`) and arrivals (`arrived`); answers `ends_in`."""
+
+    def __init__(self) -> None:
+        self.speed = 1.0
+        self._latest: deque[tuple[float, float, float]] = deque()  # (arrival, slack, cost), oldest first
+        self._by_slack: list[tuple[float, float, float]] = []  # (slack, arrival, cost)
+
+    def ran(self, alone_s: float, call_s: float) -> None:
+        """A call of `call_s` did work that takes `alone_s` where nothing is shared."""
+        if call_s > 0.0:
+            share = call_s / (call_s + MEMORY_S)
+            self.speed += share * (alone_s / call_s - self.speed)
+
+    def arrived(self, now_s: float, slack_s: float, cost_s: float) -> None:
+        """A request came that costs `cost_s` and is due `slack_s` after its arrival."""
+        if len(self._latest) == ARRIVALS:
+            arrival, slack, cost = self._latest.popleft()
+            del self._by_slack[bisect.bisect_left(self._by_slack, (slack, arrival, cost))]
+        self._latest.append((now_s, slack_s, cost_s))
+        bisect.insort(self._by_slack, (slack_s, now_s, cost_s))
+
+    def ends_in(self, now_s: float, slack_s: float, ahead_s: float, own_s: float) -> float:
+        """Seconds until a request ends that costs `own_s` with `ahead_s` due before it.
+
+        Requests go on arriving as they did of late; one with slack s passes this one if it comes within the next
+        `slack_s - s` seconds, while this one is still here.
+        """
+        base = max(own_s, (ahead_s + own_s) / self.speed)
+        passing = bisect.bisect_left(self._by_slack, (slack_s,))
+        if not passing or len(self._latest) < FEWEST:
+            return base
+        seen_s = now_s - self._latest[0][0]
+        if seen_s <= 0.0:
+            return base
+        return _with_passers(base, slack_s, self._by_slack[:passing], 1.0 / (seen_s * self.speed))
+
+
+def _with_passers(base_s: float, slack_s: float, passers: list[tuple[float, float, float]], per_s: float) -> float:
+    """The T for which T = base + sum of cost_j per_s min(T, slack - slack_j); passers by rising slack.
+
+    Those of least slack may come for longest. Going from the shortest window up, each either closes before T or not.
+    """
+    rate = per_s * sum(cost for _, _, cost in passers)
+    done = base_s
+    for slack, _, cost in reversed(passers):
+        window = slack_s - slack
+        if rate < 1.0 and done / (1.0 - rate) <= window:
+            return done / (1.0 - rate)
+        rate -= cost * per_s
+        done += cost * per_s * window
+    return done
