@@ -1,4 +1,4 @@
-"""The application: every API's routes over one runtime. `create_app` takes any, so tests pass one with the fake engine."""
+"""The application: routes of every API over one runtime. `create_app` takes any, so tests pass a fake engine's."""
 
 import asyncio
 import importlib.metadata
@@ -12,16 +12,22 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.cors import CORSMiddleware
 
 from fewstep.runtime.local import Runtime
 
 from . import errors, routes_native, routes_openai
+from .account import Account
 from .gate import Gate
 from .health import Health
+from .keys import KeyRing
 from .metrics import Meters
 from .pictures import Store
+from .quota import Callers
 from .service import Service, service_of
 from .settings import Settings
+from .traces import Traces
+from .visit import Door
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_POLICY = (
@@ -37,7 +43,11 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
     meters = Meters(runtime, health)
     store = Store(settings.stored_bytes, settings.stored_s)
-    service = Service(runtime, settings, health, meters, store, pool, int(time.time()))
+    callers = Callers(KeyRing(settings.api_keys, Path(settings.key_file) if settings.key_file else None))
+    door = Door(runtime, callers, settings.max_queue, meters.decided)
+    version = importlib.metadata.version("fewstep")
+    account = Account(meters, Traces() if settings.traces == "otlp" else None)
+    service = Service(runtime, settings, health, meters, store, pool, int(time.time()), callers, door, account)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,11 +56,19 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
         health.drain()
         warming.cancel()
         pool.shutdown()
+        account.close()
 
-    version = importlib.metadata.version("fewstep")
     app = FastAPI(title="fewstep", version=version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(Gate, settings=settings, count=meters.response)
+    app.add_middleware(Gate, settings=settings, callers=callers, account=account)
+    if settings.origins:  # outside the gate: a browser asks without a key whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-fewstep-seed", "retry-after"],
+        )
     for routes in (router, routes_openai.router, routes_native.router):
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE))

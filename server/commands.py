@@ -40,6 +40,8 @@ def serve(argv: list[str]) -> int:
         default=None,
         help="serve an engine built for a GPU that none has run yet",
     )
+    parser.add_argument("--key-file", metavar="F", help="API keys, as `fewstep keys` makes them")
+    parser.add_argument("--log", choices=("quiet", "text", "json"), help="a line per call, or faults only (quiet)")
     parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
     args = parser.parse_args(argv)
     try:
@@ -53,10 +55,12 @@ def serve(argv: list[str]) -> int:
     from fewstep.runtime.request import Limits
 
     from .app import create_app
+    from .logs import configure
     from .settings import Settings
 
     flags = {k: v for k, v in vars(args).items() if k != "bundles" and v is not None}
     settings = replace(Settings.from_environment(os.environ), **flags)
+    configure(settings.log)
     with listen(settings.host, settings.port) as listener:
         limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
         unproven = settings.allow_unproven
@@ -92,7 +96,10 @@ async def run(app: Any, settings: "Settings", listener: socket.socket) -> int:
 
     service = app.state.service
     grace_s = max(1, round(settings.drain_s))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace_s))
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=grace_s, ws_max_size=settings.max_body_bytes
+    )
+    server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

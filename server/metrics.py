@@ -1,9 +1,12 @@
 """The runtime's counters and the server's own, as Prometheus reads them. One registry per app, nothing global."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -12,6 +15,9 @@ from fewstep.runtime.local import Runtime
 from fewstep.runtime.metrics import SECONDS, Histogram, Tally
 
 from .health import Health
+from .visit import Visit
+
+OVERHEAD = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 
 
 class Meters(Collector):
@@ -20,20 +26,35 @@ class Meters(Collector):
     def __init__(self, runtime: Runtime, health: Health) -> None:
         self._runtime, self._health = runtime, health
         self._encode_s = Tally(SECONDS)
+        self._http_s: dict[str, Tally] = {}
+        self._overhead_s = Tally(OVERHEAD)
+        self._keyed: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()  # requests end on the runtime's thread
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._responses = Counter(
-            "fewstep_http_responses",
-            "HTTP responses by route and status.",
-            ["route", "status"],
-            registry=self._registry,
-        )
+        self._responses: Counter[tuple[str, str]] = Counter()
+
+    def add(self, collector: Collector) -> None:
+        """Show another part's metrics as well."""
+        self._registry.register(collector)
 
     def response(self, route: str, status: int) -> None:
-        self._responses.labels(route, str(status)).inc()
+        self._responses[route, str(status)] += 1
 
     def encoded(self, seconds: float) -> None:
         self._encode_s.add(seconds)
+
+    def visited(self, visit: Visit, seconds: float) -> None:
+        """A call has ended; a socket, whose length is up to the caller, is left out."""
+        if visit.method != "WEBSOCKET":
+            self._http_s.setdefault(visit.route, Tally(SECONDS)).add(seconds)
+            if visit.made is not None:
+                self._overhead_s.add(max(0.0, seconds - visit.inner_s))
+
+    def decided(self, key: str, decision: str) -> None:
+        """What became of a request of the key with this name ("" without keys), as `visit.Door` says it."""
+        with self._lock:
+            self._keyed[key, decision] += 1
 
     def render(self) -> tuple[bytes, str]:
         """(page, media type)."""
@@ -44,8 +65,19 @@ class Meters(Collector):
         stages = {**now.stage_s, "encode": self._encode_s.value()}
         yield _histograms("fewstep_stage_seconds", "Seconds per engine call, or per encoded request.", stages, "stage")
         yield _histograms("fewstep_batch_size", "Rows per engine call of each stage.", now.batch_size, "stage")
+        https = {route: tally.value() for route, tally in self._http_s.items()}
+        yield _histograms("fewstep_http_seconds", "HTTP call until its end, by route.", https, "route")
+        about = "Seconds of a call that made pictures outside the runtime and the encoder."
+        yield _histograms("fewstep_http_overhead_seconds", about, {"": self._overhead_s.value()})
         yield _histograms("fewstep_request_seconds", "Submitted until the final event.", {"": now.request_s})
         yield _histograms("fewstep_queue_seconds", "Accepted until the first engine call.", {"": now.queue_s})
+        responses = {key: float(count) for key, count in self._responses.items()}
+        about = "HTTP responses by route and status."
+        yield _counters("fewstep_http_responses", about, responses, "route", "status")
+        with self._lock:
+            keyed = dict(self._keyed)
+        about = "Requests by the name of their key, and what was decided and became of them."
+        yield _counters("fewstep_key_requests", about, keyed, "key", "decision")
         outcomes = {"Finished": now.finished, **now.failed}
         yield _counters("fewstep_requests", "Ended requests by outcome.", outcomes, "outcome")
         yield _counters("fewstep_rejected", "Requests refused at the door.", now.rejected, "reason")
@@ -56,10 +88,11 @@ class Meters(Collector):
         yield GaugeMetricFamily("fewstep_ready", "1 while /ready says yes.", value=self._health.state == "ready")
 
 
-def _counters(name: str, about: str, values: Mapping[str, int], label: str) -> Metric:
-    family = CounterMetricFamily(name, about, labels=[label])
+def _counters(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
+    """Values by one label, or by tuples of several."""
+    family = CounterMetricFamily(name, about, labels=labels)
     for key, value in values.items():
-        family.add_metric([key], value)
+        family.add_metric([key] if isinstance(key, str) else key, value)
     return family
 
 

@@ -11,10 +11,13 @@ from fewstep.runtime.local import Runtime
 from fewstep.runtime.ticket import Ticket
 
 from . import streaming
+from .account import Account
 from .health import Health
 from .metrics import Meters
 from .pictures import Encoded, Store, encoded
+from .quota import Callers
 from .settings import Settings
+from .visit import Door
 from .wire import Job
 
 
@@ -29,10 +32,13 @@ class Service:
     store: Store
     pool: ThreadPoolExecutor
     started_unix_s: int
+    callers: Callers
+    door: Door
+    account: Account
 
     def submit(self, job: Job) -> Ticket:
         try:
-            return self.runtime.submit(job.request, job.model)
+            return self.door.submit(job.request, job.model)
         except InvalidRequest as error:
             raise job.renamed(error) from error
 
@@ -43,7 +49,7 @@ class Service:
 
     async def encode(self, result: Result, job: Job) -> Encoded:
         files = await encoded(self.pool, result, job)
-        self.meters.encoded(files.encode_s)
+        self.account.made(result, files.encode_s)
         return files
 
 

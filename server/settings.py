@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,7 +20,9 @@ class BadSetting(FewstepError):
 class Settings:
     """Every field is read from `FEWSTEP_<NAME>`; flags of `fewstep serve` win over the environment.
 
-    api_keys: comma-separated; if any is set, every call under /v1/ needs `Authorization: Bearer KEY`. stored_bytes and
+    api_keys: comma-separated; key_file: keys made by `fewstep keys`, with limits each. With either, every call but
+    health, metrics and the page needs `Authorization: Bearer KEY`. origins: pages elsewhere that may call from a
+    browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". stored_bytes and
     stored_s bound the pictures kept for `response_format: "url"`. drain_delay_s: how long /ready says no before the
     port closes, so that a load balancer notices; drain_s: how long running requests may then take.
     """
@@ -31,6 +34,10 @@ class Settings:
     max_queue: int = 256
     max_n: int = 10
     api_keys: tuple[str, ...] = ()
+    key_file: str = ""
+    origins: tuple[str, ...] = ()
+    log: str = "quiet"
+    traces: str = "off"
     max_body_bytes: int = 4 * 2**20
     encode_threads: int = 2
     stored_bytes: int = 64 * 2**20
@@ -43,6 +50,12 @@ class Settings:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise BadSetting(f"{PREFIX}{name.upper()} is {value}; use {low} to {high}")
+        for name, known in _CHOICES:
+            if getattr(self, name) not in known:
+                raise BadSetting(f"{PREFIX}{name.upper()} is {getattr(self, name)!r}; use one of {', '.join(known)}")
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise BadSetting(f"{PREFIX}ORIGINS has {origin!r}; write scheme, host and port, as https://host:8443")
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> "Settings":
@@ -60,6 +73,8 @@ class Settings:
         return Settings(**values)
 
 
+_CHOICES = (("log", ("quiet", "text", "json")), ("traces", ("off", "otlp")))
+_ORIGIN = re.compile(r"https?://[^/\s,]+")
 _RANGES = (
     ("port", 0, 65535),
     ("max_queue", 1, 1_000_000),

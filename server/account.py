@@ -1,0 +1,50 @@
+"""What is written down of every call when it ends: its log line, its measurements, its trace."""
+
+import time
+from collections.abc import Mapping
+
+from fewstep.runtime.events import Result
+
+from .logs import log_visit
+from .metrics import Meters
+from .traces import Traces
+from .visit import Visit, current
+
+
+class Account:
+    """One server's books."""
+
+    def __init__(self, meters: Meters, traces: Traces | None) -> None:
+        self._meters, self._traces = meters, traces
+
+    def begin(self, visit: Visit, headers: Mapping[str, str]) -> None:
+        if self._traces is not None:
+            self._traces.begin(visit, headers)
+
+    def made(self, result: Result, encode_s: float) -> None:
+        """A route has made and encoded pictures."""
+        self._meters.encoded(encode_s)
+        visit = current.get()
+        if visit is not None:
+            visit.note(result, encode_s)
+            if self._traces is not None:
+                self._traces.made(visit, result, encode_s)
+
+    def refused(self, visit: Visit, code: str) -> None:
+        """The gate let it go no further."""
+        self._meters.decided(visit.key_name, code)
+
+    def answered(self, visit: Visit) -> None:
+        """The reply begins."""
+        self._meters.response(visit.route, visit.status)
+
+    def end(self, visit: Visit) -> None:
+        seconds = time.monotonic() - visit.begun_s
+        self._meters.visited(visit, seconds)
+        log_visit(visit, seconds)
+        if self._traces is not None:
+            self._traces.end(visit, seconds)
+
+    def close(self) -> None:
+        if self._traces is not None:
+            self._traces.close()
