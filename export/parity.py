@@ -13,7 +13,7 @@ _TINY = torch.finfo(torch.float32).tiny
 class Apart:
     """relative: |a - b| / |b|. peak: the largest single difference relative to the sample's largest value.
 
-    Both are infinite for other shapes, another number of outputs, or values that are not finite.
+    Both are infinite for other shapes, another number of outputs, or values that are not finite on either side.
     """
 
     relative: float
@@ -51,4 +51,4 @@ def peak_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _comparable(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and bool(torch.isfinite(found).all())
+    return found.shape == wanted.shape and all(bool(torch.isfinite(x).all()) for x in (found, wanted))

@@ -137,4 +137,7 @@ def test_the_peak_sees_corners_that_the_norm_averages_away():
     assert peak_error(corner, wanted) == pytest.approx(0.5)
     assert relative_error(corner, wanted) == pytest.approx(0.005)
     corner[1, 0, 0, 0] = float("nan")
+    assert apart([wanted], [corner]) == apart([wanted], [wanted / 0]) == LOST, (
+        "a reference that is no number agrees with none"
+    )
     assert apart([wanted, corner], [wanted, wanted]) == apart([wanted[:, :1]], [wanted]) == apart([], [wanted]) == LOST
