@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.budget import Budget
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, checked_files, engine_folder, write_manifest
+from fewstep.runtime.manifest import Graph, Manifest, checked_files, engine_folder, over_graphs, write_manifest
 
 from .calibration import PROMPTS, Rows, student_feeds
 from .onnx import export_onnx, usable_onnx
@@ -122,18 +122,15 @@ def quantise(
             trials[role] = [{k: v for k, v in asdict(trial).items() if k != "graph"} for trial in found]
         kept = {role: trial.graph for role, trial in chosen.items()}
         _sweep(folder, kept)
-        manifest = replace(
+        manifest = over_graphs(
             onnx,
-            engine=kit.kind,
+            kit.kind,
             precision="int8",
             roles=kept,
             treatments={role: trial.treatment for role, trial in chosen.items()},
             budget=budget.stated,
             build={"mode": mode, "trials": trials, "calibration": _described(feeds, prompts)},
             producers={**onnx.producers, **kit.producers()},
-            parity=(),
-            verified=False,
-            costs={},
         )
     write_manifest(bundle, manifest)
     return manifest

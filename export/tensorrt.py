@@ -23,6 +23,7 @@ from fewstep.runtime.manifest import (
     checked_files,
     engine_folder,
     export_command,
+    over_graphs,
     read_manifest,
     write_manifest,
 )  # fmt: skip
@@ -201,12 +202,8 @@ def _note(manifest: Manifest | None, role: str) -> dict[str, Any]:
 
 def _finish(bundle: Bundle, manifest: Manifest, before: Manifest | None) -> Manifest:
     """Keep the earlier manifest where nothing changed, with what was proven under it; else write this one."""
-    if before is not None:
-        proven = replace(
-            manifest, parity=before.parity, verified=before.verified, executed_on=before.executed_on, costs=before.costs
-        )
-        if proven == before:
-            return before
+    if before is not None and over_graphs(before, before.engine, build=before.build) == manifest:
+        return before
     write_manifest(bundle, manifest)
     used = {graph.file for graph in manifest.roles.values()}
     for path in engine_folder(bundle, manifest.engine).glob("*.plan*"):

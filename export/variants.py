@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, write_manifest
+from fewstep.runtime.manifest import Manifest, over_graphs, write_manifest
 
 from .onnx import export_onnx, usable_onnx
 
@@ -46,7 +46,7 @@ def export_provider(
         raise EngineUnavailable(f"precision is {precision!r}; the engine {engine!r} has fp32")
     source = usable_onnx(bundle) or export_onnx(bundle, progress=progress)
     roles = {role: replace(graph, file=f"../onnx/{graph.file}") for role, graph in source.roles.items()}
-    return _written(bundle, replace(source, engine=engine, roles=roles, parity=(), verified=False, costs={}))
+    return _written(bundle, over_graphs(source, engine, roles=roles))
 
 
 def _written(bundle: Bundle, manifest: Manifest) -> Manifest:

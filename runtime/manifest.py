@@ -6,7 +6,7 @@ set by `fewstep verify` alone, after every comparison with torch passed. No torc
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,13 @@ def export_command(bundle: Bundle, kind: str) -> str:
     engine, _, precision = kind.rpartition("-")
     chosen = f"{engine} --precision {precision}" if engine and precision in PRECISIONS else kind
     return f"fewstep export {bundle.root} --engine {chosen}"
+
+
+def over_graphs(source: Manifest, engine: str, **changes: Any) -> Manifest:
+    """A manifest of the kind `engine` over the graphs of `source`: nothing that was measured, proven or stated of that
+    engine is said of this one."""
+    made = {f.name: getattr(source, f.name) for f in fields(Manifest) if f.default is f.default_factory is MISSING}
+    return Manifest(**{**made, "engine": engine, **changes})
 
 
 def write_manifest(bundle: Bundle, manifest: Manifest) -> Path:

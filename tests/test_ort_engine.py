@@ -1,5 +1,6 @@
 """ONNX Runtime behind the engine seam: equal to torch, indifferent to batches, loud when it cannot be had."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from fewstep.export.parity import relative_error
 from fewstep.models.bundle import load_bundle, seal_bundle
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import engine_folder
+from fewstep.runtime.manifest import engine_folder, read_manifest, write_manifest
 from fewstep.runtime.ort_engine import BoundCall, OrtEngine, provider_options, run_on_cpu, session_options
 from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
@@ -161,9 +162,13 @@ def test_kinds_ask_for_their_provider_first(exported_lcm, tmp_path, monkeypatch,
     from fewstep.export.variants import export_provider
 
     bundle = load_bundle(copy_bundle(exported_lcm, tmp_path / "copy"))
+    source = replace(read_manifest(bundle, "onnx"), quality={"steps": {}}, budget={"error": 0.1}, costs={"roles": {}})
+    write_manifest(bundle, source)
     manifest = export_provider(bundle, engine=kind)
     assert manifest.engine == kind and manifest.roles["decoder"].file == "../onnx/decoder.onnx"
-    assert not manifest.verified and manifest.parity == ()
+    assert (
+        not manifest.verified and manifest.parity == () and not (manifest.quality or manifest.budget or manifest.costs)
+    )
     asked = []
 
     def session(file, options, providers, **settings):

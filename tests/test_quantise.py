@@ -1,6 +1,7 @@
 """Int8 engines: per role the fastest treatment inside the budget; what passes the budget is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from fewstep.models.bundle import load_bundle
 from fewstep.runtime.budget import Budget
 from fewstep.runtime.engines import open_engine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest
+from fewstep.runtime.manifest import engine_folder, read_manifest, write_manifest
 from tiny import copy_bundle
 
 pytest.importorskip("onnxruntime")
@@ -93,8 +94,11 @@ def test_onnx_dynamic_and_static(bundle):
     from fewstep.export.quantise_onnx import kit
 
     forced = {**EXACT, "text": "int8-dynamic", "decoder": "int8"}
+    said = {"budget": {"compliance": 0.1}, "quality": {"steps": {"1": {}}}, "executed_on": {"device": "here"}}
+    write_manifest(bundle, replace(read_manifest(bundle, "onnx"), **said))
     manifest = quantise.quantise(bundle, kit(), treatments=forced, prompts=("a star", "ring") * 4)
     assert manifest.treatments == forced
+    assert not (manifest.quality or manifest.budget or manifest.executed_on), "what was measured of the fp32 engine"
     engine = open_engine(bundle, "onnx-int8", threads=1)
     text = manifest.build["trials"]["text"][1]
     assert engine.name == "onnx-int8" and 1e-5 < text["relative_error"] < 5e-2
@@ -102,8 +106,6 @@ def test_onnx_dynamic_and_static(bundle):
 
 
 def test_a_build_that_breaks_leaves_no_half_engine(bundle):
-    from dataclasses import replace
-
     from fewstep.export.quantise_onnx import kit
 
     before = (engine_folder(bundle, "onnx-int8") / "manifest.json").read_bytes()
