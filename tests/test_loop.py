@@ -37,6 +37,7 @@ class Toy:
 
     def loss(self, player, batch, turn):
         self.seen.append((turn.step, player))
+        self.progress = turn.progress
         student, fake = (p.module for p in self.players)
         made = student(turn.noise(batch.x0))
         value = (
@@ -146,7 +147,8 @@ def test_divergence_stops_with_a_remedy(tmp_path):
 
 
 def test_time_budget_ends_the_run_and_cools_the_rate(tmp_path):
-    _, outcome = run(tmp_path, 1_000_000, Toy(fake=PlayerSettings(lr=1.0, cooldown=1.0)), max_seconds=0.4)
+    method, outcome = run(tmp_path, 1_000_000, Toy(fake=PlayerSettings(lr=1.0, cooldown=1.0)), max_seconds=0.4)
+    assert method.progress > 0.3, "what is scheduled over the run sees the time too"
     assert 0 < outcome.steps < 1_000_000 and 0.4 <= outcome.seconds < 20
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows if row["player"] == "fake"]

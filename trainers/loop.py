@@ -115,7 +115,7 @@ def _step(
     rows = []
     for player in method.players:
         if player.acts(step):
-            turn = Turn.of(settings.seed, step, settings.steps, player.name, device)
+            turn = Turn.of(settings.seed, step, settings.steps, player.name, device, progress)
             row = _play(method, player, batch, turn, progress, settings)
             rows.append({"step": step, "player": player.name, **row})
     return rows

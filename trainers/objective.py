@@ -68,15 +68,19 @@ class Turn:
     total: int
     rng: torch.Generator = field(repr=False)
     dropout_seed: int = 0
+    done: float | None = None
 
     @staticmethod
-    def of(seed: int, step: int, total: int, player: str, device: torch.device | str = "cpu") -> "Turn":
+    def of(
+        seed: int, step: int, total: int, player: str, device: torch.device | str = "cpu", done: float | None = None
+    ) -> "Turn":
         rng = torch.Generator(device).manual_seed(derive(seed, step, player))
-        return Turn(step, total, rng, derive(seed, step, player, "dropout"))
+        return Turn(step, total, rng, derive(seed, step, player, "dropout"), done)
 
     @property
     def progress(self) -> float:
-        return self.step / max(1, self.total)
+        """Share of the run that is done: what the loop says, who also counts time, else by steps."""
+        return self.step / max(1, self.total) if self.done is None else self.done
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal, shaped as `like`."""
