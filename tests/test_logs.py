@@ -41,12 +41,8 @@ def test_every_call_is_one_line_with_its_request_id_and_times(lines):
         assert live.http.post("/v1/generate?token=hidden", json=body, headers=headers).status_code == 200
     (line,) = [line for line in lines() if line.get("request_id") == "mine"]
     assert (line["method"], line["path"], line["route"]) == ("POST", "/v1/generate", "/v1/generate")
-        "POST",
-        "/v1/generate",
-        "/v1/generate",
-        200,
-    )
-    assert (line["model"], line["steps"], line["pictures"], line["key"]) == ("fake", 4, 2, "key-1")
+    assert (line["status"], line["model"], line["steps"], line["pictures"]) == (200, "fake", 4, 2)
+    assert line["key"] == "key-1"
     assert line["level"] == "info" and line["time"].endswith("Z") and line["ticket"]
     parts = [line[f"{stage}_ms"] for stage in ("queue", "text", "denoise", "decode", "encode")]
     assert all(part >= 0 for part in parts) and line["duration_ms"] > 0
