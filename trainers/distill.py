@@ -61,7 +61,7 @@ def distill(
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = data if data is not None else training_data(recipe, teacher)
-    recipe = settled(recipe, teacher, data, run / "runs.json")
+    recipe = settled(recipe, teacher, data, run / "runs.json", where)
     run_of = recipe.run
     source = LatentSource(
         data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=where, spec=teacher.spec

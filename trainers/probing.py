@@ -64,14 +64,14 @@ def find_runs(transformer: Any, answer: Callable[[], object], probe: Probe) -> t
     return tuple(found)
 
 
-def layer_states(layers: Sequence[nn.Module], answer: Callable[[], object], most: int = 8192) -> list[States]:
+def layer_states(layers: Sequence[nn.Module], answer: Callable[[], object], most: int = 2048) -> list[States]:
     """What enters the first layer and what leaves each: len(layers) + 1 places, about `most` tokens a call."""
     seen: list[dict[str, list[Tensor]]] = [{} for _ in range(len(layers) + 1)]
 
     def keep(place: int, streams: States) -> None:
         for name, value in streams.items():
-            tokens = value.flatten(0, -2).float()
-            seen[place].setdefault(name, []).append(tokens[:: max(1, len(tokens) // most)])
+            tokens = value.flatten(0, -2)
+            seen[place].setdefault(name, []).append(tokens[:: max(1, len(tokens) // most)].float().cpu())
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         keep(0, streams_in(args, kwargs))

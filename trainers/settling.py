@@ -38,7 +38,10 @@ def training_data(recipe: Recipe, teacher: Bundle, first: int | None = None) -> 
     return data
 
 
-def settled(recipe: Recipe, teacher: Bundle, data: Latents | None = None, kept: Path | None = None) -> Recipe:
+def settled(
+    recipe: Recipe, teacher: Bundle, data: Latents | None = None, kept: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Recipe:  # fmt: skip
     """The recipe with its runs named, found on the first samples of the data where they were not.
 
     kept: a file that remembers them, so that a resumed run prunes as it did.
@@ -54,13 +57,15 @@ def settled(recipe: Recipe, teacher: Bundle, data: Latents | None = None, kept: 
         except (ValueError, KeyError, TypeError, RecipeError) as error:
             raise CheckpointError(f"{kept} holds no runs ({error}); start anew without --resume") from error
     else:
-        runs = choose_runs(teacher, probe, lambda: data or training_data(recipe, teacher, probe.samples))
+        runs = choose_runs(teacher, probe, lambda: data or training_data(recipe, teacher, probe.samples), device)
     if kept is not None:
         kept.write_text(json.dumps({"runs": [str(run) for run in runs]}) + "\n")
     return replace(recipe, student=replace(recipe.student, runs=runs))
 
 
-def choose_runs(teacher: Bundle, probe: Probe, data: Callable[[], Latents]) -> tuple[Run, ...]:
+def choose_runs(
+    teacher: Bundle, probe: Probe, data: Callable[[], Latents], device: torch.device | str = "cpu"
+) -> tuple[Run, ...]:
     """The runs of the teacher's layers, judged on samples of the data noised to several times.
 
     Errors: `RecipeError`, also for a teacher without a stack of layers, before any data is encoded.
@@ -68,15 +73,15 @@ def choose_runs(teacher: Bundle, probe: Probe, data: Callable[[], Latents]) -> t
     network, path = load_denoiser(teacher), teacher.spec.path
     replace_runs(network, ())
     found = data()
-    source = LatentSource(found, teacher.text_encoder(), probe.samples, spec=teacher.spec)
+    source = LatentSource(found, teacher.text_encoder(), probe.samples, spec=teacher.spec, device=device)
     rows = torch.arange(min(probe.samples, len(found)))
     batch = source.gather(torch.stack([rows, torch.zeros_like(rows)], dim=1))
-    net = as_network(teacher.family.denoiser(network, False))
-    noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(0))
+    net = as_network(teacher.family.denoiser(network, False).to(device))
+    noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def answer() -> None:
         for time in grid(path, probe.times).tolist():
-            t = torch.full((len(rows),), time, dtype=torch.float64)
+            t = torch.full((len(rows),), time, dtype=torch.float64, device=device)
             net(noised(path, batch.x0, t, noise), t, batch.cond)
 
     return find_runs(network, answer, probe)
