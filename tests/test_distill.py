@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from fewstep.models.bundle import load_bundle
 from fewstep.models.networks import DenoiserNet
+from fewstep.models.paths import TrigFlow
 from fewstep.trainers import distill as module
 from fewstep.trainers.budget import estimate
 from fewstep.trainers.commands import distill as command
@@ -160,6 +161,24 @@ def test_a_student_may_start_from_another(students, tiny_teacher, data, tmp_path
     bundle = distill("dmd2", tiny_teacher, tmp_path / "warm", settings, data=data, device="cpu")
     folded = fold_guidance(students["lcm"].load("unet"), 2.5)
     assert torch.allclose(answer(bundle.load("unet")), answer(folded), atol=1e-5)
+
+
+def test_a_stage_may_start_from_random_weights(tiny_teacher, data, tmp_path):
+    recipe = configure(RECIPES["lcm"], FAST)
+    stage = dataclasses.replace(recipe.stages[0], start="noise", steps=1)
+    settings = dataclasses.replace(stage.player_settings["student"], lr=0.0)
+    stage = dataclasses.replace(stage, player_settings={"student": settings}, average=None)
+    student = distill(dataclasses.replace(recipe, stages=(stage,)), tiny_teacher, tmp_path / "out", data=data)
+    mine, theirs = (bundle.load("unet").conv_in.weight for bundle in (student, tiny_teacher))
+    assert mine.shape == theirs.shape and (mine - theirs).abs().max() > 1e-3
+
+
+def test_a_second_time_and_another_path_are_refused(tiny_teacher, data, tmp_path):
+    recipe = configure(RECIPES["progressive"], FAST)
+    with pytest.raises(RecipeError, match="second input"):
+        distill(dataclasses.replace(recipe, student=Student(second_time=True)), tiny_teacher, tmp_path / "s", data=data)
+    with pytest.raises(RecipeError, match="'trig' path.*'vp'"):
+        distill(dataclasses.replace(recipe, path=TrigFlow()), tiny_teacher, tmp_path / "p", data=data)
 
 
 def test_the_command_trains_and_lists_what_it_will_do(tiny_teacher, tmp_path, capsys):

@@ -31,7 +31,7 @@ from .preview import sample, save_grid
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 from .settling import settled, training_data
-from .student import again, build_student, is_unet, load_denoiser, merged
+from .student import again, build_student, is_unet, load_denoiser, merged, unlearned
 from .student_bundle import check_contract, student_spec, write_student
 from .watch import Twin, lead, stage_pairs, watch_both
 
@@ -137,6 +137,7 @@ def _run_stage(
     torch.manual_seed(recipe.run.seed)
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
     start = again(previous, recipe.student) if stage.start == "previous" else _begin(recipe, teacher, init)
+    start = again(unlearned(start), recipe.student) if stage.start == "noise" else start
     if resume and done.is_file():
         from safetensors.torch import load_model
 

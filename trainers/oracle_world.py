@@ -159,6 +159,8 @@ def recipe_spec(recipe: Recipe, path: Path, prediction: str) -> SamplerSpec:
         stochastic=s.stochastic,
         guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=s.guidance_range),
         boundary=s.boundary,
+        gamma=s.gamma,
+        phases=s.phases,
         latent=Latent(channels=SHAPE[0], factor=8, scale=1.0),
         sizes=((64, 64),),
         recipe=recipe.name,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from fewstep.models.paths import Path
 from fewstep.models.spec import Boundary
 
 from .errors import RecipeError
@@ -34,7 +35,8 @@ class Needs:
 class Sampling:
     """How the student is sold: the fields of its `SamplerSpec` that training decides.
 
-    sampler, stochastic, guidance, boundary: as in the spec. grids: the rule that makes its time grids on a path.
+    sampler, stochastic, guidance, boundary, gamma, phases: as in the spec. grids: the rule that makes its time grids on
+    a path.
     """
 
     sampler: str
@@ -44,11 +46,15 @@ class Sampling:
     guidance_default: float
     guidance_range: tuple[float, float]
     boundary: Boundary | None = None
+    gamma: float | None = None
+    phases: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One optimisation from start to end. `teacher` and `start` name who they are: "teacher", "init" or "previous".
+
+    A start may also be "noise", random weights.
 
     "init" is the bundle that `--set init=DIR` names, and the teacher where none is named; as a teacher it is whole, as
     a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
@@ -89,7 +95,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole configuration. `stages` run in order; most methods have one. `sampling` None: sampled as its teacher."""
+    """A whole configuration. `stages` run in order; most methods have one. `sampling` None: sampled as its teacher.
+
+    path: what its student lives on, None for whatever its teacher does.
+    """
 
     name: str
     family: str
@@ -98,6 +107,7 @@ class Recipe:
     student: Student
     stages: tuple[Stage, ...]
     sampling: Sampling | None
+    path: Path | None = None
     run: Run = field(default_factory=Run)
 
     @property

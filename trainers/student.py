@@ -31,13 +31,15 @@ LORA_TARGETS = (
 class Student:
     """What a recipe asks of its student.
 
-    guidance_width: size of the guidance embedding, None for no input. cut: blocks it keeps (`trainers.surgery`).
+    guidance_width: size of the guidance embedding, None for no input. second_time: whether it also takes the time where
+    a jump lands, as `s` of its condition. cut: blocks it keeps (`trainers.surgery`).
     remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
     as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
     replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
     """
 
     guidance_width: int | None = None
+    second_time: bool = False
     lora_rank: int | None = None
     cut: Cut | None = None
     remove: int | None = None
@@ -58,6 +60,11 @@ def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
 
     Errors: `RecipeError` for a plan that this network cannot follow.
     """
+    if plan.second_time:
+        raise RecipeError(
+            "this recipe's student takes the time where a jump lands as a second input, which no family of bundles has "
+            "yet; it runs on the plane (`fewstep bench recipes`)"
+        )
     if plan.runs:
         return again(replace_runs(load_denoiser(start), plan.runs), plan)
     if not is_unet(start):
@@ -137,6 +144,12 @@ def again(unet: Any, plan: Student) -> Any:
     if plan.lora_rank is not None:
         add_lora(out, plan.lora_rank)
     return out
+
+
+def unlearned(network: Any) -> Any:
+    """A network of the same configuration with random weights."""
+    plain = merged(network)
+    return type(plain).from_config(plain.config)
 
 
 def add_guidance(unet: Any, width: int) -> Any:

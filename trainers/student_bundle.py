@@ -29,8 +29,8 @@ def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
     low, high = s.guidance_range
     zeros = t.guidance.zero_empty and s.guidance_mode == "cfg"
     return replace(
-        t, sampler=s.sampler, grids=s.grids.of(t.path), spacing=None, stochastic=s.stochastic, gamma=None, phases=None,
-        start="unit", boundary=s.boundary, clip=None,
+        t, sampler=s.sampler, grids=s.grids.of(t.path), spacing=None, stochastic=s.stochastic, gamma=s.gamma,
+        phases=s.phases, start="unit", boundary=s.boundary, clip=None,
         guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=(low, high), zero_empty=zeros),
         **fresh,
     )  # fmt: skip
@@ -47,6 +47,11 @@ def check_contract(recipe: Recipe, teacher: Bundle) -> None:
                 f"{recipe.name} prunes its teacher, so init is not for it: name that bundle with --teacher"
             )
         return
+    if recipe.path is not None and recipe.path.kind != teacher.spec.path.kind:
+        raise RecipeError(
+            f"{recipe.name}'s student lives on a {recipe.path.kind!r} path, and {teacher.name!r} on "
+            f"{teacher.spec.path.kind!r}; use a teacher of that path, or lcm"
+        )
     if teacher.spec.path.kind != "vp":
         raise RecipeError(
             f"{recipe.name} sells students of a table of betas, which diffusers' {recipe.sampling.sampler} scheduler "
@@ -126,7 +131,7 @@ def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, index: dict[s
 
 
 def _scheduler(sampling: Sampling, teacher: Bundle) -> Any:
-    from diffusers import DDIMScheduler, LCMScheduler
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     path = teacher.spec.path
     settings: dict[str, Any] = {
@@ -137,4 +142,6 @@ def _scheduler(sampling: Sampling, teacher: Bundle) -> Any:
     settings["steps_offset"] = 1  # read by neither scheduler here, but diffusers' pipeline warns where it is not 1
     if sampling.sampler == "lcm":
         return LCMScheduler(**settings, original_inference_steps=getattr(sampling.grids, "points", 50))
+    if sampling.sampler == "tcd":
+        return TCDScheduler(**settings, original_inference_steps=getattr(sampling.grids, "points", 50))
     return DDIMScheduler(**settings, timestep_spacing="trailing")

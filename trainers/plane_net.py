@@ -1,0 +1,135 @@
+"""The one small network of the plane, the same for every method: teacher-like start, student, average, fake score.
+
+It works on the angle of the noise: with u = x / hypot(alpha, sigma) and tan(angle) = sigma / alpha every path is
+`u = cos x0 + sin eps`, and the body answers `cos eps - sin x0`, which is of unit size. So one body serves every path
+and prediction, starts alike on all of them, and can be differentiated in time.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.paths import Path
+from fewstep.models.predictions import target
+
+from .errors import RecipeError
+from .plane import CLASSES, PREDICTIONS
+from .student import Student
+
+WIDTH, BLOCKS, WAVES = 96, 3, 6
+LOWEST = math.log(1e-3)
+"""Of the log of sigma / alpha that time features look at; clean data counts as this."""
+
+
+class PlaneNet(nn.Module):
+    """F [B, 2] of x [B, 2], t [B], `label` [B, 4], and where it takes them `w` [B] and a second time `s` [B].
+
+    A fresh input of w or s changes nothing at first: its projection starts at zero.
+    """
+
+    def __init__(self, path: Path, *, width: int = WIDTH, takes_w: bool = False, takes_s: bool = False) -> None:
+        super().__init__()
+        self.path, self.width = path, width
+        features = 4 * WAVES + 1
+        self.enter = nn.Linear(2 + CLASSES, width)
+        self.time = nn.Linear(features, width)
+        self.scale = _silent(3, width) if takes_w else None
+        self.second = _silent(features, width) if takes_s else None
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(BLOCKS))
+        self.leave = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        alpha, sigma = self._coefficients(t)
+        size = (alpha**2 + sigma**2).sqrt()
+        cos, sin = alpha / size, sigma / size
+        u = x.double() / size
+        v = self.leave(self.hidden(u.float(), t, cond)).double()
+        f: Tensor = target(
+            PREDICTIONS[self.path.kind], self.path, t.double()[:, None], cos * u - sin * v, sin * u + cos * v
+        )
+        return f.to(x.dtype)
+
+    def hidden(self, u: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """[B, width] before the last layer; u [B, 2] is the point on the unit path."""
+        h = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(_waves(*self._coefficients(t)))
+        if self.scale is not None:
+            w = cond["w"].float()[:, None] if "w" in cond else torch.ones_like(u[:, :1])
+            h = h + self.scale(torch.cat([w / 4.0, w.clamp(min=0.1).log(), (w / 4.0) ** 2], 1))
+        if self.second is not None:
+            h = h + self.second(_waves(*self._coefficients(cond.get("s", t))))
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self, self.path, PREDICTIONS[self.path.kind])
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.path.alpha(t.double())[:, None], self.path.sigma(t.double())[:, None]
+
+
+class PlaneFake(nn.Module):
+    """A fake score, and a critic on its features: what the networks of pictures have in `discriminator`."""
+
+    def __init__(self, net: PlaneNet) -> None:
+        super().__init__()
+        self.net = net
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(net.width, net.width), nn.SiLU(), nn.Linear(net.width, 1))
+
+    def judge(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Logits [B]; positive means real."""
+        path = self.net.path
+        size = (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()[:, None]
+        logits: Tensor = self.head(self.net.hidden((x.double() / size).float(), t, cond))[:, 0]
+        return logits
+
+
+def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fresh: bool = False) -> PlaneNet:
+    """A trainable network that begins as `start`, with the inputs and the LoRA that the plan asks for.
+
+    fresh: begin with random weights instead.
+
+    Errors: `RecipeError` for surgery that only pictures' networks know.
+    """
+    asked = [name for name in ("cut", "remove", "runs", "probe", "width") if getattr(plan, name)]
+    if asked or plan.attention != "softmax":
+        raise RecipeError(f"the plane's network has no blocks to change; it cannot follow {asked or ['attention']}")
+    torch.manual_seed(seed)
+    takes_w = plan.guidance_width is not None
+    net = PlaneNet(path, width=start.width, takes_w=takes_w, takes_s=plan.second_time)
+    if not fresh:
+        net.load_state_dict(start.state_dict(), strict=False)
+    if plan.lora_rank is not None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        named = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)]
+        net.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=plan.lora_rank, lora_alpha=plan.lora_rank, target_modules=named), net)
+    return net
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = h + self.body(h)
+        return out
+
+
+def _silent(inputs: int, width: int) -> nn.Linear:
+    layer = nn.Linear(inputs, width, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def _waves(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Features [B, 4 WAVES + 1] of a time: waves of the noise's angle, and of the log of sigma / alpha."""
+    angle = torch.atan2(sigma, alpha)
+    level = ((sigma.clamp(min=1e-30).log() - alpha.clamp(min=1e-30).log()).clamp(LOWEST, -LOWEST)) / -LOWEST
+    order = torch.arange(1, WAVES + 1, dtype=torch.float64)
+    parts = [(order * angle).cos(), (order * angle).sin(), (order * level * 2.0).cos(), (order * level * 2.0).sin()]
+    return torch.cat([*parts, level], 1).float()

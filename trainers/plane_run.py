@@ -1,0 +1,253 @@
+"""One recipe on the plane: the same `Recipe` value as for pictures; the network, the data and the budget are others.
+
+What a picture's student takes from its teacher's weights, a student here takes from one network that was fitted to the
+exact denoiser beforehand, the same for all recipes.
+"""
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import Condition, Denoiser, guide, times
+from fewstep.models.paths import VP
+from fewstep.models.paths import Path as NoisePath
+from fewstep.models.spec import Guidance, Latent, SamplerSpec
+from fewstep.runtime.samplers import start_scale, time_pairs, updates
+
+from .errors import RecipeError
+from .loop import LoopSettings, train
+from .objective import Batch, Cast, Metrics, Objective, Turn
+from .pairs import PairSource, draw_pairs
+from .plane import PREDICTIONS, Plane, PlaneSource
+from .plane_net import PlaneFake, PlaneNet, plane_student
+from .player import Player, PlayerSettings
+from .recipe import Recipe, Stage
+from .transitions import NoisedData
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneBudget:
+    """What every recipe gets. steps: optimiser steps of the student's turn order, shared by a recipe's stages in
+    proportion to what they ask for. rate: factor on every recipe's learning rates, since this network is small.
+    start_steps: those of the network that students start from."""
+
+    steps: int = 4000
+    batch: int = 512
+    rate: float = 5.0
+    start_steps: int = 4000
+    pairs: int = 16384
+    seed: int = 0
+
+
+@dataclass
+class Count:
+    """Network evaluations, by rows: the student's and its copies', the teacher's."""
+
+    student: int = 0
+    teacher: int = 0
+
+    def watch(self, denoiser: Denoiser, who: str) -> Denoiser:
+        def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            setattr(self, who, getattr(self, who) + x.shape[0])
+            return denoiser.raw(x, t, cond)
+
+        return replace(denoiser, net=net)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student, its sampling contract, the scale it was guided at, and what it cost."""
+
+    net: PlaneNet
+    spec: SamplerSpec
+    w: float
+    seconds: float
+    count: Count = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Method:
+    objective: Objective
+    cast: Cast
+    players: tuple[Player, ...]
+
+    def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
+        return self.objective.loss(player, self.cast, batch, turn)
+
+
+def fit_start(data: Plane, budget: PlaneBudget) -> PlaneNet:
+    """The network that stands for the teacher's weights: fitted to the exact v on VP. It serves every path."""
+    torch.manual_seed(budget.seed)
+    net = PlaneNet(VP())
+    teacher = data.teacher(VP())
+    player = Player("student", net, PlayerSettings(lr=2e-3, warmup=50, cooldown=0.5, ema={"kept": 0.99}))
+    source = PlaneSource(data, budget.batch, seed=budget.seed)
+    for step in range(budget.start_steps):
+        batch = source.batch(step)
+        turn = Turn.of(budget.seed, step, budget.start_steps, "start")
+        t = turn.uniform(0.0, VP().start, budget.batch)
+        x = NoisedData(pure_at_start=False).draw(VP(), batch, t, turn)
+        label = batch.cond["label"] * (turn.uniform(0.0, 1.0, budget.batch) >= 0.1)[:, None]
+        with torch.no_grad():
+            aim = teacher.raw(x, t, {"label": label})
+        player.update((net(x, t, {"label": label}) - aim).square().mean(), turn.progress)
+    kept: PlaneNet = player.averages["kept"].requires_grad_(False)  # type: ignore[assignment]
+    return kept
+
+
+def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget) -> Trained:
+    """Train all stages of a recipe within the budget.
+
+    Errors: `RecipeError` for a recipe that only pictures' networks can follow; `TrainingDiverged`.
+    """
+    check_fits(recipe)
+    path = recipe_path(recipe)
+    count, seconds, previous = Count(), 0.0, None
+    asked = sum(stage.steps for stage in recipe.stages)
+    for stage in recipe.stages:
+        steps = max(1, round(budget.steps * stage.steps / asked))
+        begun = previous if stage.start == "previous" and previous is not None else start
+        net = plane_student(begun, recipe.student, path=path, seed=budget.seed, fresh=stage.start == "noise")
+        method = _assemble(recipe, stage, net, previous, data, budget, count)
+        seconds += _train(recipe, stage, method, steps, data, budget)
+        student = method.players[0]
+        previous = student.module if stage.average is None else student.averages[stage.average]
+    assert previous is not None  # a recipe has a stage
+    return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count)
+
+
+def check_fits(recipe: Recipe) -> None:
+    """Errors: `RecipeError` naming what the plane has not."""
+    if recipe.sampling is None:
+        raise RecipeError(
+            f"{recipe.name} sells students that are sampled as their teacher; the plane compares step counts"
+        )
+    plane_student(PlaneNet(VP(), width=4), recipe.student, path=VP(), seed=0)
+
+
+def recipe_path(recipe: Recipe) -> NoisePath:
+    """The path that a recipe's student lives on: its own, or Stable Diffusion's where it takes any teacher's."""
+    return recipe.path or VP()
+
+
+def sampling_scale(recipe: Recipe) -> float:
+    """The guidance scale to compare at: what the sampler is asked for, or what was taken in, or 1."""
+    if recipe.sampling is not None and recipe.sampling.guidance_mode != "none":
+        return recipe.sampling.guidance_default
+    taken = [getattr(stage.objective, "guidance", None) for stage in recipe.stages]
+    taken += [stage.pairs.guidance for stage in recipe.stages if stage.pairs is not None]
+    return next((float(scale.high) for scale in taken if scale is not None), 1.0)
+
+
+def plane_spec(recipe: Recipe) -> SamplerSpec:
+    """The sampling contract that the recipe's student would be sold with, on the recipe's path."""
+    s, path = recipe.sampling, recipe_path(recipe)
+    assert s is not None  # `check_fits`
+    return SamplerSpec(
+        prediction=PREDICTIONS[path.kind], path=path, sampler=s.sampler, grids=s.grids.of(path),
+        stochastic=s.stochastic, gamma=s.gamma, phases=s.phases,
+        guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=s.guidance_range),
+        boundary=s.boundary, latent=Latent(channels=2, factor=1, scale=1.0), sizes=((1, 1),), recipe=recipe.name,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_points(trained: Trained, cond: Condition, uncond: Condition, steps: int, *, seed: int) -> Tensor:
+    """Points [B, 2] by the runtime's coefficients `x <- A x + B F + C z + D m`, in float64."""
+    spec, rng = trained.spec, torch.Generator().manual_seed(seed)
+    shape = (cond["label"].shape[0], 2)
+
+    def noise() -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    rows = updates(spec, steps)
+    x = noise() * start_scale(spec, rows[0][0])
+    estimate = torch.zeros(shape, dtype=torch.float64)
+    for (t, update), (_, to) in zip(rows, time_pairs(spec, steps), strict=True):
+        second = times(landing(spec, t, to), x)
+        f = trained.net(x, times(t, x), {**cond, "w": times(trained.w, x), "s": second})
+        if spec.guidance.mode == "cfg" and trained.w != 1.0:
+            f = guide(trained.net(x, times(t, x), {**uncond, "s": second}), f, trained.w)
+        remembered = estimate
+        if update.keep is not None:
+            estimate = update.keep[0] * x + update.keep[1] * f
+        x = update.a * x + update.b * f + update.d * remembered
+        if update.c:
+            x = x + update.c * noise()
+    return x
+
+
+def landing(spec: SamplerSpec, t: float, to: float | None) -> float:
+    """The second time of a two-time student: where the deterministic part of the step lands."""
+    from .times import clean
+
+    if to is None or spec.sampler in ("lcm", "trig", "edm"):
+        return clean(spec.path)
+    if spec.sampler != "tcd":
+        return to
+    below = (1.0 - (spec.gamma or 0.0)) * to
+    return float(int(below)) if spec.path.kind == "vp" else below
+
+
+def _assemble(
+    recipe: Recipe, stage: Stage, net: PlaneNet, previous: Any, data: Plane, budget: PlaneBudget, count: Count
+) -> _Method:
+    """The stage's cast: the closed-form teacher or the stage before, the student, its averages, a fake and a critic."""
+    path = recipe_path(recipe)
+
+    def settings(name: str) -> PlayerSettings:
+        own = stage.player_settings[name]
+        return replace(own, lr=own.lr * budget.rate)
+
+    student = Player("student", net.train(), settings("student"))
+    players = [student]
+    roles = {"student": count.watch(net.denoiser(), "student")}
+    for name, average in student.averages.items():
+        roles[name] = count.watch(average.denoiser(), "student")  # type: ignore[operator]
+    if stage.teacher == "previous" and previous is not None:
+        roles["teacher"] = count.watch(deepcopy(previous).requires_grad_(False).denoiser(), "student")
+    else:
+        roles["teacher"] = count.watch(data.teacher(path), "teacher")
+    critic = None
+    if "fake" in stage.objective.players:
+        base = plane_student(
+            net, replace(recipe.student, guidance_width=None, lora_rank=None), path=path, seed=budget.seed
+        )
+        fake = PlaneFake(base)
+        players.append(Player("fake", fake, settings("fake")))
+        roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
+    if absent := [role for role in stage.objective.roles if role not in roles]:
+        raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
+    return _Method(stage.objective, Cast(roles, critic), tuple(players))
+
+
+def _train(recipe: Recipe, stage: Stage, method: _Method, steps: int, data: Plane, budget: PlaneBudget) -> float:
+    """Seconds of training, drawing of pairs included."""
+    begun = time.perf_counter()
+    source: Any = PlaneSource(data, budget.batch, seed=budget.seed)
+    if stage.pairs is not None:
+        plan = replace(stage.pairs, count=min(stage.pairs.count, budget.pairs))
+        drawn = _quietly(
+            lambda: draw_pairs(method.cast["teacher"], stage.teacher == "teacher", plan, source, seed=budget.seed)
+        )
+        source = PairSource(drawn, source, budget.batch, seed=budget.seed)
+    settings = LoopSettings(
+        steps=steps, seed=budget.seed, bf16=False, checkpoint_every=0, max_bad_steps=recipe.run.max_bad_steps
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        _quietly(lambda: train(method, source, settings, Path(folder), label=recipe.name))
+    return time.perf_counter() - begun
+
+
+def _quietly(run: Callable[[], Any]) -> Any:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return run()

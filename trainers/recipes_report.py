@@ -1,0 +1,86 @@
+"""The report of `fewstep bench recipes` as a markdown table, and as one picture of all samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE, REACH, DOT = 120, 2.6, 1
+"""Pixels of a panel's side, how far from 0 it shows (deviations of the data), half the width of a point."""
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """One row per recipe: distance, modes covered and error of their weights at each step count, and cost."""
+    counts = ("1", "2", "4")
+    head = ["recipe", "family", "w", *(f"{n} step{'s' * (n != '1')}" for n in counts), "near at", "seconds"]
+    head += ["student evaluations", "teacher evaluations"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for w, teacher in report["teacher"].items():
+        cells = [_cell(teacher["steps"].get(n)) for n in counts]
+        lines.append(_line(["teacher's ODE", "", w, *cells, "", "", "", ""]))
+        lines.append(_line(["teacher's ODE, 100 steps", "", w, _cell(teacher["steps"]["100"]), *[""] * 6]))
+        lines.append(_line(["another draw of the aim", "", w, _cell(teacher["steps"]["reference"]), *[""] * 6]))
+    for row in report["rows"]:
+        cells = [_cell(row["steps"].get(n), row["against"].get(n)) for n in counts]
+        near = " ".join(n for n in counts if row["against"].get(n, {}).get("near"))
+        cost = [f"{row['seconds']:g}", _millions(row["student_evaluations"]), _millions(row["teacher_evaluations"])]
+        lines.append(_line([row["recipe"], row["family"], f"{row['guidance']:g}", *cells, near, *cost]))
+    notes = [
+        "",
+        "A cell: sliced Wasserstein distance (modes covered, error of their weights); `worse` where the teacher's own "
+        "ODE at as many steps is nearer. `near at`: step counts within 1.2 of the teacher's 100-step distance.",
+        *(f"Not on the plane: {name} ({why})." for name, why in report["left_out"].items()),
+        "",
+    ]
+    return "\n".join([*lines, *notes])
+
+
+def draw_samples(report: Mapping[str, Any], path: Path) -> None:
+    """One row of panels per recipe, one column per step count; the teacher's ODE first, at 1, 2 and 4 and at 100."""
+    from .grids import comparison_sheet
+
+    rows = {}
+    for w, teacher in report["teacher"].items():
+        rows[f"teacher w={w}"] = [panel(teacher["points"][n]) for n in ("1", "2", "4")]
+        rows[f"100 steps w={w}"] = [panel(teacher["points"]["100"]), _empty(), _empty()]
+    for row in report["rows"]:
+        rows[row["recipe"]] = [panel(row["points"].get(n, ())) for n in ("1", "2", "4")]
+    comparison_sheet(rows, ("1 step", "2 steps", "4 steps"), scale=1).save(path)
+
+
+def panel(points: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
+    """A picture [SIDE, SIDE, 3] of points, as many of each class, in order; those outside are left out."""
+    picture = _empty()
+    if not len(points):
+        return picture
+    where = np.asarray(points, dtype=np.float64)
+    colours = np.asarray(COLOURS, dtype=np.uint8)[np.arange(len(where)) * len(COLOURS) // len(where)]
+    finite = np.isfinite(where).all(1)
+    spot = np.full(where.shape, -1, dtype=np.int64)
+    spot[finite] = np.clip((where[finite] / REACH + 1.0) * 0.5 * SIDE, -1, SIDE).astype(np.int64)
+    inside = ((spot >= DOT) & (spot < SIDE - DOT)).all(1)
+    for (x, y), colour in zip(spot[inside], colours[inside], strict=True):
+        picture[SIDE - 1 - y - DOT : SIDE - y, x : x + 1 + DOT] = colour
+    return picture
+
+
+def _empty() -> NDArray[np.uint8]:
+    return np.full((SIDE, SIDE, 3), 250, dtype=np.uint8)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(scores: Mapping[str, float] | None, against: Mapping[str, Any] | None = None) -> str:
+    if scores is None:
+        return ""
+    mark = " worse" if against is not None and not against["better"] else ""
+    return f"{scores['swd']:.3f} ({scores['coverage']:.0%}, {scores['weight_error']:.3f}){mark}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
