@@ -10,6 +10,9 @@ ARRIVALS = 64
 """Latest arrivals by which the near future is judged."""
 FEWEST = 16
 """With fewer arrivals than this nothing is said of those to come."""
+MISSES = 0.005
+"""Share of promised deadlines that may be broken."""
+CAUTION_STEP, MOST_CAUTION = 0.1, 4.0
 MEMORY_S = 2.0
 """Call seconds over which the speed is averaged."""
 
@@ -19,6 +22,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self.speed = 1.0
+        self.caution = 1.0
         self._latest: deque[tuple[float, float, float]] = deque()  # (arrival, slack, cost), oldest first
         self._by_slack: list[tuple[float, float, float]] = []  # (slack, arrival, cost)
 
@@ -27,6 +31,12 @@ class Forecast:
         if call_s > 0.0:
             share = call_s / (call_s + MEMORY_S)
             self.speed += share * (alone_s / call_s - self.speed)
+
+    def kept(self, promise: bool) -> None:
+        """A deadline was kept or broken: `caution`, by which predictions are stretched where a deadline is promised,
+        rises at each that is broken and sinks a little at each kept, so that a share `MISSES` of them is broken."""
+        step = -MISSES if promise else 1.0 - MISSES
+        self.caution = min(MOST_CAUTION, max(1.0, self.caution + CAUTION_STEP * step))
 
     def arrived(self, now_s: float, slack_s: float, cost_s: float) -> None:
         """A request came that costs `cost_s` and is due `slack_s` after its arrival."""

@@ -18,21 +18,7 @@ from typing import NamedTuple
 from .costs import CONSIDERED, Batches, Costs
 from .engine import DENOISER
 from .forecast import Forecast
-from .jobs import (
-    DECODE,
-    DENOISE,
-    KINDS,
-    Accepted,
-    Ended,
-    Item,
-    Job,
-    Lane,
-    Paused,
-    Rejected,
-    Stepped,
-    Work,
-    mixed,
-)
+from .jobs import DECODE, DENOISE, KINDS, Accepted, Ended, Item, Job, Lane, Paused, Rejected, Stepped, Work, mixed
 from .pricing import Price, Pricing
 
 STRETCH = 10.0
@@ -93,6 +79,7 @@ class Scheduler:
         self._left: list[float] = []  # what each of `_order` still costs
         self._deadlines: list[tuple[float, str]] = []
         self._queues: dict[Key, list[_Entry]] = {}
+        self._running: dict[int, tuple[float, Sequence[_Entry]]] = {}  # (predicted end, what is in the call) by id
         self._held: set[str] = set()
         self._users: Counter[str] = Counter()
         self._arrivals = 0
@@ -146,14 +133,15 @@ class Scheduler:
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
         place = bisect.bisect_left(self._order, (due, self._arrivals))
         ahead = sum(self._left[:place])
-        predicted = self.forecast.ends_in(now_s, due - now_s, ahead, own)
+        running_s, counted_s = self._running_s(due, now_s)
+        predicted = running_s + self.forecast.ends_in(now_s, due - now_s, ahead - counted_s, own)
         if len(self._live) >= self._max_queue:
             # half the queue's time: every refused caller comes back
             return Rejected("queue", sum(self._left) / 2 / self.forecast.speed, predicted)
         if job.deadline_s is not None and self._pricing.measured(job):
             if now_s + own > job.deadline_s:
                 return Rejected("hopeless", 0.0, own)
-            if now_s + predicted > job.deadline_s or self._harms(place, own, now_s):
+            if now_s + predicted * self.forecast.caution > job.deadline_s or self._harms(place, own, now_s):
                 return Rejected("deadline", max(ahead, own) / self.forecast.speed, predicted)
         self.forecast.arrived(now_s, due - now_s, own)
         self._enter(job, price, due, place)
@@ -171,6 +159,7 @@ class Scheduler:
         """End every request whose deadline has passed."""
         ends = []
         while self._deadlines and self._deadlines[0][0] <= now_s:
+            self.forecast.kept(False)
             ends.append(self._end(self._deadlines[0][1], "expired"))
         return ends
 
@@ -191,18 +180,22 @@ class Scheduler:
     def conclude(self, request_id: str, now_s: float) -> Ended | None:
         """End a paused request, with nothing more to do. None where it is not here any more."""
         live = self._live.get(request_id)
-        return None if live is None else self._end(request_id, "expired" if _late(live.job, now_s) else "finished")
+        return None if live is None else self._finish(live, now_s)
 
-    def next(self) -> Work | None:
-        """The next engine call, its items marked as running; None where nothing is ready."""
+    def next(self, now_s: float | None = None) -> Work | None:
+        """The next engine call, its items marked as running; None where nothing is ready.
+
+        now_s: by which later predictions know how much of this call is done.
+        """
         wanted, first = None, None
         for key, queue in self._queues.items():
             if (first is None or queue[0] < first) and key[0] not in self._held:
                 wanted, first = key, queue[0]
-        return None if wanted is None else self._take(*self._choose(wanted))
+        return None if wanted is None else self._take(*self._choose(wanted), now_s)
 
     def complete(self, work: Work, errors: Sequence[object | None], now_s: float) -> list[Change]:
         """Take back a call: one error (or None) per item, in order. Items of requests that have ended are dropped."""
+        self._running.pop(id(work), None)
         events: list[Change] = []
         for item, error in zip(work.items, errors, strict=True):
             live = self._live.get(item.id)
@@ -217,7 +210,7 @@ class Scheduler:
             if live.job.then_s is not None:
                 events.append(Paused(item.id))
             else:
-                events.append(self._end(item.id, "expired" if _late(live.job, now_s) else "finished"))
+                events.append(self._finish(live, now_s))
         return events
 
     def _progress(self, live: _Live, item: Item, kind: str) -> list[Change]:
@@ -333,7 +326,7 @@ class Scheduler:
     def _batches(self, model: str, role: str, entries: Sequence[_Entry]) -> Batches:
         return self._pricing.batches(model, role, [entry.size for entry in entries])
 
-    def _take(self, key: Key, entries: Sequence[_Entry], mixes: bool) -> Work:
+    def _take(self, key: Key, entries: Sequence[_Entry], mixes: bool, now_s: float | None) -> Work:
         model, kind, role = key
         size, alone_s = 0, 0.0
         for entry in entries:
@@ -341,8 +334,20 @@ class Scheduler:
             size += entry.size
             alone_s += entry.alone_s
         priced = mixed(role) if mixes else role
-        self.forecast.ran(alone_s, alone_s if len(entries) == 1 else self._pricing.call_s(model, priced, size))
-        return Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
+        call_s = alone_s if len(entries) == 1 else self._pricing.call_s(model, priced, size)
+        self.forecast.ran(alone_s, call_s)
+        work = Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
+        if now_s is not None:
+            self._running[id(work)] = now_s + call_s, entries
+        return work
+
+    def _running_s(self, due_s: float, now_s: float) -> tuple[float, float]:
+        """(seconds until the calls that run are done, what they do of requests due before `due_s`, each alone)."""
+        until, counted = 0.0, 0.0
+        for end_s, entries in self._running.values():
+            until = max(until, end_s - now_s)
+            counted += sum([entry.alone_s for entry in entries if entry.due_s <= due_s and entry.item.id in self._live])
+        return until, counted
 
     def _end(self, request_id: str, reason: str, error: object = None) -> Ended:
         live = self._live.pop(request_id)
@@ -355,6 +360,13 @@ class Scheduler:
         self._users.subtract(live.models)
         return Ended(request_id, reason, error)
 
+    def _finish(self, live: _Live, now_s: float) -> Ended:
+        deadline = live.job.deadline_s
+        late = deadline is not None and deadline <= now_s
+        if deadline is not None:
+            self.forecast.kept(not late)
+        return self._end(live.job.id, "expired" if late else "finished")
+
     def _spend(self, live: _Live, seconds: float) -> None:
         """So much less is left of a request's work."""
         live.left_s = max(0.0, live.left_s - seconds)
@@ -362,17 +374,14 @@ class Scheduler:
 
     def _harms(self, place: int, own_s: float, now_s: float) -> bool:
         """Whether `own_s` more at a place in the order breaks a deadline behind it that holds without."""
-        speed, total = self.forecast.speed, sum(self._left[:place])
+        speed = self.forecast.speed / self.forecast.caution
+        total = sum(self._left[:place])
         for (_, _, request_id), left in zip(self._order[place:], self._left[place:], strict=True):
             total += left
             deadline = self._live[request_id].job.deadline_s
             if deadline is not None and now_s + total / speed <= deadline < now_s + (total + own_s) / speed:
                 return True
         return False
-
-
-def _late(job: Job, now_s: float) -> bool:
-    return job.deadline_s is not None and job.deadline_s <= now_s
 
 
 def _with_work(job: Job) -> Job:
