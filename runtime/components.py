@@ -1,7 +1,6 @@
 """Each network alone: what one call takes per engine and batch size, its operations, and what of the peak that is."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .engine import CONTROLNET, Engine
-from .measurement import percentiles, take_turns, timed
+from .measurement import device_wait, percentiles, take_turns, timed
 from .operations import count_operations
 from .peak import matrix_peak
 from .recording import RecordingEngine
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
 
 Feeds = Mapping[str, Tensor]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Those whose peak this machine is asked for; fp16 and int8 have no fast matrix product in torch on a CPU."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Those whose peak a device is asked for; int8 has no matrix product in torch, and fp16 no fast one on a CPU."""
 
 
 def precision_of(kind: str) -> str:
@@ -31,18 +30,35 @@ def precision_of(kind: str) -> str:
 
 
 class Peaks:
-    """GFLOP/s of a square matrix product in fp32 and every other precision that engines of these kinds compute in.
+    """GFLOP/s of a square matrix product: on the CPU in fp32, and where and in what precision some engines compute.
 
-    Taken again and again through a run, and the best kept, since a neighbour on the machine slows a single one.
+    Taken again and again through a run, and the best kept, since a neighbour on the machine slows a single one. `best`
+    has it by precision, "fp16 on cuda:0" where the device is not the CPU.
     """
 
-    def __init__(self, kinds: Sequence[str]) -> None:
-        wanted = {"fp32", *map(precision_of, kinds)} & set(PRECISIONS)
-        self.best = dict.fromkeys(sorted(wanted, reverse=True), 0.0)
+    def __init__(self, devices: Mapping[str, str]) -> None:
+        """devices: each engine's kind -> where it computes."""
+        asked = {("fp32", "cpu"), *((precision_of(kind), device) for kind, device in devices.items())} - {
+            ("fp16", "cpu")
+        }
+        self._products = {
+            _peak_name(name, device): (dtype, device)
+            for name, dtype in PRECISIONS.items()
+            for device in sorted(device for precision, device in asked if precision == name)
+        }
+        self.best = dict.fromkeys(self._products, 0.0)
 
     def sample(self) -> None:
-        for name, best in self.best.items():
-            self.best[name] = max(best, round(matrix_peak(PRECISIONS[name], repeats=2) / 1e9, 1))
+        for name, (dtype, device) in self._products.items():
+            self.best[name] = max(self.best[name], round(matrix_peak(dtype, device=device, repeats=2) / 1e9, 1))
+
+    def of(self, kind: str, device: str) -> float | None:
+        """The peak that an engine's speed is a fraction of."""
+        return self.best.get(_peak_name(precision_of(kind), device))
+
+
+def _peak_name(precision: str, device: str) -> str:
+    return precision if device == "cpu" else f"{precision} on {device}"
 
 
 def record_feeds(engine: Engine, bundle: "Bundle") -> dict[str, Feeds]:
@@ -81,7 +97,7 @@ def component_rows(
         for batch in batches:
             peaks.sample()
             many = {name: value.repeat(batch, *[1] * (value.ndim - 1)) for name, value in fed.items()}
-            calls = {kind: timed(partial(run_batch, engine, role, many)) for kind, engine in able.items()}
+            calls = {kind: timed(_until_done(engine, role, many)) for kind, engine in able.items()}
             for kind, seconds in take_turns(calls, repeats, lambda kind, r=role: tell(f"{r}, {kind}")).items():  # type: ignore[misc]
                 row: dict[str, Any] = {"engine": kind, "role": role, "batch": batch, **percentiles(seconds, batch)}
                 speed = operations[role] * batch / row["p50_ms"] / 1e6
@@ -89,6 +105,18 @@ def component_rows(
                 rows.append(row)
     peaks.sample()
     for row in rows:
-        peak = peaks.best.get(precision_of(row["engine"]))
+        peak = peaks.of(row["engine"], engines[row["engine"]].capabilities.device)
         row["fraction_of_peak"] = None if peak is None else round(row["gflop_per_s"] / peak, 3)
     return rows
+
+
+def _until_done(engine: Engine, role: str, feeds: Feeds) -> Callable[[], None]:
+    """One call on feeds that lie on the engine's device, and the wait for it."""
+    device = engine.capabilities.device
+    near, wait = {name: value.to(device) for name, value in feeds.items()}, device_wait(device)
+
+    def call() -> None:
+        run_batch(engine, role, near)
+        wait()
+
+    return call

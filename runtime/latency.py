@@ -226,7 +226,7 @@ def _components(
     operations = operations_per_role(oracle, feeds)
     if "torch" not in engines:
         oracle.close()
-    peaks = Peaks(tuple(engines))
+    peaks = Peaks({kind: engine.capabilities.device for kind, engine in engines.items()})
     rows = component_rows(engines, feeds, operations, peaks, batches=batches, repeats=repeats, tell=tell)
     return {"peak_gflop_per_s": peaks.best, "components": rows}
 

@@ -1,11 +1,14 @@
 """Turns, percentiles, counted operations, measured peaks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fewstep.runtime import measurement
-from fewstep.runtime.components import Peaks, precision_of
+from fewstep.runtime.components import Peaks, component_rows, precision_of
+from fewstep.runtime.engine import Capabilities
 from fewstep.runtime.measurement import call_seconds, device_wait, machine_facts, percentiles, take_turns, timed
 from fewstep.runtime.operations import count_operations
 from fewstep.runtime.peak import copy_bandwidth, matrix_peak
@@ -62,12 +65,37 @@ def test_peak_and_bandwidth_are_what_a_processor_does():
     assert 1e7 < copy_bandwidth(size_bytes=1 << 22, repeats=2) < 1e13
 
 
+def test_a_network_alone_is_timed_until_its_device_is_done(monkeypatch):
+    events = []
+    monkeypatch.setattr("fewstep.runtime.components.device_wait", lambda device: lambda: events.append(device))
+    monkeypatch.setattr("fewstep.runtime.components.matrix_peak", lambda dtype, device, repeats: 1e9)
+    able = Capabilities(roles=frozenset({"decoder"}), max_batch=4)
+
+    def run(role, feeds):
+        events.append(len(feeds["latent"]))
+        return (feeds["latent"],)
+
+    engine = SimpleNamespace(name="late", capabilities=able, run=run)
+    (row,) = component_rows(
+        {"late": engine}, {"decoder": {"latent": torch.zeros(1, 4)}}, {"decoder": 10**6}, Peaks({"late": "cpu"}),
+        batches=(2,), repeats=3, tell=lambda part: None,
+    )  # fmt: skip
+    assert events == [2, "cpu"] * (measurement.WARM_UP + 3)
+    assert row["batch"] == 2 and row["fraction_of_peak"] == pytest.approx(row["gflop_per_s"], rel=0.1, abs=1e-3)
+
+
 def test_peaks_are_taken_for_the_precisions_that_the_engines_compute_in(monkeypatch):
-    speeds = iter([3e9, 5e9, 2e9, 7e9])
-    monkeypatch.setattr("fewstep.runtime.components.matrix_peak", lambda dtype, repeats: next(speeds))
-    peaks = Peaks(("torch", "openvino-bf16", "openvino-int8"))
+    speeds, asked = iter([3e9, 5e9, 900e9, 2e9, 7e9, 800e9]), []
+    monkeypatch.setattr(
+        "fewstep.runtime.components.matrix_peak",
+        lambda dtype, device, repeats: asked.append((dtype, device)) or next(speeds),
+    )
+    peaks = Peaks({"torch": "cpu", "openvino-bf16": "cpu", "openvino-int8": "cpu", "tensorrt-fp16": "cuda:0"})
     peaks.sample()
     peaks.sample()
-    assert peaks.best == {"fp32": 3.0, "bf16": 7.0}
+    assert peaks.best == {"fp32": 3.0, "bf16": 7.0, "fp16 on cuda:0": 900.0}
+    assert asked[:3] == [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float16, "cuda:0")]
+    assert peaks.of("openvino-bf16", "cpu") == 7.0 and peaks.of("tensorrt-fp16", "cuda:0") == 900.0
+    assert peaks.of("openvino-int8", "cpu") is None
     kinds = ("torch", "torch-compile", "openvino-bf16", "onnx-int8")
     assert [precision_of(kind) for kind in kinds] == ["fp32", "fp32", "bf16", "int8"]
