@@ -20,9 +20,11 @@ from . import errors, routes_native, routes_openai
 from .account import Account
 from .gate import Gate
 from .health import Health
+from .jobs import Jobs
 from .keys import KeyRing
 from .metrics import Meters
 from .pictures import Store
+from .provenance import signatory
 from .quota import Callers
 from .service import Service, service_of
 from .settings import Settings
@@ -31,7 +33,8 @@ from .visit import Door
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 router = APIRouter()
@@ -46,8 +49,12 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
     callers = Callers(KeyRing(settings.api_keys, Path(settings.key_file) if settings.key_file else None))
     door = Door(runtime, callers, settings.max_queue, meters.decided)
     version = importlib.metadata.version("fewstep")
+    signer = signatory(settings, version)
+    jobs = Jobs(settings.stored_bytes, settings.stored_s)
     account = Account(meters, Traces() if settings.traces == "otlp" else None)
-    service = Service(runtime, settings, health, meters, store, pool, int(time.time()), callers, door, account)
+    service = Service(
+        runtime, settings, health, meters, store, pool, int(time.time()), callers, door, account, signer, jobs
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +62,7 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
         yield
         health.drain()
         warming.cancel()
+        await jobs.close()
         pool.shutdown()
         account.close()
 

@@ -2,19 +2,28 @@
 
 import asyncio
 import base64
+import importlib.metadata
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from fewstep.runtime.events import Picture, Result
-from fewstep.runtime.images import encode
+from fewstep.runtime.images import PARAMETERS, encode
+from fewstep.runtime.infotext import infotext
 
 from .errors import Refused
-from .wire import Job
+from .provenance import Signatory, statement
+from .wire import Format, Job
+
+VERSION = importlib.metadata.version("fewstep")
+PREVIEW_QUALITY = 70
 
 
 @dataclass(frozen=True)
@@ -28,23 +37,52 @@ class Encoded:
         return [base64.b64encode(file).decode("ascii") for file in self.files]
 
 
-async def encoded(pool: ThreadPoolExecutor, result: Result, job: Job) -> Encoded:
-    """Encode a result's pictures, one thread each; PNG files carry the request that makes them again."""
+async def encoded(pool: ThreadPoolExecutor, result: Result, job: Job, signatory: Signatory | None = None) -> Encoded:
+    """Encode a result's pictures, one thread each; every file carries the request that makes it again.
+
+    signatory: signs each file, where the operator has a certificate.
+    """
     began = time.perf_counter()
     loop = asyncio.get_running_loop()
-    about = {"prompt": job.request.prompt, "model": result.model, "steps": str(result.steps)}
-    about |= {"guidance": f"{result.guidance:g}"}
     calls = [
-        loop.run_in_executor(pool, _file, picture, job, {**about, "seed": str(seed)})
-        for picture, seed in zip(result.pictures, result.seeds, strict=True)
+        loop.run_in_executor(pool, _file, number, result, job, signatory) for number in range(len(result.pictures))
     ]
     files: Sequence[bytes] = await asyncio.gather(*calls)
     return Encoded(tuple(files), time.perf_counter() - began)
 
 
-def _file(picture: Picture, job: Job, about: Mapping[str, str]) -> bytes:
+def _file(number: int, result: Result, job: Job, signatory: Signatory | None) -> bytes:
+    seed = result.seeds[number]
     options = {} if job.level is None else {"level" if job.format == "png" else "quality": job.level}
-    return encode(picture, job.format, metadata=about, **options)
+    about = metadata(result, job, seed)
+    file = encode(result.pictures[number], job.format, metadata=about, **options)
+    if signatory is None:
+        return file
+    return signatory.sign(file, job.format, statement(result, seed), edited=job.request.edit is not None)
+
+
+def metadata(result: Result, job: Job, seed: int) -> dict[str, str]:
+    """What a picture's file says of its making: a text per setting, and all of them as web UIs write them."""
+    request, (height, width) = job.request, result.pictures[0].shape[:2]
+    guidance, steps = f"{result.guidance:g}", str(result.steps)
+    about = {"prompt": request.prompt, "model": result.model, "steps": steps, "guidance": guidance, "seed": str(seed)}
+    if request.negative_prompt:
+        about["negative_prompt"] = request.negative_prompt
+    settings = {"Steps": steps, "Sampler": job.sampler, "CFG scale": guidance, "Seed": str(seed)}
+    settings |= {"Size": f"{width}x{height}", "Model": result.model}
+    if request.edit is not None:
+        settings["Denoising strength"] = f"{request.edit.strength:g}"
+    text = infotext(request.prompt, request.negative_prompt, {**settings, "Version": f"fewstep {VERSION}"})
+    return {**about, PARAMETERS: text}
+
+
+def preview_file(preview: Picture, form: Format, size: tuple[int, int] | None = None) -> str:
+    """A preview as a file in base64, enlarged to (width, height) where that is asked for."""
+    image = Image.fromarray(preview)
+    if size not in (None, image.size):
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    file = encode(np.asarray(image), form, **({} if form == "png" else {"quality": PREVIEW_QUALITY}))
+    return base64.b64encode(file).decode("ascii")
 
 
 def account(result: Result, files: Encoded) -> dict[str, Any]:

@@ -24,7 +24,9 @@ class Settings:
     health, metrics and the page needs `Authorization: Bearer KEY`. origins: pages elsewhere that may call from a
     browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". stored_bytes and
     stored_s bound the pictures kept for `response_format: "url"`. drain_delay_s: how long /ready says no before the
-    port closes, so that a load balancer notices; drain_s: how long running requests may then take.
+    port closes, so that a load balancer notices; drain_s: how long running requests may then take. max_live: live
+    sessions open at once. c2pa_chain, c2pa_key: PEM files that sign each picture (`server/provenance.py`); the time of
+    signing is attested by c2pa_timestamp_url, where one is given.
     """
 
     host: str = "127.0.0.1"
@@ -40,10 +42,15 @@ class Settings:
     traces: str = "off"
     max_body_bytes: int = 4 * 2**20
     encode_threads: int = 2
+    max_live: int = 64
     stored_bytes: int = 64 * 2**20
     stored_s: float = 3600.0
     drain_delay_s: float = 0.0
     drain_s: float = 30.0
+    c2pa_chain: str = ""
+    c2pa_key: str = ""
+    c2pa_algorithm: str = "es256"
+    c2pa_timestamp_url: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -73,7 +80,8 @@ class Settings:
         return Settings(**values)
 
 
-_CHOICES = (("log", ("quiet", "text", "json")), ("traces", ("off", "otlp")))
+_C2PA = ("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519")
+_CHOICES = (("c2pa_algorithm", _C2PA), ("log", ("quiet", "text", "json")), ("traces", ("off", "otlp")))
 _ORIGIN = re.compile(r"https?://[^/\s,]+")
 _RANGES = (
     ("port", 0, 65535),
@@ -81,6 +89,7 @@ _RANGES = (
     ("max_n", 1, 1000),
     ("max_body_bytes", 1024, 2**30),
     ("encode_threads", 1, 64),
+    ("max_live", 0, 100_000),
     ("stored_bytes", 0, 2**40),
     ("stored_s", 1, 7 * 86400),
     ("drain_delay_s", 0, 3600),

@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 
 from fewstep.runtime.errors import Cancelled
-from fewstep.runtime.events import Event, Failed, Finished, Progress, Result
+from fewstep.runtime.events import Event, Failed, Finished, Result
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.ticket import Ticket
+
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Of a stream, so that proxies pass on each event as it comes."""
 
 
 async def events(runtime: Runtime, ticket: Ticket) -> AsyncIterator[Event]:
@@ -71,26 +74,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def server_sent(
-    stream: AsyncIterator[Event], finished: Callable[[Result], Any], failed: Callable[[Exception], dict[str, Any]]
-) -> AsyncIterator[str]:
-    """Server-sent events `progress`, then one of `finished` or `failed`, each with one JSON object.
-
-    `finished` is awaited for the body of a result; where it raises, the stream ends in `failed` as well.
-    """
-    async with contextlib.aclosing(stream) as live:  # type: ignore[type-var]
-        async for event in live:
-            if isinstance(event, Progress):
-                yield _frame("progress", {"picture": event.picture, "step": event.step, "steps": event.steps})
-            elif isinstance(event, Failed):
-                yield _frame("failed", failed(event.error))
-            elif isinstance(event, Finished):
-                try:
-                    frame = _frame("finished", await finished(event.result))
-                except Exception as error:
-                    frame = _frame("failed", failed(error))
-                yield frame
-
-
-def _frame(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+def frame(name: str, data: Any, number: int | None = None) -> str:
+    """One server-sent event. number: its id, by which a client that was cut off asks for those after it."""
+    mark = "" if number is None else f"id: {number}\n"
+    return f"event: {name}\n{mark}data: {json.dumps(data)}\n\n"

@@ -82,10 +82,16 @@ def test_a_bad_request_keeps_its_param_and_code(client: openai.OpenAI):
     assert (caught.value.param, caught.value.code) == ("stepss", "unknown_parameter")
 
 
-def test_streaming_is_refused_clearly(client: openai.OpenAI):
-    with pytest.raises(openai.BadRequestError, match="not supported in this version") as caught:
-        client.images.generate(prompt="a", stream=True, partial_images=2)
-    assert caught.value.param == "stream"
+def test_a_stream_ends_in_the_picture_that_a_plain_call_makes(client: openai.OpenAI):
+    extra = {"seed": 7, "num_inference_steps": 4}
+    plain = client.images.generate(prompt="a red circle", extra_body=extra)
+    with client.images.generate(prompt="a red circle", stream=True, partial_images=2, extra_body=extra) as stream:
+        events = list(stream)
+    last = events[-1]
+    assert last.type == "image_generation.completed" and last.b64_json == plain.data[0].b64_json
+    assert (last.size, last.output_format, last.background, last.quality) == ("32x32", "png", "opaque", "auto")
+    assert last.usage.total_tokens == 0 and last.created_at > 0
+    assert {event.type for event in events[:-1]} <= {"image_generation.partial_image"}
 
 
 def test_error_classes(client: openai.OpenAI):
