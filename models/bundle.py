@@ -85,6 +85,11 @@ class Bundle:
         return self.spec.latent.factor * self.family.stride(self.config(self.family.folder))
 
     @property
+    def image_layers(self) -> int:
+        """How many cross-attentions hear a picture prompt; 0 without an IP-Adapter."""
+        return len(self.load("ip_adapter").attention) // 2 if self.has("ip_adapter") else 0
+
+    @property
     def extra_roles(self) -> tuple[str, ...]:
         """Roles that are other forms of the same work, offered where an engine was exported with them: `picture` and
         `picture-N`, the whole of a request of 1 or N steps without guidance pairs."""

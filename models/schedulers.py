@@ -65,6 +65,7 @@ def _lcm(config: Mapping[str, Any], wanted: Wanted) -> Fields:
         "stochastic": True,
         "boundary": Boundary(sigma_data=0.5, timestep_scaling=scaling),
         "grids": _grids("LCMScheduler", config, wanted),
+        "origin_steps": config.get("original_inference_steps"),
     }
 
 
@@ -73,7 +74,7 @@ def _tcd(config: Mapping[str, Any], wanted: Wanted) -> Fields:
     gamma = 0.3 if wanted.gamma is None else wanted.gamma  # the default eta of diffusers' TCDScheduler.step
     grids = _grids("TCDScheduler", config, wanted)
     fields = {**_vp(config), "sampler": "tcd", "gamma": gamma, "stochastic": gamma != 0.0, "grids": grids}
-    return fields | {"final_alpha_one": False}
+    return fields | {"final_alpha_one": False, "origin_steps": config.get("original_inference_steps")}
 
 
 def _ddim(config: Mapping[str, Any], wanted: Wanted) -> Fields:

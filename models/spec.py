@@ -119,7 +119,9 @@ class GoldenCase:
 class SamplerSpec:
     """How to sample one model. See the module text for conventions.
 
-    grids: step count -> the exact times of its evaluations, noisiest first. sampler: the update between them
+    grids: step count -> the exact times of its evaluations, noisiest first. origin_steps: how many evenly spaced times
+    the student was trained on (LCM, TCD), from which a picture that begins from another takes its grid; None where only
+    the grids' own times were. sampler: the update between them
     (`fewstep.runtime.samplers`). gamma: TCD's stochasticity, and the phase edges' for none. final_alpha_one: whether
     the last step lands on clean data (else on the path's least noisy time, as diffusers' `set_alpha_to_one=False`).
     start: the noise a picture begins with is of size 1 ("unit") or sigma at the first time ("sigma"). text: how prompts
@@ -136,6 +138,7 @@ class SamplerSpec:
     grids: Mapping[int, tuple[float, ...]]
     spacing: Spacing | None = None
     stochastic: bool
+    origin_steps: int | None = None
     gamma: float | None = None
     phases: int | None = None
     final_alpha_one: bool = True
@@ -211,6 +214,10 @@ class SamplerSpec:
         for name, value in above_zero.items():
             if value is not None and not value > 0:
                 raise SpecError(f"{name} is {value}; it must be above 0")
+        if self.origin_steps is not None and (self.path.kind != "vp" or not 1 <= self.origin_steps <= self.path.start):
+            raise SpecError(
+                f"origin_steps is {self.origin_steps}; it counts times of a 'vp' path, 1 to {self.path.start}"
+            )
         if self.gamma is not None and not 0.0 <= self.gamma <= 1.0:
             raise SpecError(f"gamma is {self.gamma}; use 0 (deterministic) to 1 (as stochastic as LCM)")
 

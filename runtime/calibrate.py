@@ -16,8 +16,9 @@ from .loop import admit, latent_shape, size_conditions
 from .plan import compile_plan
 from .request import GenerateRequest, resolve
 from .rng import NoiseStream
+from .served import Served
 from .step import RowState, advance, run_batch
-from .work import Served, decode, embed, paint_rows
+from .work import decode, embed, paint_rows
 
 REPEATS = 3
 ROUNDS = 5

@@ -82,8 +82,8 @@ def measure_costs(engine: "Engine", bundle: Bundle, *, threads: int | None = Non
 
     from .calibrate import role_calls, saved_s
     from .measurement import device_wait
+    from .served import Served
     from .text import Prompts
-    from .work import Served
 
     device = engine.capabilities.device
     settle, share_s = device_wait(device), BUDGET_S / 6

@@ -20,9 +20,9 @@ from fewstep.models.bundle import Bundle
 from .calibrate import role_calls
 from .engine import DECODER, DENOISER, ENCODER, ROLES, TEXT
 from .errors import EngineFailed, EngineUnavailable
+from .served import Served
 from .text import Prompts
 from .torch_engine import TorchEngine
-from .work import Served
 
 ROUNDED = tuple(role for role in ROLES if role != TEXT)
 """Roles that bfloat16 is for: roles share components, so all or none. But text encoders are nobody else's, a text is

@@ -23,7 +23,7 @@ from fewstep.models.spec import SamplerSpec
 from .calibrate import calibrate
 from .config import DEFAULT_BUDGET_S, RuntimeConfig
 from .costs import Costs
-from .engine import DENOISER, DENOISER_CONTROL, TEXT, Engine
+from .engine import TEXT, Engine
 from .engines import open_engine
 from .errors import (
     BundleError,
@@ -36,14 +36,16 @@ from .errors import (
     Overloaded,
 )
 from .events import Event, Failed, Finished, Progress, Result
-from .jobs import Ended, Job, Lane, Prepare, Rejected, RowCall, Stepped, Work
+from .inflight import Live
+from .jobs import Ended, Job, Lane, Rejected, Stepped, Work
 from .loop import admit, finished
 from .metrics import Metrics, Recorder
 from .request import GenerateRequest, Limits
 from .scheduler import Scheduler
+from .served import Served, serve
 from .text import Prompts
 from .ticket import Ticket
-from .work import Live, Served, execute, fits_one_call
+from .work import execute, fits_one_call
 
 _log = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 30.0
@@ -115,20 +117,15 @@ class Runtime:
         Errors: `InvalidRequest`, `Overloaded`, `Closed`.
         """
         begun = time.monotonic()
-        live = admit(self._pick(model), request, self._limits, begun)
+        live = admit(self._pick(model), request, self._limits, begun, self._served)
         ticket = Ticket(secrets.token_hex(8))
         whole = self._in_one_call(live)
-        name = live.model.name
-        rows = tuple(
-            RowCall(name, DENOISER_CONTROL if row.control else DENOISER, row.evaluations) for row in live.plan.rows
-        )
-        texts = (Prepare(TEXT, name, TEXT, len(live.missing)),) if live.missing else ()
         job = Job(
             id=ticket.id,
             model=live.model.name,
-            before=() if whole else texts,
-            rows=() if whole else rows,
-            finish=picture_role(len(rows)) if whole else live.decoder,
+            before=() if whole else live.before,
+            rows=() if whole else live.calls,
+            finish=picture_role(len(live.plan.rows)) if whole else live.decoder,
             pictures=live.request.n,
             priority=request.priority,
             deadline_s=None if request.deadline_s is None else begun + request.deadline_s,
@@ -204,7 +201,7 @@ class Runtime:
             self._own_engines.append(engine)
             budget_s = DEFAULT_BUDGET_S if budget_s is None else budget_s
         prompts = Prompts(bundle, config.text_cache)
-        served = Served(bundle.name, bundle.spec, engine, prompts)
+        served = serve(bundle, engine, prompts)
         lane = _lane(engine, config)
         if budget_s:
             calibrate(served, lane, self._costs, budget_s)
@@ -228,7 +225,7 @@ class Runtime:
         whole = name, picture_role(steps)
         if whole not in self._costs.saved or not fits_one_call(live):
             return False
-        return self._costs.saved[whole] > (0.0 if live.missing else self._costs.seconds((name, TEXT), 1))
+        return self._costs.saved[whole] > (0.0 if live.own.missing else self._costs.seconds((name, TEXT), 1))
 
     def _follow(self, ticket: Ticket) -> Iterator[Event]:
         try:
@@ -269,8 +266,7 @@ class Runtime:
         begun = time.monotonic()
         for live in lives:
             live.started_s = live.started_s or begun
-        model = lives[0].model
-        errors, size, clean = execute(model, work, lives)
+        errors, size, clean = execute(work, lives)
         seconds = time.monotonic() - begun
         for live in {id(live): live for live in lives}.values():
             live.spent_s[work.kind] += seconds

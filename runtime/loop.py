@@ -4,7 +4,7 @@ This loop is the definition; the scheduled one (`runtime.local`) is tested equal
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,45 +13,75 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle
 from fewstep.models.spec import SamplerSpec
 
-from .engine import Engine
-from .errors import EngineFailed, InvalidRequest
+from .edits import Source, clip_pixels, latent_mask, picture_tensor
+from .engine import ENCODER, Engine
 from .events import Result, Timings
+from .inflight import Canvas, Live, Part
+from .jobs import ENCODE
 from .plan import Plan
 from .request import GenerateRequest, Limits, resolve
+from .request_methods import is_plain
 from .rng import NoiseStream
-from .step import Conditions, Features, History, RowState, advance
+from .served import Served, serve
 from .text import Bare, Prompts
-from .work import Canvas, Live, Served, decode_rows, encode_texts
+from .work import decode_rows, encode_pictures, encode_prompts, encode_texts, step_rows
 
 
-def admit(model: Served, request: GenerateRequest, limits: Limits | None = None, begun_s: float = 0.0) -> Live:
-    """Check a request and prepare all that needs no engine.
+def admit(
+    model: Served,
+    request: GenerateRequest,
+    limits: Limits | None = None,
+    begun_s: float = 0.0,
+    models: Mapping[str, Served] | None = None,
+) -> Live:
+    """Check a request and prepare all that needs no engine. models: all that are served here, by name.
 
     Errors: `InvalidRequest` naming the field.
     """
-    request = resolve(request, model.spec, limits or Limits())
-    if request.control is not None and not model.has_control:
-        raise InvalidRequest(
-            "control", f"control needs a ControlNet or an adapter; model {model.name!r} has none: leave it out"
-        )
-    plan = model.plan(request)
-    texts: tuple[str, ...] = (request.prompt,)
-    if any(row.pair for row in plan.rows):
-        texts = (request.prompt, negative_text(request, model.spec))
+    models = models or {}
+    offers = None if is_plain(request) else model.offers(models)
+    request = resolve(request, model.spec, limits or Limits(), offers)
+    plan = model.plan(request, offers.models if offers else None)
+    parts = {}
+    for name in dict.fromkeys((model.name, *(row.model for row in plan.rows if row.model is not None))):
+        parts[name] = _part(models.get(name, model), request, plan, own=name == model.name)
     notes: list[str] = []
-    for text, where in zip(texts, ("prompt", "negative_prompt"), strict=False):
-        notes += model.prompts.tokens(text, where).notes
+    for part in parts.values():
+        for text, where in zip(part.texts, ("prompt", "negative_prompt"), strict=False):
+            notes += part.model.prompts.tokens(text, where).notes
     device = model.engine.capabilities.device
     edge = None if request.control is None else edge_tensor(request.control.edge).to(device)
-    fixed = {name: value.to(device) for name, value in size_conditions(request, model.spec).items()}
+    source = None if request.edit is None and request.image_prompt is None else _source(request, model, device)
     shape = latent_shape(request, model.spec)
     canvases = []
     for i in range(request.n):
         noise = NoiseStream(request.seed + i)
-        canvases.append(Canvas(request.seed + i, noise, (noise.draw(shape) * plan.start_scale).to(device)))
+        start = noise.draw(shape).to(device)
+        canvases.append(Canvas(request.seed + i, noise, start * plan.start_scale, start=start))
+    return Live(model, request, plan, parts, tuple(dict.fromkeys(notes)), edge, source, canvases, begun_s)
+
+
+def _part(model: Served, request: GenerateRequest, plan: Plan, *, own: bool) -> Part:
+    """What a model needs for its rows of a plan."""
+    first = request.prompt if own or model.name != request.invert or request.edit is None else request.edit.prompt
+    texts: tuple[str, ...] = (first,)
+    if any(row.pair or row.negative for row in plan.rows if (row.model is None) is own):
+        texts = (first, negative_text(request, model.spec))
+    device = model.engine.capabilities.device
+    fixed = {name: value.to(device) for name, value in size_conditions(request, model.spec).items()}
     found = {text: model.prompts.embeddings.get(text) for text in texts}
-    embedded = {text: value for text, value in found.items() if value is not None}
-    return Live(model, request, plan, texts, tuple(dict.fromkeys(notes)), edge, fixed, canvases, embedded, begun_s)
+    return Part(model, texts, fixed, {text: value for text, value in found.items() if value is not None})
+
+
+def _source(request: GenerateRequest, model: Served, device: str) -> Source:
+    """The pictures that a request brings, as tensors."""
+    source, edit, prompt = Source(layers=model.image_layers), request.edit, request.image_prompt
+    if edit is not None:
+        source.picture = picture_tensor(edit.image).to(device)
+        source.mask = None if edit.mask is None else latent_mask(edit.mask, model.spec.latent.factor).to(device)
+    if prompt is not None:
+        source.pixels = clip_pixels(prompt.image, model.image_side).to(device)
+    return source
 
 
 def negative_text(request: GenerateRequest, spec: SamplerSpec) -> str:
@@ -77,43 +107,9 @@ def finished(live: Live, now_s: float) -> Result:
     request = live.request
     assert request.guidance is not None
     seeds = tuple(canvas.seed for canvas in live.canvases)
-    steps = len(live.plan.rows)
-    return Result(pictures, seeds, steps, request.guidance, live.plan.nfe, live.model.name, live.notes, timings)
-
-
-def run_plan(
-    engine: Engine,
-    spec: SamplerSpec,
-    plan: Plan,
-    *,
-    seed: int,
-    cond: Conditions,
-    shape: tuple[int, ...],
-    uncond: Conditions | None = None,
-    edge: Tensor | None = None,
-    kind: int | None = None,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """The dull loop: one picture's latent [C, h, w], its steps one after the other, nothing shared.
-
-    shape: the latent's, without batch. cond, uncond: named conditions without batch (ctx [L, D], ...); edge [3, H, W]
-    in [0, 1], and its kind as in `RowState`. `watch(k, x)` sees the latent after k steps, the start noise as 0.
-
-    Errors: `EngineFailed` where the engine breaks or an output is not finite.
-    """
-    noise, history, features = NoiseStream(seed), History(), Features()
-    x = (noise.draw(shape) * plan.start_scale).to(engine.capabilities.device)
-    if watch is not None:
-        watch(0, x)
-    for row in plan.rows:
-        state = RowState(row, x, cond, noise, uncond, edge, history, kind, features)
-        (outcome,) = advance(engine, [state], spec)
-        if isinstance(outcome, EngineFailed):
-            raise outcome
-        x = outcome
-        if watch is not None:
-            watch(row.index + 1, x)
-    return x
+    return Result(
+        pictures, seeds, len(live.plan.rows), request.guidance, live.plan.nfe, live.model.name, live.notes, timings
+    )
 
 
 def run_request(
@@ -123,33 +119,41 @@ def run_request(
     *,
     prompts: Prompts | None = None,
     watch: Callable[[int, int, Tensor], None] | None = None,
+    models: Mapping[str, Served] | None = None,
 ) -> Result:
-    """A whole request by the dull loop, in the calling thread. `watch(picture, k, x)` sees each latent after k steps.
+    """A whole request by the dull loop, in the calling thread. `watch(picture, k, x)` sees each latent after k rows,
+    what it begins with as 0.
 
-    prompts: to keep embeddings between calls; made anew without it.
+    prompts: to keep embeddings between calls; made anew without it. models: others that may take part, by name.
 
     Errors: `InvalidRequest` naming the field; `EngineFailed`.
     """
-    model = Served(bundle.name, bundle.spec, engine, prompts or Prompts(bundle, capacity=8))
-    live = admit(model, request, begun_s=time.monotonic())
+    model = serve(bundle, engine, prompts or Prompts(bundle, capacity=8))
+    live = admit(model, request, begun_s=time.monotonic(), models={**(models or {}), model.name: model})
     live.started_s = time.monotonic()
-    if live.missing:
-        _timed(live, "text", lambda: encode_texts(model, [live]))
+    for work in live.before:
+        encode: Callable[..., Any] = encode_texts
+        if work.kind == ENCODE:
+            encode = encode_pictures if work.role == ENCODER else encode_prompts
+        _timed(live, work.kind, lambda w=work, e=encode: e(live.parts[w.model].model, [live]))  # type: ignore[misc]
     for number, canvas in enumerate(live.canvases):
-        seen = None if watch is None else _watching(watch, number)
-        shape = tuple(canvas.x.shape)
-        contexts: dict[str, Any] = {"cond": live.cond, "uncond": live.uncond, "kind": live.kind}
-        canvas.x = _timed(
-            live,
-            "denoise",
-            lambda c=canvas, s=shape, k=contexts, w=seen: run_plan(  # type: ignore[misc]
-                engine, model.spec, live.plan, seed=c.seed, shape=s, edge=live.edge, watch=w, **k
-            ),
-        )
+        _timed(live, "denoise", lambda n=number, c=canvas: _run_rows(live, c, n, watch))  # type: ignore[misc]
         (error,) = _timed(live, "decode", lambda c=canvas: decode_rows(model, [(live, c)]))  # type: ignore[misc]
         if error is not None:
             raise error
     return finished(live, time.monotonic())
+
+
+def _run_rows(live: Live, canvas: Canvas, number: int, watch: Callable[[int, int, Tensor], None] | None) -> None:
+    """The dull loop: one picture, its rows one after the other, nothing shared."""
+    if watch is not None:
+        watch(number, 0, canvas.x)
+    for row in live.plan.rows:
+        (error,) = step_rows(live.part(row).model, [(live, canvas)])
+        if error is not None:
+            raise error
+        if watch is not None:
+            watch(number, canvas.step, canvas.x)
 
 
 def edge_tensor(edge: Any) -> Tensor:
@@ -172,10 +176,6 @@ def size_conditions(request: GenerateRequest, spec: SamplerSpec) -> dict[str, Te
     height, width = float(request.height or 0), float(request.width or 0)
     ids = {"sdxl": (height, width, 0.0, 0.0, height, width), "pixart": (height, width, height / width)}
     return {"size_ids": torch.tensor(ids[spec.size_ids])}
-
-
-def _watching(watch: Callable[[int, int, Tensor], None], number: int) -> Callable[[int, Tensor], None]:
-    return lambda k, x: watch(number, k, x)
 
 
 def _timed(live: Live, stage: str, call: Callable[[], Any]) -> Any:

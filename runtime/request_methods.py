@@ -75,8 +75,13 @@ def resolve_methods(request: "GenerateRequest", spec: SamplerSpec, offers: "Offe
     return replace(request, **changes)
 
 
+def is_plain(request: "GenerateRequest") -> bool:
+    """Whether a request asks for no method and follows no picture, as most do."""
+    return request.control is None and _asks_nothing(request)
+
+
 def _asks_nothing(request: "GenerateRequest") -> bool:
-    """Whether the request is plain, as most are."""
+    """Whether a request asks for no method."""
     return (
         request.edit is None
         and request.image_prompt is None
@@ -203,6 +208,10 @@ def _residual_delta(request: "GenerateRequest", spec: SamplerSpec) -> float:
         )
     if request.negative_prompt and mode == "self":
         raise InvalidRequest("negative_prompt", "negative_prompt is not read by residual 'self': use 'onetime'")
+    if request.guidance_ramp is not None:
+        raise InvalidRequest(
+            "guidance_ramp", "guidance_ramp turns guidance off on the way, which residual cannot: leave it out"
+        )
     if spec.sampler == "dpmpp-2m":
         raise InvalidRequest("residual", "residual cannot be used with a solver that remembers steps: leave it out")
     if delta is not None:
@@ -256,12 +265,12 @@ def _helper(helper: "Helper", request: "GenerateRequest", spec: SamplerSpec, off
         raise InvalidRequest("helper", f"helper.mode {helper.mode!r} needs 2 steps or more; steps is {request.steps}")
     if spec.sampler == "dpmpp-2m" or (other is not None and other.sampler == "dpmpp-2m" and helper.mode == "first"):
         raise InvalidRequest("helper", f"helper.mode {helper.mode!r} cannot be used with a solver that remembers steps")
+    if request.residual is not None:
+        raise InvalidRequest("residual", f"residual and helper.mode {helper.mode!r} both change the first step")
     if helper.mode == "first":
         return found
     weight = PULL_WEIGHT if helper.weight is None else helper.weight
     _within("helper.weight", weight, 0.0, 1.0)
-    if request.residual is not None:
-        raise InvalidRequest("residual", "residual and helper.mode 'pull' both change the first step: leave one out")
     return replace(found, weight=float(weight))
 
 

@@ -1,142 +1,78 @@
-"""Shares of work on checked requests: encode texts, advance rows, decode pictures, each in one engine call.
+"""Shares of work on checked requests: encode texts and pictures, advance rows, decode, each in one engine call.
 
 Both loops are made of these: the dull one (`runtime.loop`) gives them one picture at a time, the scheduled one
 (`runtime.local`) whatever the scheduler put together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.models.roles import picture_role, picture_steps
-from fewstep.models.spec import SamplerSpec
+from fewstep.models.roles import IMAGE_PROMPT, picture_role, picture_steps
 
-from .engine import (
-    ADAPTER,
-    CONTROLNET,
-    DECODER,
-    DECODER_TINY,
-    DENOISER_ADAPTER,
-    DENOISER_CONTROL,
-    TEXT,
-    Engine,
-)
+from .edits import put_back
+from .engine import DECODER, DENOISER, ENCODER, TEXT, Engine
 from .errors import EngineFailed, FewstepError
 from .events import Picture
-from .jobs import DENOISE, Item, Work
-from .plan import Plan, Row, compile_plan
-from .request import GenerateRequest
+from .hooks import present
+from .inflight import Canvas, Live, row_state
+from .jobs import DENOISE, ENCODE, Item, Work
+from .plan import Row
 from .rng import NoiseStream
-from .step import Conditions, Features, History, RowState, advance, finite_rows, run_batch
+from .served import Served
+from .step import Conditions, advance, finite_rows, run_batch
 from .text import Prompts
 
-MOST_PLANS = 1000
-"""Plans that a model keeps; a client may ask for any guidance scale."""
 
-
-@dataclass(frozen=True)
-class Served:
-    """A model that can be asked: its contract, its engine, its prompts."""
-
-    name: str
-    spec: SamplerSpec
-    engine: Engine
-    prompts: Prompts
-    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False)
-
-    def plan(self, request: GenerateRequest) -> Plan:
-        """The plan of a resolved request; requests that sample alike share one."""
-        control = request.control
-        steered = None if control is None else (control.scale, control.start, control.end)
-        key = request.steps, request.guidance, request.gamma, steered
-        if key not in self._plans:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[key] = compile_plan(request, self.spec)
-        return self._plans[key]
-
-    @property
-    def has_control(self) -> bool:
-        roles = self.engine.capabilities.roles
-        return {CONTROLNET, DENOISER_CONTROL} <= roles or {ADAPTER, DENOISER_ADAPTER} <= roles
-
-
-@dataclass
-class Canvas:
-    """One picture on its way: its noise, its latent [C, h, w] after `step` steps, at last its pixels."""
-
-    seed: int
-    noise: NoiseStream
-    x: Tensor
-    history: History = field(default_factory=History)
-    step: int = 0
-    picture: Picture | None = None
-
-
-@dataclass
-class Live:
-    """A checked request on its way. `texts` are the prompts it needs: its own and, under guidance, the negative one;
-    `fixed` are the conditions that no text gives."""
-
-    model: Served
-    request: GenerateRequest
-    plan: Plan
-    texts: tuple[str, ...]
-    notes: tuple[str, ...]
-    edge: Tensor | None
-    fixed: Conditions
-    canvases: list[Canvas]
-    embedded: dict[str, Conditions]
-    begun_s: float
-    started_s: float | None = None
-    features: Features = field(default_factory=Features)
-    spent_s: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
-
-    @property
-    def missing(self) -> list[str]:
-        """Texts without an embedding yet."""
-        return [text for text in self.texts if text not in self.embedded]
-
-    @property
-    def kind(self) -> int | None:
-        """Which of the model's control kinds its picture is."""
-        control, kinds = self.request.control, self.model.spec.control_kinds
-        return None if control is None or control.kind is None else kinds.index(control.kind)
-
-    @property
-    def decoder(self) -> str:
-        """The role that decodes its pictures: the tiny decoder at the step counts that the spec gives it."""
-        tiny = len(self.plan.rows) in self.model.spec.tiny_decoder
-        return DECODER_TINY if tiny and DECODER_TINY in self.model.engine.capabilities.roles else DECODER
-
-    @property
-    def cond(self) -> Conditions:
-        return {**self.embedded[self.texts[0]], **self.fixed}
-
-    @property
-    def uncond(self) -> Conditions:
-        """The other side of classifier-free guidance: the negative prompt, or nothing."""
-        negative = self.embedded[self.texts[-1]]
-        if self.model.spec.guidance.zero_empty and not self.texts[-1]:
-            negative = {name: torch.zeros_like(value) for name, value in negative.items()}
-        return {**negative, **self.fixed}
-
-
-@torch.inference_mode()
 def encode_texts(model: Served, lives: Sequence[Live]) -> int:
     """Give each request its embeddings, encoding every text once; returns how many were encoded."""
-    fresh: dict[str, Any] = {text: model.prompts.embeddings.peek(text) for live in lives for text in live.missing}
+    parts = [live.parts[model.name] for live in lives]
+    fresh: dict[str, Any] = {text: model.prompts.embeddings.peek(text) for part in parts for text in part.missing}
     wanted = [text for text, value in fresh.items() if value is None]
     if wanted:
         for text, found in zip(wanted, embed(model.engine, model.prompts, wanted), strict=True):
             fresh[text] = found
             model.prompts.embeddings.put(text, found)
-    for live in lives:
-        live.embedded.update({text: fresh[text] for text in live.missing})
+    for part in parts:
+        part.embedded.update({text: fresh[text] for text in part.missing})
     return len(wanted)
+
+
+@torch.inference_mode()
+def encode_pictures(model: Served, lives: Sequence[Live]) -> None:
+    """Bring each request's own picture into latents, in one call of the encoder; its pictures begin from there.
+
+    Errors: `EngineFailed` where a latent is not finite, or whatever the engine raises.
+    """
+    sources = [present(live.source, "source") for live in lives]
+    pictures = torch.stack([present(source.picture, "picture") for source in sources])
+    (latents,) = run_batch(model.engine, ENCODER, {"picture": pictures})
+    _refuse_spoiled(model.engine, latents, "latent of an edit's picture")
+    for live, source, latent in zip(lives, sources, latents, strict=True):
+        source.latent = latent.clone()
+        for canvas in live.canvases:
+            canvas.x = canvas.x + live.plan.start_signal * source.latent
+
+
+@torch.inference_mode()
+def encode_prompts(model: Served, lives: Sequence[Live]) -> None:
+    """Bring each request's picture prompt into tokens, in one call of the image encoder.
+
+    Errors: as `encode_pictures`.
+    """
+    sources = [present(live.source, "source") for live in lives]
+    pixels = torch.stack([present(source.pixels, "pixels") for source in sources])
+    (tokens,) = run_batch(model.engine, IMAGE_PROMPT, {"pixels": pixels})
+    _refuse_spoiled(model.engine, tokens, "embedding of a picture prompt")
+    for source, found in zip(sources, tokens, strict=True):
+        source.tokens = found.clone()
+
+
+def _refuse_spoiled(engine: Engine, out: Tensor, what: str) -> None:
+    if not all(finite_rows(out)):
+        raise EngineFailed(f"engine {engine.name} gave a non-finite {what}")
 
 
 @torch.inference_mode()
@@ -156,8 +92,8 @@ def embed(engine: Engine, prompts: Prompts, texts: Sequence[str]) -> list[Condit
 
 
 def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
-    """Advance each picture by one step, in one denoiser call. A picture that failed keeps its latent."""
-    outcomes = advance(model.engine, [_row_state(live, canvas) for live, canvas in rows], model.spec)
+    """Advance each picture by one row, in one denoiser call of `model`. A picture that failed keeps its latent."""
+    outcomes = advance(model.engine, [row_state(live, canvas) for live, canvas in rows], model.spec)
     errors: list[EngineFailed | None] = []
     for (_, canvas), outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, EngineFailed):
@@ -172,17 +108,21 @@ def step_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engine
 def decode_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
     """Decode each picture's latent into its pixels, in one call of their decoder."""
     latents = torch.stack([canvas.x for _, canvas in rows])
-    return _keep_pictures(rows, decode(model.engine, latents, rows[0][0].decoder))
+    errors = _keep_pictures(rows, decode(model.engine, latents, rows[0][0].decoder))
+    for live, canvas in rows:
+        if canvas.picture is not None and live.request.edit is not None:
+            canvas.picture = put_back(canvas.picture, live.request.edit)
+    return errors
 
 
 @torch.inference_mode()
 def paint_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[EngineFailed | None]:
     """All that requests of one step count need, from their tokens to their pixels, in one call of a `picture` role."""
     able = model.engine.capabilities
-    read = [model.prompts.tokens(live.texts[0]).feeds for live, _ in rows]
+    read = [model.prompts.tokens(live.own.texts[0]).feeds for live, _ in rows]
     plans = [live.plan.rows for live, _ in rows]
     feeds = {name: torch.tensor([tokens[name] for tokens in read], device=able.device) for name in read[0]}
-    feeds |= {name: torch.stack([live.fixed[name] for live, _ in rows]) for name in rows[0][0].fixed}
+    feeds |= {name: torch.stack([live.own.fixed[name] for live, _ in rows]) for name in rows[0][0].own.fixed}
     feeds["x"] = torch.stack([canvas.x for _, canvas in rows])
     for name in ("t", "a", "b"):
         feeds[name] = torch.tensor([[getattr(row, name) for row in plan] for plan in plans], device=able.device)
@@ -206,11 +146,13 @@ def _scaled_noise(plan: Sequence[Row], canvas: Canvas) -> Tensor:
 
 
 def fits_one_call(live: Live) -> bool:
-    """Whether a `picture` role can do all of a request: no guidance pairs, no control, no history, no last noise."""
-    rows = live.plan.rows
-    if picture_role(len(rows)) not in live.model.engine.capabilities.roles or live.model.spec.clip is not None:
+    """Whether a `picture` role can do all of a request: no guidance pairs, nothing that steers, no history, no hooks,
+    no last noise, no picture to begin from."""
+    rows, first = live.plan.rows, live.plan.rows[0]
+    if picture_role(len(rows)) not in live.model.engine.capabilities.roles or live.source is not None:
         return False
-    return not any(row.pair or row.control or row.d or row.w != rows[0].w for row in rows) and not rows[-1].c
+    plain = (r.role == DENOISER and not (r.pair or r.d or r.model or r.hooks) and r.w == first.w for r in rows)
+    return all(plain) and not rows[-1].c
 
 
 def _keep_pictures(
@@ -244,11 +186,12 @@ def to_pictures(engine: Engine, out: Tensor) -> list[Picture | EngineFailed]:
     ]
 
 
-def execute(model: Served, work: Work, lives: Sequence[Live]) -> tuple[list[FewstepError | None], int, bool]:
+def execute(work: Work, lives: Sequence[Live]) -> tuple[list[FewstepError | None], int, bool]:
     """Run one call; (error or None per item, what was run, whether it went through at once).
 
     A call that breaks is repeated item by item, so that only the request at fault fails.
     """
+    model = lives[0].parts[work.model].model
     try:
         errors, size = _attempt(model, work, work.items, lives)
         return errors, size or work.size * (work.kind != TEXT), True
@@ -269,6 +212,10 @@ def _attempt(
 ) -> tuple[list[FewstepError | None], int]:
     if work.kind == TEXT:
         return [None] * len(items), encode_texts(model, lives)
+    if work.kind == ENCODE:
+        encode = encode_prompts if work.role == IMAGE_PROMPT else encode_pictures
+        encode(model, lives)
+        return [None] * len(items), 0
     rows = [(live, live.canvases[item.picture]) for item, live in zip(items, lives, strict=True)]
     run = paint_rows if picture_steps(work.role) else step_rows if work.kind == DENOISE else decode_rows
     return list(run(model, rows)), 0
@@ -276,9 +223,3 @@ def _attempt(
 
 def as_engine_error(error: Exception, engine: Engine) -> FewstepError:
     return error if isinstance(error, FewstepError) else EngineFailed(f"engine {engine.name} broke: {error!r}")
-
-
-def _row_state(live: Live, canvas: Canvas) -> RowState:
-    row = live.plan.rows[canvas.step]
-    uncond = live.uncond if row.pair else None
-    return RowState(row, canvas.x, live.cond, canvas.noise, uncond, live.edge, canvas.history, live.kind, live.features)

@@ -20,9 +20,10 @@ from fewstep.runtime.engine import DENOISER_CONTROL
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.loop import admit, run_request
 from fewstep.runtime.request import Control, GenerateRequest
+from fewstep.runtime.served import Served
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import Served, decode_rows, encode_texts, step_rows
+from fewstep.runtime.work import decode_rows, encode_texts, step_rows
 
 PROMPT = "a red cat"
 

@@ -8,7 +8,7 @@ from fewstep.models.spec import Guidance
 from fewstep.runtime.engine import CONTROLNET, DENOISER, DENOISER_CONTROL
 from fewstep.runtime.errors import EngineFailed
 from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_spec
-from fewstep.runtime.plan import Row
+from fewstep.runtime.plan import Hooks, Row
 from fewstep.runtime.rng import NoiseStream
 from fewstep.runtime.step import RowState, advance, run_batch
 
@@ -129,14 +129,14 @@ def test_run_batch_gives_every_output_for_every_row():
 
 
 def test_clip_bounds_the_clean_estimate_and_keeps_the_step_consistent():
-    spec = fake_spec(clip=0.5)
+    spec = fake_spec()
     out = estimates(spec.prediction, spec.path, 499.0)
     to_x0 = replace(ROW, a=out.x0_x, b=out.x0_f)
     (free,) = advance(FakeEngine(), [state(1, to_x0)], fake_spec())
-    (bound,) = advance(FakeEngine(), [state(1, to_x0)], spec)
+    (bound,) = advance(FakeEngine(), [state(1, replace(to_x0, hooks=Hooks(clip=0.5)))], spec)
     assert free.abs().max() > 0.6
     assert torch.allclose(bound, free.clamp(-0.5, 0.5), atol=1e-5)
-    to_eps = replace(ROW, a=out.eps_x, b=out.eps_f)
+    to_eps = replace(ROW, a=out.eps_x, b=out.eps_f, hooks=Hooks(clip=0.5))
     (eps,) = advance(FakeEngine(), [state(1, to_eps)], spec)
     path, x = spec.path, state(1).x
     assert torch.allclose(path.alpha(499.0) * bound + path.sigma(499.0) * eps, x, atol=1e-4), "x0 and eps still make x"

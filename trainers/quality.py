@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.runtime.engine import Engine
-    from fewstep.runtime.work import Served
+    from fewstep.runtime.served import Served
 
 Pictures = NDArray[np.uint8]
 
@@ -92,8 +92,8 @@ def sample_pictures(
     from tqdm import tqdm
 
     from fewstep.runtime.engines import open_engine
+    from fewstep.runtime.served import Served
     from fewstep.runtime.text import Prompts
-    from fewstep.runtime.work import Served
 
     requests = [
         GenerateRequest(prompt=text, seed=seed, steps=steps, guidance=guidance)
