@@ -1,12 +1,14 @@
 """Turns, percentiles, counted operations, measured peaks."""
 
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fewstep.runtime import measurement
+from fewstep.runtime import measurement, peak
 from fewstep.runtime.components import Peaks, component_rows, precision_of
 from fewstep.runtime.engine import Capabilities
 from fewstep.runtime.measurement import call_seconds, device_wait, machine_facts, percentiles, take_turns, timed
@@ -63,6 +65,23 @@ def test_operations_of_layers_whose_count_is_known():
 def test_peak_and_bandwidth_are_what_a_processor_does():
     assert 1e8 < matrix_peak(torch.float32, side=256, repeats=2) < 1e14
     assert 1e7 < copy_bandwidth(size_bytes=1 << 22, repeats=2) < 1e13
+
+
+def test_the_peak_is_that_of_the_faster_product(monkeypatch):
+    waits = []
+    monkeypatch.setattr(peak, "_openvino_product", lambda weights, dtype: lambda: time.sleep(waits[-1]))
+    waits.append(0.05)
+    torch_only = matrix_peak(torch.float32, side=256, repeats=2)
+    assert torch_only > 2 * 256**3 / 0.05, "a slower product takes nothing away"
+    waits.append(0.0)
+    assert matrix_peak(torch.float32, side=1024, repeats=2) > 1024**3 / 1e-3, "a faster one counts"
+
+
+def test_openvinos_product_is_a_product():
+    pytest.importorskip("openvino")
+    call = peak._openvino_product(torch.eye(64), torch.float32)
+    assert call is not None and np.allclose(call()[0], np.eye(64))
+    assert peak._openvino_product(torch.eye(64), torch.float16) is None
 
 
 def test_a_network_alone_is_timed_until_its_device_is_done(monkeypatch):
