@@ -261,7 +261,8 @@ def _device(identity: Mapping[str, str]) -> str:
 
 
 def _buffer(dtype: str, shape: Any, device: Device) -> Tensor:
-    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device.name)
+    """Zeros: the run before a capture reads them, and whatever lay in memory would be no token ids."""
+    return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=device.name)
 
 
 def _build_of(bundle: Bundle, manifest: Manifest) -> Mapping[str, Any]:

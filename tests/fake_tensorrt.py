@@ -83,6 +83,7 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._runs: list[int] = []
+        self._fed: list[np.ndarray] = []
         self._broken = False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -114,6 +115,7 @@ class IExecutionContext:
         self._runs.append(stream_handle)
         first = self._plan["inputs"][0]
         source = _memory(self._addresses[first], self._shapes[first])
+        self._fed.append(source.copy())
         for name in self._plan["outputs"]:
             target = _memory(self._addresses[name], self.get_tensor_shape(name))
             target[:] = 2 * source

@@ -134,6 +134,17 @@ def test_enterprise_is_captured_once_per_shape_and_replayed(bundle):
     assert len(contexts[0]._runs) == 4  # once before the capture, in it, and two replays
 
 
+def test_no_call_reads_memory_that_nobody_wrote(bundle, monkeypatch):
+    """Before a call can be captured it runs once, and what was left in memory are no token ids."""
+    install(bundle, ENTERPRISE)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *given, **settings: empty(*given, **settings).fill_(99))
+    engine = open_it(bundle, ENTERPRISE)
+    engine.run("decoder", latents(1))
+    (context,) = engine._engines["decoder"]._contexts
+    assert len(context._fed) >= 1 and not any((fed == 99).any() for fed in context._fed)
+
+
 def test_enterprise_does_without_what_only_rtx_has(bundle):
     rtx_only = ("CudaGraphStrategy", "IRuntimeConfig", "IRuntimeCache")
     module = SimpleNamespace(**{n: v for n, v in vars(fake_tensorrt).items() if n not in rtx_only})
