@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.models.arguments import read_output
 from fewstep.models.errors import FewstepError
+from fewstep.models.files import write_whole
 from fewstep.runtime.errors import EngineUnavailable
 
 if TYPE_CHECKING:
@@ -221,7 +223,9 @@ def command(argv: Sequence[str]) -> int:
         description="Try every family on a small folder of its real classes, and write the table. Some minutes a row.",
         epilog="example: fewstep families --out docs/families.md --only 'SD 1.5' LCM",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table; its data beside it, .json")
+    parser.add_argument(
+        "--out", type=read_output, required=True, metavar="FILE", help="the table; its data beside it, .json"
+    )
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help="these rows anew, others as kept")
     parser.add_argument("--again", action="store_true", help="try rows anew that the data has already")
     args = parser.parse_args(argv)
@@ -233,8 +237,8 @@ def command(argv: Sequence[str]) -> int:
         row = asdict(try_family(name, tell=lambda part: print(part, flush=True)))
         rows = [*(r for r in rows if r["name"] != name), row]
         rows.sort(key=lambda r: list(ROWS).index(r["name"]))
-        data.write_text(json.dumps(rows, indent=1) + "\n")
-        args.out.write_text(markdown(rows))
+        write_whole(data, (json.dumps(rows, indent=1) + "\n").encode())
+        write_whole(args.out, markdown(rows).encode())
     failed = [f"{r['name']}: {c}" for r in rows for c in COLUMNS if not r["cells"][c]["ok"]]
     print(f"{args.out}: {len(rows)} of {len(ROWS)} rows" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -245,6 +249,8 @@ def _cell(attempt: Callable[[], str]) -> Cell:
         return Cell(ok=True, text=attempt())
     except FewstepError as error:
         return Cell(ok=False, text=str(error))
+    except Exception as error:  # diffusers, an exporter or a runtime: the row goes on to say what it was
+        return Cell(ok=False, text=f"{type(error).__name__}: {error}")
 
 
 def _shown(cell: Mapping[str, Any] | None) -> str:

@@ -1,5 +1,6 @@
 """The options of `fewstep export --precision int8`: mode, treatments, prompts, and what may be lost."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ MEASURES = {
 def _treatments(text: str) -> dict[str, str]:
     pairs = [part.split("=") for part in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of treatments such as text=int8-dynamic,decoder=int8")
     return {pair[0]: pair[1] for pair in pairs}
 
 
 def _prompts(text: str) -> tuple[str, ...]:
-    lines = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    try:
+        lines = tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read ({error}); name a file with a prompt a line") from None
     if not lines:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} holds no prompts; name a file with one a line")
     return lines
 
 

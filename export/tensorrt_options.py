@@ -10,7 +10,7 @@ def _ranges(text: str) -> tuple[tuple[int, ...], ...]:
     ranges = []
     for part in text.split(","):
         numbers = part.split("-")
-        if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
+        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
             raise argparse.ArgumentTypeError(f"{part!r} is no range least-usual-most, such as 2-4-4")
         ranges.append(tuple(map(int, numbers)))
     return tuple(ranges)

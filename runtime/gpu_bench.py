@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.arguments import read_count
+from fewstep.models.arguments import read_count, read_output
 
 from .errors import EngineUnavailable
 from .gpu_plan import MODES, PLAN, PRECISIONS, SHAPES, TINY_PLAN, Case, Shape
@@ -50,8 +49,7 @@ def bench_gpu(
 
     Errors: `EngineUnavailable` where the device is not there.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EngineUnavailable(f"device is {device!r} and torch sees no CUDA device; try --device cpu --shape tiny")
+    _make_current(device)
     begun = clock()
     if device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
@@ -79,6 +77,22 @@ def bench_gpu(
         _release(device)
         save(report)
     return report
+
+
+def _make_current(device: str) -> None:
+    """Streams, captured graphs and the machine's name are those of CUDA's current device."""
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise EngineUnavailable(f"device is {device!r}; use cuda, cuda:N or cpu")
+    if not torch.cuda.is_available():
+        raise EngineUnavailable(f"device is {device!r} and torch sees no CUDA device; try --device cpu --shape tiny")
+    try:
+        index = torch.device(device).index
+        if index is not None:
+            torch.cuda.set_device(index)
+    except (RuntimeError, ValueError) as error:
+        raise EngineUnavailable(f"device is {device!r}: {error}; torch sees {torch.cuda.device_count()}") from error
 
 
 @dataclass(frozen=True)
@@ -262,10 +276,12 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--repeats", type=read_count, default=REPEATS, help=f"calls measured per case; default: {REPEATS}"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there after every case")
+    parser.add_argument("--json", type=read_output, metavar="FILE", help="write the report there after every case")
     args = parser.parse_args(argv)
     plan = TINY_PLAN if args.shape == "tiny" else [case for case in PLAN if args.shape in (None, case.shape)]
     plan = [case for case in plan if args.mode in (None, case.mode)]
+    if not plan:
+        parser.error(f"no case is of shape {args.shape} and mode {args.mode}")
     said = " ".join(["fewstep bench gpu", *argv])
 
     def save(report: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.models.arguments import read_count, read_counts
+from fewstep.models.arguments import read_count, read_counts, read_output
 
 from .contestants import STAGES, Contestant, Sample, bench_runtime, runtime_contestant
 from .diffusers_pipeline import pipeline_name
@@ -100,8 +100,10 @@ def command(argv: Sequence[str]) -> int:
     from fewstep.models.bundle import load_bundle
 
     from .latency_page import page
-    from .latency_report import plot, table
+    from .latency_report import check_plot, plot, table
 
+    if args.plot is not None:
+        check_plot()
     bundle = load_bundle(args.bundle)
     engines = args.engines or ready_engines(bundle)
     peers = {DIFFUSERS, *args.peers}
@@ -253,9 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=read_count, default=20, help="turns measured per step count and batch; default: 20")
     add("--threads", type=read_count, help="CPU threads of every contestant; default: torch's choice")
     add("--no-components", action="store_true", help="leave out the networks alone")
-    add("--json", type=Path, metavar="FILE", help="write the report there")
-    add("--plot", type=Path, metavar="FILE", help="write a picture of the report there (PNG, SVG, PDF)")
-    add("--html", type=Path, metavar="FILE", help="write the report there as one page with its plots")
+    add("--json", type=read_output, metavar="FILE", help="write the report there")
+    add("--plot", type=read_output, metavar="FILE", help="write a picture of the report there (PNG, SVG, PDF)")
+    add("--html", type=read_output, metavar="FILE", help="write the report there as one page with its plots")
     return parser
 
 

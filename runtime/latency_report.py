@@ -35,13 +35,12 @@ def left_out(gone: Mapping[str, Any]) -> str:
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Left: median latency against steps at the smallest batch. Right: where the time goes at the fewest steps.
 
-    Errors: `EngineUnavailable` where matplotlib is missing.
+    Errors: as `check_plot`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EngineUnavailable("--plot needs matplotlib; pip install 'fewstep[train]', or use --html") from error
+    check_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -52,6 +51,14 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         f"{report['bundle']}: prompt to PNG on {machine['cpu']}, {machine['threads']} thread(s)", fontsize=10
     )
     figure.savefig(path, dpi=150)
+
+
+def check_plot() -> None:
+    """Errors: `EngineUnavailable` where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise EngineUnavailable("--plot needs matplotlib; pip install 'fewstep[train]', or use --html") from error
 
 
 def contestants(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -60,7 +60,12 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("results", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
     args = parser.parse_args(argv)
-    text, plots = page({path.stem: _read(path) for path in sorted(args.results)})
+    found: dict[str, Path] = {}
+    for path in sorted(args.results):
+        if path.stem in found:
+            raise InvalidRequest("results", f"{found[path.stem]} and {path} have one name; rename one")
+        found[path.stem] = path
+    text, plots = page({name: _read(path) for name, path in found.items()})
     folder = args.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, svg in plots.items():

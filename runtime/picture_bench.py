@@ -6,13 +6,12 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fewstep.models.arguments import read_count
+from fewstep.models.arguments import read_count, read_output
 
 from .events import Picture
 from .images import encode
@@ -82,7 +81,7 @@ def command(argv: Sequence[str]) -> int:
         epilog="example: fewstep bench pictures --json pictures.json",
     )
     parser.add_argument("--repeats", type=read_count, default=7, help="turns measured; default: 7")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--json", type=read_output, metavar="FILE", help="write the report there")
     args = parser.parse_args(argv)
     from tqdm import tqdm
 

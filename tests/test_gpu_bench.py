@@ -99,6 +99,28 @@ def test_wrong_use(capsys):
     with pytest.raises(SystemExit):
         command(["--device", "cpu", "--shape", "tiny", "--repeats", "0"])
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(["--device", "cpu", "--shape", "tiny", "--mode", "compiled"])
+    assert "no case is of shape tiny and mode compiled" in capsys.readouterr().err
+    with pytest.raises(EngineUnavailable, match="device is 'tpu'; use cuda, cuda:N or cpu"):
+        bench_gpu(TINY_PLAN, device="tpu", save=lambda report: None)
+
+
+def test_the_device_that_is_measured_is_the_one_that_was_named(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(gpu_bench, "machine_facts", dict)
+    bench_gpu([], device="cuda:1", save=lambda report: None)
+    bench_gpu([], device="cuda", save=lambda report: None)
+    assert current == [1], "streams, graphs and the machine's name are those of the current device"
+
+    def refuse(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(EngineUnavailable, match="device is 'cuda:9': invalid device ordinal"):
+        bench_gpu([], device="cuda:9", save=lambda report: None)
 
 
 def test_the_plan_begins_with_the_target_and_names_real_shapes():

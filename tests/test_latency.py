@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +152,17 @@ def test_wrong_use(tiny_lcm, tiny_dmd2, tmp_path, capsys):
     (root / "model_index.json").unlink()
     with pytest.raises(EngineUnavailable, match=r"model_index\.json names no pipeline"):
         bench_latency(bundle, engines=("torch",), steps=(1,))
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tiny_lcm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "bench_latency", lambda *given, **settings: pytest.fail("it was measured"))
+    for option in ("--json", "--plot", "--html"):
+        with pytest.raises(SystemExit) as caught:
+            command([str(tiny_lcm.root), option, str(tmp_path / "gone" / "file")])
+        assert caught.value.code == 2 and "gone is no folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(EngineUnavailable, match="--plot needs matplotlib"):
+        command([str(tiny_lcm.root), "--plot", str(tmp_path / "plot.png")])
 
 
 def test_the_default_settings_are_said_in_the_command():

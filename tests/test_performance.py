@@ -56,6 +56,16 @@ def test_every_figure_has_its_command_date_and_machine():
     )
 
 
+def test_two_results_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "scenes.json").write_text(json.dumps(LATENCY))
+    files = [str(tmp_path / folder / "scenes.json") for folder in ("a", "b")]
+    with pytest.raises(InvalidRequest, match=r"a/scenes\.json and .*b/scenes\.json have one name; rename one"):
+        command([*files, "--out", str(tmp_path / "page.md")])
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_without_a_gpu_result_none_is_claimed():
     text, _ = page({"scenes": LATENCY})
     assert NO_GPU in text and "TFLOP" not in text

@@ -134,3 +134,19 @@ def test_wrong_options_are_refused(bundle, argv, said):
     assert usable_onnx(bundle) is not None
     with pytest.raises(EngineUnavailable, match=said):
         commands.export([str(bundle.root), "--engine", "onnx", *argv])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--treatments", "decoder", "'decoder' is no list of treatments such as text=int8-dynamic,decoder=int8"),
+        ("--prompts", "gone.txt", "gone.txt cannot be read"),
+        ("--prompts", "empty.txt", "empty.txt holds no prompts; name a file with one a line"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(bundle, tmp_path, monkeypatch, capsys, option, value, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(SystemExit):
+        commands.export([str(bundle.root), "--engine", "onnx", "--precision", "int8", option, value])
+    assert said in " ".join(capsys.readouterr().err.split())
