@@ -102,7 +102,12 @@ def read_metadata(data: bytes, *, max_pixels: int = MAX_PIXELS, field: str = "im
         comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
         if isinstance(comment, bytes) and comment.startswith(_UNICODE):
             found[PARAMETERS] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
-        return found
+        return {_whole(key): _whole(value) for key, value in found.items()}
+
+
+def _whole(text: str) -> str:
+    """Text that can be sent on: JSON may hold halves of surrogate pairs, which no encoding takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fewstep.runtime.local import Runtime
 
-from . import errors, routes_native, routes_openai
+from . import errors, routes_a1111, routes_native, routes_openai
 from .account import Account
 from .gate import Gate
 from .health import Health
@@ -27,6 +27,7 @@ from .pictures import Store
 from .provenance import signatory
 from .quota import Callers
 from .service import Service, service_of
+from .sessions import Sessions
 from .settings import Settings
 from .traces import Traces
 from .visit import Door
@@ -53,7 +54,19 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
     jobs = Jobs(settings.stored_bytes, settings.stored_s)
     account = Account(meters, Traces() if settings.traces == "otlp" else None)
     service = Service(
-        runtime, settings, health, meters, store, pool, int(time.time()), callers, door, account, signer, jobs
+        runtime=runtime,
+        settings=settings,
+        health=health,
+        meters=meters,
+        store=store,
+        pool=pool,
+        started_unix_s=int(time.time()),
+        callers=callers,
+        door=door,
+        account=account,
+        signatory=signer,
+        jobs=jobs,
+        sessions=Sessions(),
     )
 
     @asynccontextmanager
@@ -77,7 +90,7 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-fewstep-seed", "retry-after"],
         )
-    for routes in (router, routes_openai.router, routes_native.router):
+    for routes in (router, routes_openai.router, routes_a1111.router, routes_native.router):
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE))
     errors.install(app)

@@ -90,7 +90,9 @@ def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def envelope(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """The body of an error. What a caller sent may stand in it, so halves of surrogate pairs are replaced."""
+    said, named = (None if text is None else text.encode("utf-8", "replace").decode() for text in (message, param))
+    return {"error": {"message": said, "type": kind, "param": named, "code": code}}
 
 
 def install(app: FastAPI) -> None:
@@ -103,6 +105,20 @@ def install(app: FastAPI) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     status, body, headers = answer(error)
+    return _reply(request, status, body, headers)
+
+
+def _reply(request: Request, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """An envelope as the API that was called says it: A1111's clients look for `detail`."""
+    if request.url.path.startswith("/sdapi/"):
+        error = body["error"]
+        body = {
+            "error": error["code"],
+            "detail": error["message"],
+            "body": error["param"] or "",
+            "errors": error["message"],
+        }
+        status = 422 if status == 400 else status
     return JSONResponse(body, status, headers)
 
 
@@ -114,11 +130,11 @@ async def _on_http(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed at {request.url.path}",
     }.get(http.status_code, str(http.detail))
     body = envelope(message, kind, _HTTP_CODES.get(http.status_code, "invalid_request"))
-    return JSONResponse(body, http.status_code, http.headers)
+    return _reply(request, http.status_code, body, http.headers)
 
 
 async def _on_body(request: Request, error: Exception) -> Response:
-    return JSONResponse(described(cast(RequestValidationError, error).errors()[0]), 400)
+    return _reply(request, 400, described(cast(RequestValidationError, error).errors()[0]))
 
 
 def described(first: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .metrics import Meters
 from .pictures import Encoded, Store, encoded
 from .provenance import Signatory
 from .quota import Callers
+from .sessions import Sessions
 from .settings import Settings
 from .visit import Door, current
 from .wire import Job
@@ -44,6 +45,7 @@ class Service:
     account: Account
     signatory: Signatory | None
     jobs: Jobs
+    sessions: Sessions
 
     def submit(self, job: Job) -> Ticket:
         try:

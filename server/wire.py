@@ -32,16 +32,13 @@ class Body(BaseModel):
     @classmethod
     def _known_and_readable(cls, data: Any) -> Any:
         """Refuse a field that does not exist, saying which one was probably meant, and text that is no Unicode."""
-        for name, value in data.items() if isinstance(data, dict) else ():
+        for name in data if isinstance(data, dict) else ():
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.model_fields)}"
                 context = {"field": name.encode("utf-8", "replace").decode(), "hint": hint}
                 raise PydanticCustomError("unknown_parameter", "{field} is not a field of this call; {hint}", context)
-            if isinstance(value, str) and not is_text(value):
-                message = "{field} holds half of a surrogate pair; send it as valid Unicode"
-                raise PydanticCustomError("invalid_value", message, {"field": name})
-        return data
+        return refuse_half_pairs(data)
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,10 @@ def new_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def is_text(value: str) -> bool:
-    """Whether a string is Unicode, with no half of a surrogate pair."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+def refuse_half_pairs(data: Any) -> Any:
+    """A body as it is; as its validator, refuses fields with half of a surrogate pair, which is no Unicode."""
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            message = "{field} holds half of a surrogate pair; send it as valid Unicode"
+            raise PydanticCustomError("invalid_value", message, {"field": name})
+    return data
