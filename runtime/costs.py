@@ -44,6 +44,10 @@ class Costs:
             for key in [key for key in table if key[0] == model]:
                 del table[key]
 
+    def table(self) -> dict[Key, list[tuple[int, float]]]:
+        """What is known: (size, seconds) by rising size."""
+        return {key: list(known) for key, known in self._medians.items()}
+
     def measured(self, key: Key) -> bool:
         return key in self._medians
 

@@ -3,10 +3,10 @@
 A request is preparations, then rows, then decodes (`runtime.jobs`). Each waits in the queue of the model and role that
 does it, whichever request it is of, and shares a call with what waits there where the measured costs say that it pays.
 
-Order. Every request has one due time, fixed when it is accepted: `arrival + STRETCH * own cost / 2^priority`, or its
-deadline less its own cost where that is sooner. The earliest due goes first, and a running request yields to it at its
-next step. So short requests pass long ones, urgent ones pass both, and none waits for ever, since later arrivals have
-later due times.
+Order. Every request has one due time, fixed when it is accepted: `arrival + STRETCH * own cost / 2^priority`; where it
+has a deadline, with DEADLINE_STRETCH, or the deadline less its own cost where that is sooner. The earliest due goes
+first, and a running request yields to it at its next step. So short requests pass long ones, urgent ones pass both, and
+none waits for ever, since later arrivals have later due times.
 """
 
 import bisect
@@ -21,8 +21,10 @@ from .forecast import Forecast
 from .jobs import DECODE, DENOISE, KINDS, Accepted, Ended, Item, Job, Lane, Paused, Rejected, Stepped, Work, mixed
 from .pricing import Price, Pricing
 
-STRETCH = 10.0
-"""A request's waiting time is in proportion when it takes this many times its own cost."""
+STRETCH, DEADLINE_STRETCH = 20.0, 10.0
+"""A request's waiting time is in proportion when it takes this many times its own cost; a deadline says that it is in
+more of a hurry. With 10 for those without, long ones that wait in a burst come due ahead of short ones
+(`tests/test_load_claims.py`)."""
 
 Change = Stepped | Paused | Ended
 Key = tuple[str, str, str]
@@ -90,6 +92,10 @@ class Scheduler:
         """Accepted requests that have not ended."""
         return len(self._live)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is here: accepted, and not ended."""
+        return request_id in self._live
+
     @property
     def next_deadline_s(self) -> float | None:
         """When `expire` has something to do next."""
@@ -129,7 +135,8 @@ class Scheduler:
             raise ValueError(f"request {job.id} is already here")
         price = self._pricing.job(_with_work(job))
         own = price.total_s
-        soft = now_s + STRETCH * own * 2.0 ** -max(-8, min(8, job.priority))
+        stretch = STRETCH if job.deadline_s is None else DEADLINE_STRETCH
+        soft = now_s + stretch * own * 2.0 ** -max(-8, min(8, job.priority))
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
         place = bisect.bisect_left(self._order, (due, self._arrivals))
         ahead = sum(self._left[:place])

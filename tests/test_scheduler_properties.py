@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fewstep.runtime.costs import Costs
 from fewstep.runtime.jobs import Accepted, Ended, Job, Lane, Paused, Prepare, Rejected, RowCall, Stepped, mixed
-from fewstep.runtime.scheduler import STRETCH, Scheduler
+from fewstep.runtime.scheduler import DEADLINE_STRETCH, STRETCH, Scheduler
 
 MODELS = ("m", "n")
 STEERED = "denoiser+control"
@@ -272,7 +272,7 @@ def test_the_most_urgent_ready_work_is_in_every_call(asked, seconds):
         )  # fmt: skip
         if isinstance(scheduler.submit(job, 0.0), Accepted):
             own = scheduler._pricing.job(job).total_s
-            soft = STRETCH * own * 2.0**-priority
+            soft = (STRETCH if deadline_s is None else DEADLINE_STRETCH) * own * 2.0**-priority
             due[job.id] = min(soft, deadline_s - own) if deadline_s is not None else soft
     calls = 0
     while (work := scheduler.next()) is not None:
