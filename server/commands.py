@@ -47,6 +47,7 @@ def serve(argv: list[str]) -> int:
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         print(f"fewstep serve: {error.name} is not installed; run: pip install 'fewstep[serve]'", file=sys.stderr)
