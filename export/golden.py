@@ -5,6 +5,7 @@ A case is a safetensors file: `latent` [C, h, w] and `latents` [steps, C, h, w] 
 fitted to their latents (`fewstep.runtime.preview`).
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fewstep.models.bundle import Bundle, reseal
 from fewstep.models.errors import BundleError
+from fewstep.models.files import PARTIAL
 from fewstep.models.spec import GoldenCase, SamplerSpec
 from fewstep.runtime import preview
 from fewstep.runtime.engine import Engine
@@ -67,7 +69,7 @@ def make_golden(
         files[case.file] = tensors if edge is None else {**tensors, "edge": torch.from_numpy(edge)}
     files[preview.FILE] = {preview.KEY: preview.preview_of_decoder(engine, [t["latent"] for t in files.values()])}
     try:
-        _replace_files(bundle.root / "golden", files)
+        _replace_folder(bundle.root, files)
     except OSError as error:
         raise BundleError(
             f"{bundle.root}/golden cannot be written ({error}); use a copy of the bundle you own"
@@ -134,11 +136,17 @@ def edge_picture(width: int, height: int) -> Picture:
     return edge
 
 
-def _replace_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
+def _replace_folder(root: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    """Write `golden/` beside its place, in `engines/`, which no seal covers, then move it there."""
     from safetensors.torch import save_file
 
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.safetensors"):
-        old.unlink()
-    for name, tensors in files.items():
-        save_file(tensors, folder / name)
+    beside = root / "engines" / f".golden{PARTIAL}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file(tensors, beside / name)
+        shutil.rmtree(root / "golden", ignore_errors=True)
+        beside.rename(root / "golden")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -90,6 +90,13 @@ class Bundle:
         return len(self.load("ip_adapter").attention) // 2 if self.has("ip_adapter") else 0
 
     @property
+    def lora_names(self) -> tuple[str, ...]:
+        """LoRAs that are mixed row by row (`fewstep.models.net_lora`), by name."""
+        from .net_lora import lora_names
+
+        return lora_names(self.root / "loras") if self.has("loras") else ()
+
+    @property
     def extra_roles(self) -> tuple[str, ...]:
         """Roles that are other forms of the same work, offered where an engine was exported with them: `picture` and
         `picture-N`, the whole of a request of 1 or N steps without guidance pairs."""
@@ -240,25 +247,39 @@ def find_bundle(where: str | Path) -> Path:
     raise BundleError(f"{where} is not a folder; shipped bundles are {', '.join(shipped) or '(none)'}")
 
 
-def seal_bundle(root: Path, name: str, spec: SamplerSpec, *, sources: Sequence[Mapping[str, Any]] = ()) -> Bundle:
+def seal_bundle(
+    root: Path,
+    name: str,
+    spec: SamplerSpec,
+    *,
+    sources: Sequence[Mapping[str, Any]] = (),
+    known: Mapping[str, str] | None = None,
+) -> Bundle:
     """Write `bundle.json` over a folder whose files are final, and open it.
 
-    sources: what was put in from elsewhere (a LoRA's file, digest and weight), kept for the reader.
+    sources: what was put in from elsewhere (a LoRA's file, digest and weight), kept for the reader. known: digests that
+    files have already; the others' are taken.
     """
     _refuse_code(root)
     _forget_origins(root)
-    files = {f: sha256_of(root / f) for f in _sealed_files(root)}
+    digests = known or {}
+    files = {f: digests.get(f) or sha256_of(root / f) for f in _sealed_files(root)}
     data = {"version": BUNDLE_VERSION, "name": name, "spec": spec.to_json(), "files": files}
     if sources:
         data["sources"] = [dict(source) for source in sources]
     write_whole(root / "bundle.json", (json.dumps(data, indent=1) + "\n").encode())
-    return load_bundle(root, check_digests=False)  # they were taken just now
+    return load_bundle(root, check_digests=False)  # they were taken just now, or are to stay as they were
 
 
 def reseal(bundle: Bundle, **changes: Any) -> Bundle:
-    """The same folder with fields of its spec replaced (quality, golden cases)."""
-    kept = json.loads((bundle.root / "bundle.json").read_text()).get("sources", [])
-    return seal_bundle(bundle.root, bundle.name, replace(bundle.spec, **changes), sources=kept)
+    """The same folder with fields of its spec replaced (quality, golden cases), and what lies in `golden/` now.
+
+    Every other file keeps the digest that it was sealed with: a weight that was damaged since is not sealed as whole.
+    """
+    data = json.loads((bundle.root / "bundle.json").read_text())
+    known = {file: digest for file, digest in data["files"].items() if not file.startswith("golden/")}
+    spec = replace(bundle.spec, **changes)
+    return seal_bundle(bundle.root, bundle.name, spec, sources=data.get("sources", []), known=known)
 
 
 def _forget_origins(root: Path) -> None:

@@ -259,8 +259,25 @@ def test_sealing_takes_every_digest_once(copy, monkeypatch):
     seen = []
     monkeypatch.setattr("fewstep.models.bundle.sha256_of", lambda path: seen.append(path) or sha256_of(path))
     listed = json.loads((copy / "bundle.json").read_text())["files"]
-    assert reseal(load_bundle(copy, check_digests=False)).spec == tiny_spec("lcm")
+    assert seal_bundle(copy, "tiny-lcm", tiny_spec("lcm")).spec == tiny_spec("lcm")
     assert sorted(path.relative_to(copy).as_posix() for path in seen) == sorted(listed)
+
+
+def test_resealing_keeps_the_digests_of_weights_and_takes_those_of_golden_cases(copy, monkeypatch):
+    """Weights that were damaged meanwhile are not sealed as if they were whole."""
+    bundle, before = load_bundle(copy), json.loads((copy / "bundle.json").read_text())["files"]
+    (copy / "golden").mkdir()
+    case = copy / "golden" / "new.safetensors"
+    case.write_bytes(b"a case")
+    seen = []
+    monkeypatch.setattr("fewstep.models.bundle.sha256_of", lambda path: seen.append(path) or sha256_of(path))
+    reseal(bundle)
+    after = json.loads((copy / "bundle.json").read_text())["files"]
+    assert seen == [case] and after == {**before, "golden/new.safetensors": sha256_of(case)}
+    (copy / "unet" / "config.json").write_text("{}")
+    reseal(bundle)
+    with pytest.raises(BundleError, match=r"unet/config\.json changed since the bundle was sealed"):
+        load_bundle(copy)
 
 
 def test_a_seal_that_is_interrupted_leaves_the_old_one(copy, monkeypatch):

@@ -57,6 +57,20 @@ def test_making_them_again_replaces_them(golden, tmp_path):
     )
 
 
+def test_an_interrupted_making_leaves_the_old_ones(golden, tmp_path, monkeypatch):
+    bundle = load_bundle(copy_bundle(golden, tmp_path / "copy"))
+
+    def killed(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_golden(bundle, prompts=("a blue ring",))
+    assert load_bundle(bundle.root).spec.golden == golden.spec.golden
+    assert not list(bundle.root.rglob("*.partial"))
+
+
 def test_teachers_get_a_short_and_a_long_run(tiny_teacher, tiny_dmd2, tmp_path):
     assert golden_steps(tiny_teacher.spec) == TEACHER_STEPS
     assert golden_steps(tiny_dmd2.spec) == (1, 2, 4, 8)
