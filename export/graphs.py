@@ -21,6 +21,7 @@ from fewstep.models.roles import (
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
     DENOISER_IMAGE_PROMPT,
+    DENOISER_LORA,
     DENOISER_NEGATIVE,
     ENCODER,
     IMAGE_PROMPT,
@@ -125,6 +126,8 @@ def random_feeds(
         (tokens,) = run(IMAGE_PROMPT, random_feeds(bundle, IMAGE_PROMPT, batch=batch, size=size, seed=seed))
         layers = len(bundle.load("ip_adapter").attention) // 2
         feeds |= {"img_tok": tokens.clone(), "img_scale": torch.rand(batch, layers, generator=draw)}
+    if role == DENOISER_LORA:
+        feeds["lora_scale"] = torch.randn(batch, len(bundle.lora_names), generator=draw)
     if role == DENOISER_NEGATIVE:
         avoided = run(TEXT, _random_tokens(bundle, batch, draw))
         feeds["neg_ctx"] = avoided[outputs.index("ctx")].clone()

@@ -106,6 +106,14 @@ def _import_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="FILE[=WEIGHT]", help="merge a LoRA; repeat"
     )
+    parser.add_argument(
+        "--row-lora",
+        type=_row_lora,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="keep a LoRA beside the weights, for requests to ask for with a weight; repeat",
+    )
     parser.add_argument("--decoder", type=Path, metavar="DIR", help="a tiny autoencoder in place of the folder's own")
     parser.add_argument("--controlnet", type=Path, metavar="DIR", help="put in a ControlNet or ControlNet-Union")
     parser.add_argument(
@@ -123,6 +131,7 @@ def _additions(args: Any) -> "Additions":
 
     return Additions(
         loras=tuple(args.lora),
+        row_loras=tuple(args.row_lora),
         decoder=args.decoder,
         controlnet=args.controlnet,
         control_kinds=args.control_kinds,
@@ -170,6 +179,13 @@ def _guidance(text: str) -> "Guidance":
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not none, cfg:DEFAULT:LOW-HIGH or embedded:DEFAULT:LOW-HIGH")
+
+
+def _row_lora(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, as in ink=ink.safetensors")
+    return name, Path(file)
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -38,12 +38,14 @@ Progress = Callable[[str], None]
 class Additions:
     """What is put into the folder from elsewhere (`fewstep.models.adopting`, `fewstep.models.lora`).
 
-    loras: files with the weight that each is merged with. decoder: a tiny autoencoder in place of the folder's own.
-    control_kinds: names of a ControlNet-Union's control types. image_encoder: what the IP-Adapter reads. negative:
-    "nag" or "nasa", how negative prompts are taken without a second evaluation.
+    loras: files with the weight that each is merged with. row_loras: (name, file) of those that stay beside the weights
+    and are mixed by request. decoder: a tiny autoencoder in place of the folder's own. control_kinds: names of a
+    ControlNet-Union's control types. image_encoder: what the IP-Adapter reads. negative: "nag" or "nasa", how negative
+    prompts are taken without a second evaluation.
     """
 
     loras: tuple[tuple[Path, float], ...] = ()
+    row_loras: tuple[tuple[str, Path], ...] = ()
     decoder: Path | None = None
     controlnet: Path | None = None
     control_kinds: tuple[str, ...] = ()
@@ -172,7 +174,7 @@ def _guidance(root: Path, family: Family, facts: Facts, answers: Answers, takes_
 
 def _add(root: Path, additions: Additions, tell: Progress) -> list[dict[str, Any]]:
     """Put the additions into the copied folder, and say what was put in."""
-    from .lora import merge_loras
+    from .lora import merge_loras, register_lora
 
     if (additions.ip_adapter is None) != (additions.image_encoder is None):
         raise BundleError("an IP-Adapter needs its image encoder: say both --ip-adapter and --image-encoder")
@@ -182,6 +184,7 @@ def _add(root: Path, additions: Additions, tell: Progress) -> list[dict[str, Any
     if additions.loras:
         tell("loras")
         sources += merge_loras(root, additions.loras)
+    sources += [register_lora(root, name, path) for name, path in additions.row_loras]
     for adopt, path in (
         (adopt_decoder, additions.decoder),
         (adopt_controlnet, additions.controlnet),

@@ -4,18 +4,22 @@ Files in the formats that diffusers reads (its own, PEFT's, kohya's), by diffuse
 gives what its pipeline gives with `load_lora_weights` and `set_adapters`.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .bundle import load_component
 from .errors import BundleError
 from .files import open_safetensors, sha256_of
+from .net_lora import CLASS, lora_names
 from .pipeline_folder import pipeline_class, read_config, replace_weights
 
 OTHER_KINDS = {"dora_scale": "DoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
@@ -69,6 +73,47 @@ def merge_loras(root: Path, loras: Sequence[tuple[Path, float]]) -> tuple[dict[s
         {"kind": "lora", "file": lora.path.name, "sha256": sha256_of(lora.path), "weight": lora.weight}
         for lora in found
     )
+
+
+def register_lora(root: Path, name: str, path: Path) -> dict[str, Any]:
+    """Put a LoRA file beside the folder's U-Net, to be mixed row by row (`fewstep.models.net_lora`) under a name.
+
+    Returns {"kind": "lora by row", "name", "file", "sha256"}.
+
+    Errors: as `merge_loras`; `BundleError` too where it changes more than the U-Net, or the name is taken.
+    """
+    folder = root / "loras"
+    names = list(lora_names(folder)) if folder.is_dir() else []
+    if name in names or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise BundleError(f"LoRA name {name!r} is taken or not made of letters, digits, - and _: take another")
+    pipeline = pipeline_class(root)
+    if not hasattr(pipeline, "lora_state_dict") or not (root / "unet" / "config.json").is_file():
+        raise BundleError(f"{root} has no U-Net that takes LoRAs by row: merge it with --lora")
+    lora = _read(root, pipeline, Path(path), 1.0)
+    if stray := [key for key in lora.state if not key.startswith("unet.")]:
+        raise BundleError(f"{path} changes {stray[0]!r}; by row only the U-Net can be changed: use --lora")
+    unet = load_component(root, "unet")
+    _check_layers(root / "unet", unet, lora, "unet")
+    tensors = _low_rank(unet, lora)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS, "names": [*names, name]}) + "\n")
+    return {"kind": "lora by row", "name": name, "file": lora.path.name, "sha256": sha256_of(lora.path)}
+
+
+def _low_rank(unet: Any, lora: _Lora) -> dict[str, Tensor]:
+    """ "layer.a" and "layer.b" of every layer, the LoRA's own scale in b, as PEFT reads the file."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    unet.load_lora_adapter(
+        dict(lora.state), prefix="unet", network_alphas=lora.alphas, adapter_name="lora", metadata=lora.metadata
+    )
+    found = {}
+    for layer, module in unet.named_modules():
+        if isinstance(module, BaseTunerLayer) and "lora" in module.lora_A:
+            found[f"{layer}.a"] = module.lora_A["lora"].weight.detach().contiguous()
+            found[f"{layer}.b"] = (module.lora_B["lora"].weight * module.scaling["lora"]).detach().contiguous()
+    return found
 
 
 def _read(root: Path, pipeline: Any, path: Path, weight: float) -> _Lora:

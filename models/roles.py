@@ -20,13 +20,16 @@ def picture_steps(role: str) -> int | None:
     return None if name != PICTURE or not (steps or "1").isdecimal() else int(steps or "1")
 
 
-DENOISERS = (DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_NEGATIVE)
+DENOISERS = (
+    DENOISER, DENOISER_CONTROL, DENOISER_ADAPTER, DENOISER_IMAGE_PROMPT, DENOISER_LORA, DENOISER_NEGATIVE,
+)  # fmt: skip
 ROLES = (TEXT, *DENOISERS, CONTROLNET, ADAPTER, IMAGE_PROMPT, DECODER, DECODER_TINY, ENCODER)
 
 NEEDS = {
     DENOISER_CONTROL: "controlnet", CONTROLNET: "controlnet",
     DENOISER_ADAPTER: "t2i_adapter", ADAPTER: "t2i_adapter",
     DENOISER_IMAGE_PROMPT: "ip_adapter", IMAGE_PROMPT: "ip_adapter",
+    DENOISER_LORA: "loras",
     DENOISER_NEGATIVE: "negative",
     DECODER_TINY: "tiny_decoder",
 }  # fmt: skip

@@ -52,8 +52,8 @@ def clip_pixels(image: Any, side: int) -> Tensor:
     small = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
     top, left = (small.shape[0] - side) // 2, (small.shape[1] - side) // 2
     cut = torch.tensor(small[top : top + side, left : left + side], dtype=torch.float32) / 255.0
-    pixels: Tensor = (cut - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
-    return pixels.permute(2, 0, 1).contiguous()
+    pixels: Tensor = ((cut - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1).contiguous()
+    return pixels
 
 
 def latent_mask(mask: Any, factor: int) -> Tensor:

@@ -9,6 +9,7 @@ An engine runs *roles*. All tensors are torch tensors on the engine's device, ev
 | denoiser+control | the same and residual_0 .. residual_K | (F,) |
 | denoiser+adapter | the same and feature_0 .. feature_K, multiplied by their scale; zeros for none | (F,) |
 | denoiser+image-prompt | the same and img_tok [B, T, D], img_scale [B, layers]; 0 for none | (F,) |
+| denoiser+lora | the same and lora_scale [B, K], one per registered LoRA; 0 for none | (F,) |
 | denoiser+negative | the same and neg_ctx [B, L, D], neg_scale [B]; 0 for none | (F,) |
 | controlnet | x, t, ctx, edge [B, 3, H, W] in [0, 1], scale [B]; kind [B] int64 of a union | residuals, K+1 of them |
 | adapter | edge | features, K+1 of them |

@@ -68,4 +68,4 @@ def serve(bundle: Bundle, engine: Engine, prompts: Prompts) -> Served:
     """A bundle and its engine as a model that can be asked."""
     negative = str(bundle.config("negative").get("method", "nag")) if bundle.has("negative") else None
     side = int(bundle.config("image_encoder")["image_size"]) if bundle.has("ip_adapter") else 0
-    return Served(bundle.name, bundle.spec, engine, prompts, negative, side, bundle.image_layers)
+    return Served(bundle.name, bundle.spec, engine, prompts, negative, side, bundle.image_layers, bundle.lora_names)
