@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fewstep.runtime.local import Runtime
 
-from . import errors, routes_a1111, routes_native, routes_openai
+from . import errors, live, routes_a1111, routes_native, routes_openai
 from .account import Account
 from .gate import Gate
 from .health import Health
@@ -92,6 +92,7 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
         )
     for routes in (router, routes_openai.router, routes_a1111.router, routes_native.router):
         app.include_router(routes)
+    meters.add(live.install(app, settings))
     app.mount("/page", StaticFiles(directory=PAGE))
     errors.install(app)
     return app

@@ -1,47 +1,22 @@
-"""The web page in headless Chromium, against a live server.
+"""The live page in headless Chromium against a live server: words, settings, history, keys, errors, looks."""
 
-PAGE_SCREENSHOT=docs/page.png PAGE_BUNDLE=scenes-lcm pytest tests/test_page.py -k screenshot   writes the picture.
-"""
-
-import base64
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
+from browser import all_of, at, chromium, drawn, open_page, pixels, prefer, say, size
 from live import fake_server, serving, until
+from selenium.webdriver.common.keys import Keys
 
 from fewstep.models.spec import Guidance, Spacing
 from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
 from fewstep.runtime.local import Runtime
 from fewstep.server.settings import Settings
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not (CHROMIUM and DRIVER):
-    pytest.skip("chromium or chromedriver is not installed", allow_module_level=True)
-
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run", "--window-size=1100,900",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -50,86 +25,115 @@ def live():
         yield server
 
 
-def at(browser, name: str):
-    return browser.find_element(By.ID, name)
+def about(browser) -> str:
+    return at(browser, "about").text
 
 
-def open_page(browser, url: str) -> None:
-    browser.get(url)
-    until(lambda: at(browser, "steps").find_elements(By.TAG_NAME, "input"))
+def press(browser, keys: str) -> None:
+    """Keys to whatever has the focus."""
+    browser.switch_to.active_element.send_keys(keys)
 
 
-def drawn(browser) -> bool:
-    """Whether the picture has come and its pixels are decoded."""
-    return browser.execute_script(
-        "const p = document.getElementById('picture'); return !p.hidden && p.naturalWidth > 0"
-    )
-
-
-def choose_steps(browser, steps: int) -> None:
-    browser.execute_script(f"document.querySelector('#steps input[value=\"{steps}\"]').click()")
-
-
-def test_a_prompt_becomes_a_picture_with_its_latency(browser, live):
+def test_the_picture_follows_the_words(browser, live):
     open_page(browser, live.url)
-    offered = [int(box.get_attribute("value")) for box in at(browser, "steps").find_elements(By.TAG_NAME, "input")]
-    assert offered == [1, 2, 4, 8]
-    choose_steps(browser, 2)
-    at(browser, "prompt").send_keys("a red circle")
-    at(browser, "generate").click()
-    until(lambda: drawn(browser))
+    seed = at(browser, "seed").get_attribute("value")
+    seen = []
+    for words in ("a red circle", "a red circle above", "a red circle above a square"):
+        say(browser, words)
+        seen.append(pixels(browser))
+    assert len(set(seen)) == 3
+    assert about(browser) == f"fake · 4 steps · 4 NFE · guidance 3 · seed {seed}"
     assert browser.execute_script("return document.getElementById('picture').naturalWidth") == 64
     assert at(browser, "picture").value_of_css_property("image-rendering") == "pixelated"
     assert re.fullmatch(r"[\d.]+ ms", at(browser, "latency").text)
-    stages = at(browser, "stages").text.split()
-    names = [word for word in stages if word.isalpha() and word != "ms"]
-    assert names == ["queue", "text", "denoise", "decode", "encode", "other"]
-    about = at(browser, "about").text
-    assert "2 steps" in about and "2 NFE" in about and "fake" in about
-    assert at(browser, "error").text == ""
-    assert len(at(browser, "history").find_elements(By.TAG_NAME, "button")) == 1
+    assert at(browser, "said").get_attribute("textContent").startswith("Picture made in")
+    stages = [row.text.split()[0] for row in all_of(browser, "#stages div")]
+    assert stages == ["queue", "text", "denoise", "decode", "encode", "other"]
+    assert at(browser, "queue").text == "0" and at(browser, "dropped").text.isdigit()
+    assert not at(browser, "error").is_displayed()
 
 
-def test_enter_generates_and_a_fixed_seed_repeats(browser, live):
+def test_only_step_counts_of_the_model_can_be_chosen(browser, live):
     open_page(browser, live.url)
-    pictures = []
-    for _ in range(2):
-        at(browser, "seed").clear()
-        at(browser, "seed").send_keys("42")
-        before = len(live.engine.calls)
-        at(browser, "prompt").send_keys("a blue square" if not pictures else "", Keys.ENTER)
-        until(lambda: len(live.engine.calls) > before and "seed 42" in at(browser, "about").text)  # noqa: B023
-        until(lambda: at(browser, "generate").text == "Generate")
-        pictures.append(at(browser, "picture").get_attribute("src"))
-    assert at(browser, "dice").get_attribute("aria-pressed") == "false"
-    assert pictures[0] == pictures[1]
+    say(browser, "a red circle")
+    chosen = []
+    for key in (Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT):
+        at(browser, "steps").send_keys(key)
+        count = int(at(browser, "steps-value").text)
+        until(lambda: f"{count} NFE" in about(browser))  # noqa: B023
+        chosen.append(count)
+    assert chosen == [1, 2, 4, 8, 8]
+    assert at(browser, "steps").get_attribute("aria-valuetext") == "8 steps"
+
+
+def test_enter_makes_another_and_a_held_seed_repeats(browser, live):
+    open_page(browser, live.url)
+    say(browser, "a blue square")
+    first, seed = pixels(browser), at(browser, "seed").get_attribute("value")
+    at(browser, "prompt").send_keys(Keys.ENTER)
+    until(lambda: f"seed {seed}" not in about(browser) and drawn(browser))
+    assert pixels(browser) != first
+    at(browser, "seed").clear()
+    at(browser, "seed").send_keys(seed)
+    assert at(browser, "lock").get_attribute("aria-pressed") == "true"
+    until(lambda: about(browser).endswith(f"seed {seed}") and drawn(browser))
+    assert pixels(browser) == first
+    at(browser, "prompt").send_keys(Keys.ENTER)
+    until(lambda: drawn(browser))
+    assert at(browser, "seed").get_attribute("value") == seed and pixels(browser) == first
     at(browser, "dice").click()
-    at(browser, "generate").click()
-    until(lambda: "seed 42" not in at(browser, "about").text)
-    assert at(browser, "picture").get_attribute("src") != pictures[0]
+    until(lambda: f"seed {seed}" not in about(browser) and drawn(browser))
+    assert pixels(browser) != first
 
 
-def test_an_error_is_readable_and_the_next_picture_clears_it(browser, live):
+def test_history_outlives_the_page_and_gives_the_same_picture(browser, live):
     open_page(browser, live.url)
-    at(browser, "generate").click()
-    until(lambda: at(browser, "error").is_displayed())
-    assert at(browser, "error").text == "prompt is empty; say what the picture should show"
+    say(browser, "a green ring")
+    at(browser, "steps").send_keys(Keys.HOME)
+    until(lambda: "1 NFE" in about(browser))
+    first, line = pixels(browser), about(browser)
+    until(lambda: len(all_of(browser, "#past button")) == 1)  # kept once it rests
+    say(browser, "a purple cross")
+    at(browser, "prompt").send_keys(Keys.ENTER)
+    until(lambda: len(all_of(browser, "#past button")) == 2)
+    open_page(browser, live.url, keep=True)
+    older = all_of(browser, "#past button")[1]
+    assert older.accessible_name.startswith("a green ring")
+    older.click()
+    until(lambda: about(browser) == line and drawn(browser))
+    assert pixels(browser) == first
+    assert at(browser, "prompt").get_attribute("value") == "a green ring" and at(browser, "steps-value").text == "1"
+    assert at(browser, "lock").get_attribute("aria-pressed") == "true"
+    at(browser, "forget").click()
+    assert all_of(browser, "#past button") == [] and not at(browser, "past-section").is_displayed()
+
+
+def test_errors_are_said_in_words_and_the_next_picture_clears_them(browser, live):
+    open_page(browser, live.url)
+    at(browser, "prompt").send_keys(Keys.ENTER)
+    assert at(browser, "error").text == "the prompt is empty; say what the picture should show"
     assert at(browser, "error").get_attribute("role") == "alert"
-    at(browser, "examples").find_elements(By.TAG_NAME, "button")[0].click()
+    all_of(browser, "#examples button")[0].click()
     until(lambda: drawn(browser))
     assert not at(browser, "error").is_displayed()
     assert at(browser, "prompt").get_attribute("value").startswith("a large red circle")
+    at(browser, "seed").send_keys("x")
+    until(lambda: at(browser, "error").is_displayed())
+    assert "use a whole number" in at(browser, "error").text
+    at(browser, "dice").click()
+    until(lambda: not at(browser, "error").is_displayed())
+    browser.execute_script("const p = document.getElementById('prompt'); p.value = 'x'.repeat(4001)")
+    at(browser, "prompt").send_keys("x")
+    until(lambda: "at most 4000: shorten it" in at(browser, "error").text)
 
 
-def test_an_engine_failure_is_readable(browser):
-    with fake_server(faults={("decoder", k): Fault("fail") for k in range(9, 99)}) as live:
-        while live.generate(steps=1).status_code == 200:
-            pass
+def test_an_engine_failure_and_a_lost_server_are_said_in_words(browser):
+    with fake_server(faults={("decoder", k): Fault("fail") for k in range(1, 99)}) as live:
         open_page(browser, live.url)
-        at(browser, "prompt").send_keys("a red circle", Keys.ENTER)
-        until(lambda: at(browser, "error").is_displayed())
-        assert "told to fail" in at(browser, "error").text
-        assert at(browser, "generate").text == "Generate"
+        at(browser, "prompt").send_keys("a red circle")
+        until(lambda: "told to fail" in at(browser, "error").text)
+        assert all_of(browser, "#frame.busy") == []
+    until(lambda: at(browser, "server").text == "connection lost, trying again")
 
 
 def test_controls_follow_the_model(browser):
@@ -137,22 +141,21 @@ def test_controls_follow_the_model(browser):
         sampler="ddim", grids={}, spacing=Spacing(kind="trailing", max_steps=30), stochastic=False, boundary=None,
         guidance=Guidance(mode="cfg", default=4.0, range=(1.0, 9.0)),
     )  # fmt: skip
-    plain = fake_spec(guidance=Guidance(mode="none"))
-    specs = {"student": plain, "teacher": teacher}
-    engines = {name: FakeEngine(spec) for name, spec in specs.items()}
-    with (
-        Runtime([fake_bundle(name, spec) for name, spec in specs.items()], engines=engines) as runtime,
-        serving(runtime) as live,
-    ):
+    specs = {"student": fake_spec(guidance=Guidance(mode="none")), "teacher": teacher}
+    engines = {name: FakeEngine(spec, control=name == "teacher") for name, spec in specs.items()}
+    bundles = [fake_bundle(name, spec) for name, spec in specs.items()]
+    with Runtime(bundles, engines=engines) as runtime, serving(runtime) as live:
         open_page(browser, live.url)
         assert not at(browser, "guidance").is_displayed() and not at(browser, "negative").is_displayed()
-        at(browser, "model").send_keys("teacher")
-        until(lambda: at(browser, "guidance").is_displayed())
+        at(browser, "draw").click()  # a model that follows drawings is taken
+        assert at(browser, "model").get_attribute("value") == "teacher" and at(browser, "scale").is_displayed()
         assert at(browser, "negative").is_displayed() and at(browser, "guidance-value").text == "4.0"
-        choose_steps(browser, 25)
+        assert at(browser, "steps-value").text == "8" and at(browser, "steps").get_attribute("max") == "29"
+        at(browser, "draw").click()
+        assert not at(browser, "scale").is_displayed()
         at(browser, "negative").send_keys("blue")
-        at(browser, "prompt").send_keys("a red circle", Keys.ENTER)
-        until(lambda: "50 NFE" in at(browser, "about").text)
+        say(browser, "a red circle")
+        assert "16 NFE" in about(browser)
 
 
 def test_a_key_is_asked_for_and_used(browser):
@@ -160,10 +163,14 @@ def test_a_key_is_asked_for_and_used(browser):
         browser.get(live.url)
         until(lambda: at(browser, "key").is_displayed())
         assert "API key" in at(browser, "error").text
-        at(browser, "key").send_keys("secret", Keys.TAB)
-        until(lambda: at(browser, "steps").find_elements(By.TAG_NAME, "input"))
-        at(browser, "prompt").send_keys("a red circle", Keys.ENTER)
-        until(lambda: drawn(browser))
+        at(browser, "key").send_keys("wrong", Keys.ENTER)
+        until(lambda: "API key" in at(browser, "error").text)
+        at(browser, "key").clear()
+        at(browser, "key").send_keys("secret", Keys.ENTER)
+        until(lambda: at(browser, "server").text == "live")
+        say(browser, "a red circle")
+        assert not at(browser, "key").is_displayed()
+        browser.execute_script("sessionStorage.clear()")
 
 
 def test_words_the_model_does_not_know_are_noted(browser):
@@ -171,63 +178,113 @@ def test_words_the_model_does_not_know_are_noted(browser):
     bundle.tokenizer.get_vocab = lambda: {"a</w>": 0, "red</w>": 1, "circle</w>": 2}
     with Runtime([bundle], engines={"words": FakeEngine()}) as runtime, serving(runtime) as live:
         open_page(browser, live.url)
-        at(browser, "prompt").send_keys("a red zebra", Keys.ENTER)
-        until(lambda: drawn(browser))
+        say(browser, "a red zebra")
         assert at(browser, "notes").text == "not in this model's vocabulary: zebra"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1100])
-def test_it_fits_narrow_and_wide_light_and_dark(browser, live, scheme: str, width: int):
-    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+@pytest.mark.parametrize("width", [320, 390, 800, 1280])
+def test_it_fits_every_width_light_and_dark(browser, live, scheme: str, width: int):
+    prefer(browser, prefers_color_scheme=scheme)
+    size(browser, width, 800)
     try:
         open_page(browser, live.url)
-        at(browser, "prompt").send_keys("a red circle", Keys.ENTER)
-        until(lambda: drawn(browser))
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 382) == (scheme == "light")
+        say(browser, "a red circle")
+        for _ in range(2):
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            at(browser, "draw").click()
+        assert is_dark(browser) == (scheme == "dark")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        prefer(browser)
+
+
+def is_dark(browser) -> bool:
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", ground)[:3])) < 382
+
+
+def test_light_or_dark_can_be_chosen_and_stays(browser, live):
+    prefer(browser, prefers_color_scheme="light")
+    open_page(browser, live.url)
+    assert not is_dark(browser) and at(browser, "theme").accessible_name == "Dark colours"
+    at(browser, "theme").click()
+    assert is_dark(browser) and at(browser, "theme").accessible_name == "Light colours"
+    open_page(browser, live.url, keep=True)
+    assert is_dark(browser)
+    prefer(browser)
+
+
+def test_nothing_moves_for_those_who_asked_for_that(browser, live):
+    moving = "return getComputedStyle(document.getElementById('frame'), '::after').animationName"
+    open_page(browser, live.url)
+    browser.execute_script("document.getElementById('frame').classList.add('busy')")
+    assert browser.execute_script(moving) == "run"
+    prefer(browser, prefers_reduced_motion="reduce")
+    assert browser.execute_script(moving) == "none"
+    prefer(browser)
 
 
 def test_the_keyboard_reaches_every_control_in_order(browser, live):
     open_page(browser, live.url)
+    assert browser.switch_to.active_element.get_attribute("id") == "prompt"
     reached = []
-    for _ in range(12):
-        reached.append(
-            browser.switch_to.active_element.get_attribute("id") or browser.switch_to.active_element.tag_name
-        )
-        browser.switch_to.active_element.send_keys(Keys.TAB)
-    wanted = ["prompt", "generate", "model", "guidance", "seed", "dice"]
-    assert [name for name in reached if name in wanted] == wanted
+    for _ in range(16):
+        press(browser, Keys.TAB)
+        reached.append(browser.switch_to.active_element.get_attribute("id"))
+    named = [name for name in reached if name]
+    assert named[:6] == ["model", "steps", "guidance", "seed", "dice", "lock"]
+    assert {"draw", "theme", "help-button"} <= set(named)
+
+
+def test_single_keys_work_outside_text_and_can_be_turned_off(browser, live):
+    open_page(browser, live.url)
+    say(browser, "why?")  # in the prompt the keys are letters
+    assert not at(browser, "help").is_displayed()
+    press(browser, Keys.ESCAPE)
+    seed = at(browser, "seed").get_attribute("value")
+    press(browser, "r")
+    assert at(browser, "seed").get_attribute("value") != seed
+    press(browser, "l")
+    assert at(browser, "lock").get_attribute("aria-pressed") == "true"
+    press(browser, "-")
+    assert at(browser, "steps-value").text == "2"
+    press(browser, "?")
+    assert at(browser, "help").is_displayed() and "undo a stroke" in at(browser, "shortcuts").text
+    at(browser, "single").click()
+    press(browser, Keys.ESCAPE)
+    assert not at(browser, "help").is_displayed()
+    press(browser, "+")
+    assert at(browser, "steps-value").text == "2"
+
+
+def test_every_control_has_a_name(browser, live):
+    open_page(browser, live.url)
+    at(browser, "draw").click()
+    say(browser, "a red circle")
+    found = all_of(browser, "button, input, select, textarea, canvas, a[href], img, dialog")
+    shown = [one for one in found if one.is_displayed()]
+    assert len(shown) > 14
+    assert [one.get_attribute("outerHTML")[:80] for one in shown if not one.accessible_name] == []
 
 
 def test_nothing_is_loaded_from_elsewhere_and_nothing_is_logged(browser, live):
     browser.get_log("browser")
     open_page(browser, live.url)
-    at(browser, "prompt").send_keys("a red circle", Keys.ENTER)
-    until(lambda: drawn(browser))
+    at(browser, "draw").click()
+    say(browser, "a red circle")
+    until(lambda: all_of(browser, "#past button"))
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert loaded and all(name.startswith((live.url, "data:")) for name in loaded)
+    assert loaded and all(name.startswith((live.url, "data:", "blob:")) for name in loaded)
+    assert browser.execute_script("return violations") == []
     assert [entry for entry in browser.get_log("browser") if entry["level"] not in ("DEBUG", "INFO")] == []
+    policy = live.http.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_a_screenshot(browser, tmp_path):
-    bundle = os.environ.get("PAGE_BUNDLE")
-    target = Path(os.environ.get("PAGE_SCREENSHOT", tmp_path / "page.png"))
-    runtime = Runtime([bundle]) if bundle else Runtime([fake_bundle("fake")], engines={"fake": FakeEngine()})
-    with runtime, serving(runtime) as live:
-        open_page(browser, live.url)
-        examples = at(browser, "examples").find_elements(By.TAG_NAME, "button")
-        for number, example in enumerate(examples):
-            example.click()
-            until(lambda: len(at(browser, "history").find_elements(By.TAG_NAME, "button")) == number + 1)  # noqa: B023
-        until(lambda: drawn(browser))
-        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-    target.write_bytes(base64.b64decode(shot["data"]))
-    assert target.stat().st_size > 10_000
+def test_the_page_is_small(live):
+    page = live.http.get("/").text
+    parts = sorted(set(re.findall(r'(?:href|src)="(/page/[\w.]+)"', page)))
+    files = {name: live.http.get(name) for name in parts}
+    assert len(files) == 8 and all(file.status_code == 200 for file in files.values())
+    assert len(page) + sum(len(file.content) for file in files.values()) < 50_000

@@ -1,168 +1,246 @@
-// One page, no build: read /v1/info, build the controls it allows, post to /v1/generate, show the picture and its times.
+// Type or draw, and the picture follows. No build: these modules are what the browser runs.
+
+import { dice, model, moveSteps, offer, read, showModel, showValues, steer, steerable, steerableModel, write } from "./knobs.js";
+import { ms, showQueue, showTimes } from "./meter.js";
+import { Pad } from "./pad.js";
+import { Past } from "./past.js";
+import { Session } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
-const STAGES = ["queue", "text", "denoise", "decode", "encode"];
 const EXAMPLES = [
   "a large red circle above a small blue square on a gray background",
   "two green triangles on a pink background",
   "a yellow star to the left of a purple ring",
   "a small white cross, a large black square and an orange circle",
 ];
-const HISTORY_LENGTH = 24;
-let models = [];
-let running = null; // the AbortController of the request in flight
+const REST_MS = 1200; // so long after the last change a picture is worth keeping
+const LOSSLESS_PIXELS = 256 * 256;
+let shown = null; // what the picture in the page was asked with
+let resting = 0;
 
-const current = () => models.find((model) => model.name === $("model").value);
-
-async function call(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  const key = sessionStorage.getItem("key");
-  if (key) headers.Authorization = `Bearer ${key}`;
-  const reply = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
-  const data = await reply.json().catch(() => null);
-  if (reply.ok && data) return data;
-  if (reply.status === 401) $("key-field").hidden = false;
-  throw new Error(data?.error?.message ?? `the server answered ${reply.status}`);
-}
+const pad = new Pad($("pad"), $("colours"), (what) => { if (what === "stroke") changed(); else setRubber(false); });
+const past = new Past($("past"), (entry) => goBack(entry));
+const session = new Session(compose, heard, (state) => ({ ready, lost, refused })[state]());
 
 async function connect() {
-  const info = await call("/v1/info");
-  models = info.models;
-  $("server").textContent = `fewstep ${info.version} · ${models.length === 1 ? "one model" : models.length + " models"}`;
-  $("model").replaceChildren(...models.map((model) => new Option(model.name, model.name)));
+  const key = sessionStorage.getItem("fewstep.key");
+  const reply = await fetch("/v1/info", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  const info = await reply.json().catch(() => null);
+  $("key-form").hidden = reply.status !== 401;
+  if (!reply.ok || !info) throw new Error(info?.error?.message ?? `the server answered ${reply.status}`);
+  offer(info.models);
+  $("draw").disabled = !info.models.some(steerable);
+  $("draw").title = $("draw").disabled ? "None of the served models follows drawings" : "Draw, and the picture follows the pen";
   showError("");
-  showModel();
+  showSteer();
+  session.open(key);
 }
 
-function showModel() {
-  const model = current();
-  const guidance = model.spec.guidance;
-  const counts = model.max_steps ? teacherSteps(model.max_steps, model.default_steps) : model.steps;
-  $("steps").replaceChildren(...counts.map((count) => stepChoice(count, count === model.default_steps)));
-  $("guidance-field").hidden = guidance.mode === "none";
-  $("negative-field").hidden = guidance.mode !== "cfg";
-  [$("guidance").min, $("guidance").max] = guidance.range;
-  $("guidance").value = guidance.default;
-  showGuidance();
+function tryToConnect() {
+  connect().catch((error) => {
+    $("server").textContent = "not connected";
+    showError(error instanceof TypeError ? "the server cannot be reached; is it running?" : error.message);
+  });
 }
 
-function teacherSteps(most, usual) {
-  const usable = [...new Set([1, 2, 4, 8, 25, 50, usual])].filter((count) => count <= most);
-  return usable.sort((a, b) => a - b);
-}
+function ready() { $("server").textContent = "live"; showError(""); }
+function lost() { $("server").textContent = "connection lost, trying again"; setBusy(false); }
+function refused() { $("server").textContent = "not connected"; setBusy(false); }
 
-function stepChoice(count, checked) {
-  const label = document.createElement("label");
-  const input = Object.assign(document.createElement("input"), { type: "radio", name: "steps", value: count, checked });
-  const face = Object.assign(document.createElement("span"), { textContent: count });
-  label.append(input, face);
-  return label;
-}
-
-const showGuidance = () => { $("guidance-value").textContent = Number($("guidance").value).toFixed(1); };
-
-function requestBody() {
-  const body = { prompt: $("prompt").value, model: $("model").value, steps: Number(document.querySelector("#steps input:checked").value) };
-  const mode = current().spec.guidance.mode;
-  if (mode !== "none") body.guidance = Number($("guidance").value);
-  if (mode === "cfg" && $("negative").value.trim()) body.negative_prompt = $("negative").value;
-  const seed = $("seed").value.trim();
-  if (seed && $("dice").getAttribute("aria-pressed") === "false") {
-    if (!/^\d+$/.test(seed)) throw new Error(`seed is ${JSON.stringify(seed)}; use a whole number from 0, or press the dice`);
-    if (!Number.isSafeInteger(Number(seed))) throw new Error(`seed is ${seed}; this page sends at most ${Number.MAX_SAFE_INTEGER}`);
-    body.seed = Number(seed);
-  }
-  return body;
-}
-
-async function generate() {
-  running?.abort(); // the server drops the work of a caller who leaves
-  const mine = (running = new AbortController());
-  setBusy(true);
-  const began = performance.now();
+// What the socket sends: the settings, and the drawing where there is one.
+async function compose() {
   try {
-    if (!models.length) await connect();
-    const body = requestBody();
-    const result = await call("/v1/generate", body, mine.signal);
-    const entry = { prompt: body.prompt, result, roundTripMs: performance.now() - began };
-    show(entry);
-    remember(entry);
+    const asked = read();
+    if (!asked.prompt) return null;
+    const { spec } = model(), [width, height] = spec.sizes[0];
+    const header = { ...asked, format: width * height <= LOSSLESS_PIXELS ? "png" : "webp" };
+    if (!drawing() || pad.empty) return { header, asked };
+    const way = steer();
+    asked[way] = way === "control" ? { scale: Number($("scale").value) } : { strength: Number($("strength").value) };
+    header[way] = { ...asked[way] };
+    if (way === "control" && spec.control_kinds?.length) header.control.kind = lineKind(spec.control_kinds);
+    asked.strokes = structuredClone(pad.strokes);
+    return { header, asked, picture: await pad.file(width, height) };
   } catch (error) {
-    if (error.name !== "AbortError") showError(error instanceof TypeError ? "the server cannot be reached; is it still running?" : error.message);
-  } finally {
-    if (running === mine) { running = null; setBusy(false); }
+    setBusy(false);
+    showError(error.message);
+    return null;
   }
 }
 
-function setBusy(busy) {
-  $("generate").setAttribute("aria-busy", busy);
-  $("generate").textContent = busy ? "Generating…" : "Generate";
-  $("frame").classList.toggle("busy", busy);
+const drawing = () => $("draw").getAttribute("aria-pressed") === "true" && steerable(model());
+const lineKind = (kinds) => ["scribble", "sketch", "lineart", "canny"].find((kind) => kinds.includes(kind)) ?? kinds[0];
+
+function heard(message, picture, asked, tookMs) {
+  if (message.dropped !== undefined) showQueue(message.ahead ?? 0, message.dropped);
+  if (message.type === "picture") show(message, picture, asked, tookMs);
+  else if (message.type === "failed" && (message.frame === null || session.newest(message.frame))) {
+    setBusy(false);
+    showError(message.error.message);
+    if (message.error.code === "invalid_api_key") $("key-form").hidden = false;
+  }
 }
 
-function showError(message) {
-  $("error").textContent = message;
-  $("error").hidden = !message;
+function changed() {
+  clearTimeout(resting);
+  if (!$("prompt").value.trim()) return;
+  setBusy(true);
+  session.want();
 }
 
-const source = (result) => `data:image/${result.format};base64,${result.pictures[0].b64}`;
-const ms = (seconds) => (seconds < 0.01 ? (seconds * 1e3).toFixed(1) : Math.round(seconds * 1e3)) + " ms";
-
-function show({ prompt, result, roundTripMs }) {
-  showError("");
-  const { timings } = result;
-  const picture = $("picture");
-  Object.assign(picture, { src: source(result), alt: prompt, hidden: false, className: result.width < 256 ? "pixels" : "" });
+function show(message, bytes, asked, tookMs) {
+  const picture = $("picture"), before = picture.src, last = session.newest(message.frame);
+  const url = URL.createObjectURL(new Blob([bytes], { type: `image/${message.format}` }));
+  picture.onload = () => {
+    if (before) URL.revokeObjectURL(before);
+    if (last) resting = setTimeout(() => past.keep(asked, picture), REST_MS);
+  };
+  Object.assign(picture, { src: url, alt: asked.prompt, hidden: false, className: message.width < 256 ? "pixels" : "" });
+  Object.assign($("save"), { href: url, download: `fewstep-${message.seed}.${message.format}`, hidden: false });
   $("empty").hidden = true;
-  $("seed").value = result.pictures[0].seed;
-  $("latency").textContent = ms(timings.total_s);
-  const parts = STAGES.map((stage) => [stage, timings[stage + "_s"]]);
-  const known = parts.reduce((total, [, seconds]) => total + seconds, 0);
-  parts.push(["other", Math.max(0, timings.total_s - known)]); // waiting between calls, and the server's own work
-  const sum = Math.max(known, timings.total_s) || 1;
-  $("bar").hidden = false;
-  $("bar").setAttribute("aria-label", parts.map(([stage, seconds]) => `${stage} ${ms(seconds)}`).join(", "));
-  $("bar").replaceChildren(...parts.map(([stage, seconds]) => {
-    const part = Object.assign(document.createElement("i"), { className: stage });
-    part.style.width = `${(100 * seconds) / sum}%`;
-    return part;
-  }));
-  $("stages").replaceChildren(...parts.map(([stage, seconds]) => {
-    const row = Object.assign(document.createElement("div"), { className: stage });
-    row.append(Object.assign(document.createElement("dt"), { textContent: stage }), Object.assign(document.createElement("dd"), { textContent: ms(seconds) }));
-    return row;
-  }));
-  const guided = result.guidance === 1 ? "" : ` · guidance ${result.guidance}`;
-  $("about").textContent = `${result.model} · ${result.steps} ${result.steps === 1 ? "step" : "steps"} · ${result.nfe} NFE${guided} · seed ${result.pictures[0].seed} · ${ms(roundTripMs / 1e3)} with the round trip`;
-  $("notes").replaceChildren(...result.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
-  Object.assign($("save"), { href: source(result), download: `fewstep-${result.pictures[0].seed}.${result.format}`, hidden: false });
+  shown = asked;
+  showError("");
+  showTimes(message.timings, tookMs);
+  const guided = message.guidance === 1 ? "" : ` · guidance ${Number(message.guidance.toFixed(2))}`;
+  $("about").textContent = `${message.model} · ${message.steps} ${message.steps === 1 ? "step" : "steps"} · ${message.nfe} NFE${guided} · seed ${message.seed}`;
+  $("notes").replaceChildren(...message.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
+  if (!last) return;
+  setBusy(false);
+  $("said").textContent = `Picture made in ${ms(tookMs / 1e3)}`;
 }
 
-function remember(entry) {
-  const button = Object.assign(document.createElement("button"), { type: "button", title: entry.prompt });
-  button.append(Object.assign(document.createElement("img"), { src: source(entry.result), alt: entry.prompt, className: $("picture").className }));
-  button.addEventListener("click", () => { show(entry); $("prompt").value = entry.prompt; });
-  $("history").prepend(button);
-  while ($("history").children.length > HISTORY_LENGTH) $("history").lastChild.remove();
-  $("history-section").hidden = false;
+function setBusy(busy) { $("frame").classList.toggle("busy", busy); }
+
+function showError(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
 }
 
-function setDice(random) {
-  $("dice").setAttribute("aria-pressed", random);
+// Enter: the picture is kept, and unless the seed is held, another one is made.
+function another() {
+  clearTimeout(resting);
+  if (!$("prompt").value.trim()) { showError("the prompt is empty; say what the picture should show"); return; }
+  if (shown) past.keep(shown, $("picture"));
+  if ($("lock").getAttribute("aria-pressed") === "false") dice();
+  changed();
 }
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); generate(); });
+function goBack({ asked, thumb }) {
+  write(asked);
+  grow();
+  pad.lines = !asked.edit;
+  pad.strokes = asked.strokes ?? [];
+  setDrawing(Boolean(asked.strokes) && steerable(model()));
+  setLock(true); // the words may change; the seed one came back for should not
+  if (!shown) { Object.assign($("picture"), { src: thumb, alt: asked.prompt, hidden: false }); $("empty").hidden = true; }
+  changed();
+}
+
+function setDrawing(on) {
+  if (on && !steerable(model())) { $("model").value = steerableModel().name; showModel(); }
+  $("draw").setAttribute("aria-pressed", on);
+  $("draw").setAttribute("aria-expanded", on);
+  $("pad-section").hidden = !on;
+  $("stage").classList.toggle("drawing", on);
+  showSteer();
+}
+
+function showSteer() {
+  const on = drawing(), lines = steer() === "control";
+  pad.lines = lines;
+  $("scale-field").hidden = !(on && lines);
+  $("strength-field").hidden = !(on && !lines);
+  $("colours").hidden = $("brush-field").hidden = lines;
+  pad.draw();
+}
+
+function setRubber(on) { pad.rubber = on; $("rubber").setAttribute("aria-pressed", on); }
+function setLock(on) { $("lock").setAttribute("aria-pressed", on); }
+const pressed = (id) => $(id).getAttribute("aria-pressed") === "true";
+
+function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function nameTheme() { $("theme").title = isDark() ? "Light colours" : "Dark colours"; $("theme").ariaLabel = $("theme").title; }
+
+function switchTheme() {
+  const theme = isDark() ? "light" : "dark";
+  document.documentElement.dataset.theme = theme;
+  localStorage.setItem("fewstep.theme", theme);
+  nameTheme();
+  pad.draw();
+}
+
+function grow() {
+  $("prompt").style.height = "auto";
+  $("prompt").style.height = `${$("prompt").scrollHeight}px`;
+}
+
+const SHORTCUTS = [
+  ["/", "to the prompt", () => { $("prompt").focus(); $("prompt").select(); }],
+  ["d", "draw, or stop drawing", () => { if (!$("draw").disabled) $("draw").click(); }],
+  ["r", "new seed", () => $("dice").click()],
+  ["l", "keep the seed, or let it go", () => $("lock").click()],
+  ["-", "fewer steps", () => { moveSteps(-1); changed(); }],
+  ["+", "more steps", () => { moveSteps(1); changed(); }],
+  ["z", "undo a stroke", () => pad.undo()],
+  ["s", "download the picture", () => { if (!$("save").hidden) $("save").click(); }],
+  ["t", "light or dark", switchTheme],
+  ["?", "this list", () => $("help").showModal()],
+];
+const ALSO = [["Enter", "in the prompt: keep the picture, make another"], ["Esc", "leave the prompt, so that single keys work"], ["arrows, Space", "on the drawing pad: move the pen, put it down, lift it"]];
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
+  const field = event.target.closest("textarea, select, input:not([type=range], [type=radio], [type=checkbox])");
+  if (event.key === "Escape" && field) field.blur();
+  const shortcut = !field && $("single").checked && SHORTCUTS.find(([key]) => key === event.key.toLowerCase());
+  if (!shortcut) return;
+  event.preventDefault();
+  shortcut[2]();
+}
+
+$("prompt").addEventListener("input", () => { grow(); changed(); });
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); generate(); }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); another(); }
 });
-$("model").addEventListener("change", showModel);
-$("guidance").addEventListener("input", showGuidance);
-$("seed").addEventListener("input", () => setDice(!$("seed").value.trim()));
-$("dice").addEventListener("click", () => setDice($("dice").getAttribute("aria-pressed") === "false"));
-$("key").addEventListener("change", () => { sessionStorage.setItem("key", $("key").value); connect().catch((error) => showError(error.message)); });
+$("knobs").addEventListener("submit", (event) => event.preventDefault());
+$("model").addEventListener("change", () => { showModel(); showSteer(); changed(); });
+for (const id of ["steps", "guidance", "scale", "strength"]) $(id).addEventListener("input", () => { showValues(); changed(); });
+$("negative").addEventListener("input", changed);
+$("seed").addEventListener("input", () => { setLock(true); changed(); });
+$("dice").addEventListener("click", () => { dice(); changed(); });
+$("lock").addEventListener("click", () => setLock(!pressed("lock")));
+$("draw").addEventListener("click", () => { setDrawing(!pressed("draw")); if (pressed("draw")) $("pad").focus(); if (!pad.empty) changed(); });
+$("steer").addEventListener("change", () => { showSteer(); changed(); });
+$("brush").addEventListener("input", () => { pad.width = Number($("brush").value); });
+$("rubber").addEventListener("click", () => setRubber(!pressed("rubber")));
+$("undo").addEventListener("click", () => pad.undo());
+$("clear").addEventListener("click", () => pad.clear());
+$("forget").addEventListener("click", () => past.forget());
+$("theme").addEventListener("click", switchTheme);
+$("help-button").addEventListener("click", () => $("help").showModal());
+$("single").addEventListener("change", () => localStorage.setItem("fewstep.single", $("single").checked));
+$("key-form").addEventListener("submit", (event) => { event.preventDefault(); sessionStorage.setItem("fewstep.key", $("key").value); tryToConnect(); });
+document.addEventListener("keydown", onKey);
+addEventListener("resize", grow);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
+
 $("examples").append(...EXAMPLES.map((text) => {
   const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
-  button.addEventListener("click", () => { $("prompt").value = text; generate(); });
+  button.addEventListener("click", () => { $("prompt").value = text; grow(); changed(); $("prompt").focus(); });
   return button;
 }));
-connect().catch((error) => { $("server").textContent = "not connected"; showError(error.message); });
+for (const [key, words] of [...ALSO, ...SHORTCUTS]) {
+  const row = document.createElement("div");
+  const name = document.createElement("dt");
+  name.append(Object.assign(document.createElement("kbd"), { textContent: key }));
+  row.append(name, Object.assign(document.createElement("dd"), { textContent: words }));
+  $("shortcuts").append(row);
+}
+$("single").checked = localStorage.getItem("fewstep.single") !== "false";
+nameTheme();
+dice();
+tryToConnect();

@@ -1,0 +1,222 @@
+"""The live session: one WebSocket, frames in, pictures out, the latest frame wins.
+
+While a picture is made, at most one frame waits: the newest. Those it displaces are dropped and counted, so a caller
+may send as fast as a pen moves. A caller who reads slowly is sent less, by the same rule. A closed socket ends its
+request.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.websockets import WebSocketDisconnected
+
+from fewstep.runtime.errors import FewstepError
+
+from .errors import Refused, answer
+from .live_frame import BadMessage, Frame, Hello, frame_job, read_message, write_message
+from .pictures import account
+from .service import Service
+from .settings import Settings
+from .streaming import events, last
+from .visit import current
+
+_log = logging.getLogger("fewstep.server")
+KEY_WAIT_S = 10.0
+"""How long a caller may take to send its key."""
+POLICY, TRY_LATER = 1008, 1013
+"""Close codes of RFC 6455 and its registry."""
+router = APIRouter()
+
+
+class Lobby(Collector):
+    """The open sessions of one server, and what became of their frames."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.open = most, 0
+        self.frames: Counter[str] = Counter(made=0, dropped=0, failed=0)
+
+    @contextlib.contextmanager
+    def seat(self) -> Iterator[None]:
+        """Room for one session.
+
+        Errors: `Refused` 503 where all are taken.
+        """
+        if self.open >= self.most:
+            raise Refused(503, "overloaded", f"{self.most} live sessions are open; try again later", retry_after="5")
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("fewstep_live_sessions", "Open live sessions.", value=self.open)
+        family = CounterMetricFamily("fewstep_live_frames", "Frames of live sessions by outcome.", labels=["outcome"])
+        for outcome, count in self.frames.items():
+            family.add_metric([outcome], count)
+        yield family
+
+
+class Inbox:
+    """Room for one waiting frame. A newer one takes its place."""
+
+    def __init__(self) -> None:
+        self._frame: Frame | None = None
+        self._filled = asyncio.Event()
+
+    def put(self, frame: Frame) -> bool:
+        """Whether an older frame had to go."""
+        displaced = self._frame is not None
+        self._frame = frame
+        self._filled.set()
+        return displaced
+
+    async def take(self) -> Frame:
+        await self._filled.wait()
+        self._filled.clear()
+        frame, self._frame = self._frame, None
+        assert frame is not None
+        return frame
+
+
+class Session:
+    """One socket: what it sent last, what is being made for it."""
+
+    def __init__(self, socket: WebSocket, service: Service, lobby: Lobby) -> None:
+        self.socket, self.service, self.lobby = socket, service, lobby
+        self.inbox = Inbox()
+        self.answering: asyncio.Task[None] | None = None
+        self.dropped = 0
+
+    async def run(self) -> None:
+        """Until the caller closes the socket, which ends what is being made for it."""
+        making = asyncio.create_task(self._make())
+        try:
+            await self._read()
+        finally:
+            tasks = [task for task in (making, self.answering) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                message = await _receive(self.socket, self.service.settings.max_body_bytes)
+                if isinstance(message, Frame):
+                    ended = message.number.replace and self.answering is not None and self.answering.cancel()
+                    dropped = ended + self.inbox.put(message)
+                    self.dropped += dropped
+                    self.lobby.frames["dropped"] += dropped
+            except (BadMessage, Refused) as error:
+                await self._fail(error, None)
+
+    async def _make(self) -> None:
+        while True:
+            frame = await self.inbox.take()
+            self.answering = asyncio.create_task(self._answer(frame))
+            await asyncio.wait({self.answering})
+            self.answering = None
+
+    async def _answer(self, frame: Frame) -> None:
+        number = frame.number.frame
+        try:
+            await self._picture(frame)
+        except (WebSocketDisconnect, WebSocketDisconnected):
+            return
+        except Exception as error:
+            if not isinstance(error, FewstepError | Refused | BadMessage):
+                _log.exception("a live frame failed")
+            await self._fail(error, number)
+
+    async def _picture(self, frame: Frame) -> None:
+        service, number = self.service, frame.number.frame
+        loop = asyncio.get_running_loop()
+        job = await loop.run_in_executor(service.pool, frame_job, frame, service.runtime.models)
+        ticket = service.submit(job)
+        stream = events(service.runtime, ticket)
+        async with contextlib.aclosing(stream):  # type: ignore[type-var]
+            ahead = service.runtime.metrics().live - 1
+            await self._say({"type": "started", "frame": number, "ahead": max(0, ahead), "dropped": self.dropped})
+            result = await last(stream)
+        files = await service.encode(result, job)
+        height, width = result.pictures[0].shape[:2]
+        header = {"type": "picture", "frame": number, "seed": result.seeds[0], "format": job.format}
+        header |= {"width": width, "height": height, "dropped": self.dropped, **account(result, files)}
+        await self.socket.send_bytes(write_message(header, files.files[0]))
+        self.lobby.frames["made"] += 1
+
+    async def _fail(self, error: Exception, frame: int | None) -> None:
+        self.lobby.frames["failed"] += 1
+        body = error.envelope if isinstance(error, BadMessage) else answer(error)[1]
+        with contextlib.suppress(WebSocketDisconnect, WebSocketDisconnected):  # the caller has gone meanwhile
+            await self._say({"type": "failed", "frame": frame, "dropped": self.dropped, **body})
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        await self.socket.send_json(message)
+
+
+def install(app: FastAPI, settings: Settings) -> Lobby:
+    """Add the route. The lobby is what metrics show of it."""
+    app.state.lobby = Lobby(settings.max_live)
+    app.include_router(router)
+    lobby: Lobby = app.state.lobby
+    return lobby
+
+
+@router.websocket("/v1/live")
+async def live(socket: WebSocket) -> None:
+    service: Service = socket.app.state.service
+    await socket.accept()
+    lobby: Lobby = socket.app.state.lobby
+    with contextlib.suppress(WebSocketDisconnect, WebSocketDisconnected):
+        try:
+            with lobby.seat():
+                await _check_key(socket, service)
+                await socket.send_json({"type": "ready", "max_message_bytes": service.settings.max_body_bytes})
+                await Session(socket, service, lobby).run()
+        except (BadMessage, Refused) as error:
+            body = error.envelope if isinstance(error, BadMessage) else answer(error)[1]
+            await socket.send_json({"type": "failed", "frame": None, "dropped": 0, **body})
+            busy = isinstance(error, Refused) and error.status == 503
+            await socket.close(TRY_LATER if busy else POLICY, str(error)[:100])
+
+
+async def _check_key(socket: WebSocket, service: Service) -> None:
+    """Browsers cannot send a header with a socket, so the gate lets it in and the first message brings the key.
+
+    Errors: `Refused` 401 where a key is needed and neither the handshake nor the first message has one.
+    """
+    visit = current.get()
+    if service.callers.open or visit is None or visit.caller is not None:
+        return
+    try:
+        async with asyncio.timeout(KEY_WAIT_S):
+            message = await _receive(socket, service.settings.max_body_bytes)
+    except TimeoutError:
+        message = None
+    visit.caller = service.callers.find(message.key) if isinstance(message, Hello) else None
+    if visit.caller is None:
+        said = 'this server needs an API key: send {"key": "KEY"} as the first message'
+        raise Refused(401, "invalid_api_key", said)
+
+
+async def _receive(socket: WebSocket, max_bytes: int) -> Hello | Frame:
+    """The next message.
+
+    Errors: `WebSocketDisconnect`; `BadMessage`; `Refused` 413 where it is too large.
+    """
+    message = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1005))
+    content = message.get("text") or message.get("bytes") or b""
+    if len(content) > max_bytes:
+        raise Refused(413, "body_too_large", f"the message is above {max_bytes} bytes; send a smaller one")
+    return read_message(content)

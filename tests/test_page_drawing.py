@@ -1,0 +1,127 @@
+"""The drawing pad in headless Chromium: the picture follows the pen, the latest stroke wins, the tab ends its work."""
+
+import threading
+
+import pytest
+from browser import all_of, at, chromium, drawn, open_page, pixels, say, stroke
+from live import fake_server, until
+from selenium.webdriver.common.keys import Keys
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def live():
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, live):
+    """The page with a prompt and an open pad."""
+    open_page(browser, live.url)
+    say(browser, "a red circle")
+    at(browser, "draw").click()
+    return browser
+
+
+def settled(browser) -> str:
+    """The picture once nothing is on its way any more."""
+    until(lambda: drawn(browser))
+    return pixels(browser)
+
+
+def test_the_picture_follows_the_pen(page):
+    seen = [settled(page)]
+    for line in (((0.1, 0.1), (0.9, 0.1)), ((0.1, 0.5), (0.9, 0.5), (0.9, 0.9))):
+        stroke(page, *line)
+        seen.append(settled(page))
+    assert len(set(seen)) == 3
+    at(page, "undo").click()
+    assert settled(page) == seen[1]
+    at(page, "clear").click()
+    assert settled(page) == seen[0]  # an empty pad asks for nothing: words alone
+    at(page, "undo").click()
+    assert settled(page) == seen[1]
+
+
+def test_control_scale_and_eraser_act(page):
+    plain = settled(page)
+    stroke(page, (0.1, 0.5), (0.9, 0.5))
+    followed = settled(page)
+    at(page, "scale").send_keys(Keys.HOME)
+    until(lambda: at(page, "scale-value").text == "0.00")
+    assert settled(page) == plain != followed
+    at(page, "scale").send_keys(Keys.END)
+    assert settled(page) not in (plain, followed)
+    at(page, "rubber").click()
+    stroke(page, (0.1, 0.5), (0.9, 0.5))
+    assert at(page, "rubber").get_attribute("aria-pressed") == "true"
+    assert settled(page) == plain
+
+
+def test_the_keyboard_draws(page):
+    before = settled(page)
+    at(page, "pad").send_keys(" ", *(Keys.ARROW_RIGHT,) * 5, *(Keys.ARROW_DOWN,) * 5, " ")
+    after = settled(page)
+    assert after != before
+    at(page, "pad").send_keys(*(Keys.ARROW_LEFT,) * 5)  # lifted: moving draws nothing
+    assert settled(page) == after
+    at(page, "pad").send_keys("z")
+    assert settled(page) == before
+
+
+def test_a_drawing_is_kept_with_the_history(page):
+    stroke(page, (0.2, 0.2), (0.8, 0.3))
+    kept = settled(page)
+    until(lambda: len(all_of(page, "#past button")) >= 1)
+    at(page, "clear").click()
+    at(page, "draw").click()
+    say(page, "something else")
+    all_of(page, "#past button")[-1].click()
+    until(lambda: at(page, "picture").get_attribute("alt") == "a red circle" and drawn(page))
+    assert at(page, "pad").is_displayed() and settled(page) == kept
+
+
+def test_the_latest_frame_wins_and_what_it_displaced_is_counted(browser):
+    with fake_server(delay_s=lambda role, batch: 0.15 if role.startswith("denoiser") else 0.0) as live:
+        open_page(browser, live.url)
+        at(browser, "steps").send_keys(Keys.HOME)
+        say(browser, "a red circle")
+        at(browser, "draw").click()
+        counts = []
+        for row in range(1, 4):
+            stroke(browser, *((column / 12, row / 4) for column in range(1, 12)))
+            counts.append(int(at(browser, "dropped").text))
+        last = settled(browser)
+        assert 0 < counts[1] < counts[2], counts
+        calls = len(live.engine.calls)
+        browser.execute_script("document.getElementById('steps').dispatchEvent(new Event('input'))")  # asked once more
+        until(lambda: len(live.engine.calls) > calls)
+        assert settled(browser) == last
+        assert f'outcome="dropped"}} {float(at(browser, "dropped").text)}' in live.http.get("/metrics").text
+
+
+def test_closing_the_tab_ends_its_work(browser):
+    gate = threading.Event()
+
+    def wait(call) -> None:
+        if call.role == "denoiser" and call.number >= 4:
+            gate.wait(20)
+
+    with fake_server(before=wait) as live:
+        first = browser.current_window_handle
+        browser.switch_to.new_window("tab")
+        open_page(browser, live.url)
+        at(browser, "prompt").send_keys("a")
+        until(lambda: live.runtime.metrics().live == 1)
+        browser.close()
+        browser.switch_to.window(first)
+        until(lambda: "fewstep_live_sessions 0.0" in live.http.get("/metrics").text)
+        gate.set()
+        until(lambda: live.runtime.metrics().live == 0)
+        assert live.runtime.metrics().failed["Cancelled"] == 1
