@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 _NEGATIVE = "Negative prompt: "
-_SETTING = re.compile(r'\s*([^\s:,"][^:,"]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'\s*([^\s:,"][^:,"]*):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
 _LEAST_SETTINGS = 3
 """A last line with fewer is prompt, for every reader of this form."""
 
