@@ -10,6 +10,8 @@ ARRIVALS = 64
 """Latest arrivals by which the near future is judged."""
 FEWEST = 16
 """With fewer arrivals than this nothing is said of those to come."""
+NEARLY = 0.9
+"""Requests with this share of another's slack or more are too much like it to pass it for long."""
 MISSES = 0.005
 """Share of promised deadlines that may be broken."""
 CAUTION_STEP, MOST_CAUTION = 0.1, 4.0
@@ -53,7 +55,7 @@ class Forecast:
         `slack_s - s` seconds, while this one is still here.
         """
         base = max(own_s, (ahead_s + own_s) / self.speed)
-        passing = bisect.bisect_left(self._by_slack, (slack_s,))
+        passing = bisect.bisect_left(self._by_slack, (NEARLY * slack_s,))
         if not passing or len(self._latest) < FEWEST:
             return base
         seen_s = now_s - self._latest[0][0]

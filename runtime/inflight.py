@@ -75,6 +75,7 @@ class Live:
     canvases: list[Canvas]
     begun_s: float
     started_s: float | None = None
+    predicted_s: float | None = None
     features: Features = field(default_factory=Features)
     spent_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys((TEXT, ENCODE, DENOISE, DECODE), 0.0))
 

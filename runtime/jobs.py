@@ -5,6 +5,7 @@ picture. Each of these names the served model that does it, so a request may vis
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .engine import DECODER, DENOISER
@@ -65,7 +66,7 @@ class Job:
     deadline_s: float | None = None
     then_s: float | None = None
 
-    @property
+    @cached_property
     def models(self) -> frozenset[str]:
         """Every model that it visits."""
         return frozenset([self.model, *(row.model for row in self.rows), *(part.model for part in self.before)])

@@ -1,59 +1,49 @@
-"""The runtime as a library: `generate`, `stream`, `submit`, `cancel`. One engine thread runs every model's calls.
+"""The runtime as a library: `generate`, `stream`, `submit`, `cancel`, `load`, `unload`.
 
-Life of a request: `submit` checks it in the caller's thread and gives it to the scheduler; the engine thread asks the
-scheduler for the next call, runs it, hands the outcome back, and publishes the events that follow. The lock is held
-around the scheduler only, never around an engine call or a listener.
+Life of a request: `submit` checks it in the caller's thread and gives it to the scheduler; the engine thread
+(`runtime.serving`) runs its calls and publishes its events. Models come and go meanwhile (`runtime.loading`).
 """
 
-import logging
 import secrets
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.roles import picture_role
 from fewstep.models.spec import SamplerSpec
 
-from .calibrate import calibrate
-from .config import DEFAULT_BUDGET_S, RuntimeConfig
-from .costs import Costs
+from .config import RuntimeConfig
+from .costs import Key
 from .engine import TEXT, Engine
-from .engines import open_engine
-from .errors import (
-    BundleError,
-    Cancelled,
-    Closed,
-    DeadlineExceeded,
-    EngineFailed,
-    FewstepError,
-    InvalidRequest,
-    Overloaded,
-)
-from .events import Event, Failed, Finished, Progress, Result
+from .errors import BundleError, Closed, FewstepError, InvalidRequest, Overloaded
+from .events import Event, Result
+from .follow_up import Scorer, most_work, redrawing
+from .groups import Group, read_group
 from .inflight import Live
-from .jobs import Ended, Job, Lane, Rejected, Stepped, Work
-from .loop import admit, finished
-from .metrics import Metrics, Recorder
+from .jobs import Job, Rejected
+from .loading import Loading, Maker, Opening
+from .loop import admit
+from .metrics import Metrics
+from .plan import Plan
+from .preview import find_preview, with_estimates
+from .pricing import Pricing
 from .request import GenerateRequest, Limits
-from .scheduler import Scheduler
-from .served import Served, serve
-from .text import Prompts
+from .residence import weight_bytes
+from .serving import Serving, Visit
 from .ticket import Ticket
-from .work import execute, fits_one_call
+from .work import fits_one_call
 
-_log = logging.getLogger(__name__)
-_JOIN_TIMEOUT_S = 30.0
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that this runtime serves."""
+    """A model, or a group of models, that this runtime serves."""
 
     name: str
     spec: SamplerSpec
@@ -66,7 +56,9 @@ class Runtime:
 
     engine: "auto" (the verified engine that was measured to be the fastest here) or one of
     `fewstep.runtime.engines.KINDS`. allow_unproven: open an engine built ahead for a GPU that no GPU has run yet.
-    engines: ready engines by model name, used as they are and not closed here.
+    engines: by model name, ready ones, used as they are, never put out of memory and not closed here; or functions that
+    make one. groups: several models served as one, or JSON files that say so. scorer: says how good a picture is, for
+    requests whose helper refines. weigh: the bytes that a bundle counts as against `config.memory_budget_bytes`.
 
     Errors: `BundleError`, `SpecError`, `EngineUnavailable`; `EngineFailed` where an engine breaks while it is warmed.
     """
@@ -79,68 +71,58 @@ class Runtime:
         allow_unproven: bool = False,
         limits: Limits = Limits(),  # noqa: B008
         config: RuntimeConfig = RuntimeConfig(),  # noqa: B008
-        engines: Mapping[str, Engine] | None = None,
+        engines: Mapping[str, Engine | Maker] | None = None,
+        groups: Sequence[Group | str | Path] = (),
+        scorer: Scorer | None = None,
+        weigh: Callable[[Bundle], int] = weight_bytes,
     ) -> None:
-        self._limits = limits
-        self._own_engines: list[Engine] = []
-        self._served: dict[str, Served] = {}
-        self._lanes: dict[str, Lane] = {}
-        self._costs = Costs()
+        self._limits, self._scorer = limits, scorer
+        self._serving = Serving(limits.max_queue, lambda: self._loading.close(), config.policy)
+        opening = Opening(kind=engine, allow_unproven=allow_unproven)
+        self._loading = Loading(self._serving, config, opening, weigh)
+        self._pricing = Pricing(self._serving.lanes, self._serving.costs)
+        self._groups: dict[str, Group] = {}
+        self._maps: dict[str, Tensor | None] = {}
+        self.models: Mapping[str, Model] = {}
         given = dict(engines or {})
         opened = [found if isinstance(found, Bundle) else load_bundle(found) for found in bundles]
+        names = [bundle.name for bundle in opened]
         if not opened:
             raise BundleError("no bundle to serve; name at least one")
-        if stray := sorted(set(given) - {bundle.name for bundle in opened}):
-            raise BundleError(f"engines holds {stray[0]!r}, but the bundles are {[bundle.name for bundle in opened]}")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BundleError(f"two bundles are named {twice!r}; serve one of them")
+        if stray := sorted(set(given) - set(names)):
+            raise BundleError(f"engines holds {stray[0]!r}, but the bundles are {names}")
         try:
             for bundle in opened:
-                self._add(bundle, given.get(bundle.name), engine, config, allow_unproven)
+                self.load(bundle, given.get(bundle.name))
+            for group in groups:
+                self._add_group(group if isinstance(group, Group) else read_group(group))
         except BaseException:
-            self._close_engines()
+            self._loading.close()
             raise
-        self.models: Mapping[str, Model] = {
-            name: Model(name, s.spec, s.engine.name, s.has_control) for name, s in self._served.items()
-        }
-        self._scheduler = Scheduler(self._lanes, self._costs, max_queue=limits.max_queue)
-        self._recorder = Recorder()
-        self._live: dict[str, tuple[Live, Ticket]] = {}
-        self._outbox: deque[Ended] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="fewstep-engine", daemon=True)
-        self._thread.start()
+        self._serving.thread.start()
 
     def submit(self, request: GenerateRequest, model: str | None = None) -> Ticket:
         """Accept a request; it runs from here on. `model` may be left out where there is one.
 
         Errors: `InvalidRequest`, `Overloaded`, `Closed`.
         """
-        begun = time.monotonic()
-        live = admit(self._pick(model), request, self._limits, begun, self._served)
-        ticket = Ticket(secrets.token_hex(8))
-        whole = self._in_one_call(live)
-        job = Job(
-            id=ticket.id,
-            model=live.model.name,
-            before=() if whole else live.before,
-            rows=() if whole else live.calls,
-            finish=picture_role(len(live.plan.rows)) if whole else live.decoder,
-            pictures=live.request.n,
-            priority=request.priority,
-            deadline_s=None if request.deadline_s is None else begun + request.deadline_s,
-        )
-        with self._changed:
-            if self._closing:
+        begun, serving = time.monotonic(), self._serving
+        visit, job = self._open(self._pick(model), request, begun)
+        with serving.changed:
+            if serving.closing:
                 raise Closed("the runtime is shutting down; send the request to another one")
-            decision = self._scheduler.submit(job, time.monotonic())
-            if isinstance(decision, Rejected):
-                self._recorder.rejected["queue" if decision.reason == "queue" else "deadline"] += 1
+            for name in job.models:
+                if name not in self._loading.served or name in self._loading.leaving:
+                    raise InvalidRequest("model", f"model {name!r} is not served here any more; use another one")
+            decision = serving.enter(visit, job)
+            if decision is not None:
+                serving.recorder.rejected["queue" if decision.reason == "queue" else "deadline"] += 1
                 raise _refusal(decision, request, self._limits)
-            self._recorder.accepted += 1
-            self._live[ticket.id] = (live, ticket)
-            self._changed.notify_all()
-        return ticket
+            self._loading.use(job.models)
+        return visit.ticket
 
     def generate(self, request: GenerateRequest, model: str | None = None) -> Result:
         """Submit and wait.
@@ -156,32 +138,58 @@ class Runtime:
 
     def cancel(self, ticket_id: str) -> bool:
         """End a request as `Cancelled`: its rows leave the queue now. False where it has ended already."""
-        with self._changed:
-            ended = self._scheduler.cancel(ticket_id)
-            if ended is None:
-                return False
-            self._outbox.append(ended)
-            self._changed.notify_all()
-            return True
+        return self._serving.cancel(ticket_id)
+
+    def load(self, bundle: Bundle | str | Path, engine: Engine | Maker | None = None) -> Model:
+        """Serve one more bundle while others run; `engine` as in `engines`. Where the memory budget asks for it, models
+        that were asked for longest ago are put out; they come back when they are asked for.
+
+        Errors: `BundleError` where its name is taken or it cannot fit; those of opening and warming its engine.
+        """
+        found = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        if found.name in self._groups:
+            raise BundleError(f"a group is named {found.name!r}; a bundle needs another name")
+        self._loading.load(found, engine)
+        served = self._loading.served[found.name]
+        self._maps[found.name] = find_preview(found)
+        model = Model(found.name, served.spec, served.engine.name, served.has_control)
+        self.models = {**self.models, found.name: model}
+        return model
+
+    def unload(self, name: str, drain_s: float | None = None) -> None:
+        """Stop serving a model: take no more requests for it, wait for those that need it, free its memory.
+
+        drain_s: after which those still inside fail with `Closed`; None waits as long as they take.
+
+        Errors: `BundleError` where it is not served, or a group needs it.
+        """
+        for group in self._groups.values():
+            if name in (*group.models, group.reads_with):
+                raise BundleError(f"model {name!r} is part of the group {group.name!r}, which is served")
+        self._loading.unload(name, drain_s)
+        self._maps.pop(name, None)
+        self.models = {other: model for other, model in self.models.items() if other != name}
 
     def metrics(self) -> Metrics:
-        caches = [served.prompts.embeddings for served in self._served.values()]
-        with self._changed:
-            return self._recorder.value(
-                live=len(self._live), hits=sum(c.hits for c in caches), misses=sum(c.misses for c in caches)
+        caches = [served.prompts.embeddings for served in self._loading.served.values()]
+        with self._serving.changed:
+            residence = self._loading.residence
+            return self._serving.recorder.value(
+                live=len(self._serving.visits),
+                hits=sum(c.hits for c in caches),
+                misses=sum(c.misses for c in caches),
+                in_memory={name: residence.inside(name) for name in self._loading.served},
+                memory_bytes=residence.bytes,
             )
+
+    def costs(self) -> dict[Key, list[tuple[int, float]]]:
+        """What engine calls cost as measured so far: (size, seconds) per model and role."""
+        with self._serving.changed:
+            return self._serving.costs.table()
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, wait up to `drain_s` for those inside, fail the rest with `Closed`. Idempotent."""
-        with self._changed:
-            self._closing = True
-            self._changed.wait_for(lambda: not self._live, drain_s)
-            self._outbox.extend(self._scheduler.close())
-            self._stopping = True
-            self._changed.notify_all()
-        self._publish_outbox()
-        if threading.current_thread() is not self._thread:  # a listener may close, too
-            self._thread.join(_JOIN_TIMEOUT_S)
+        self._serving.close(drain_s)
 
     def __enter__(self) -> Self:
         return self
@@ -191,41 +199,104 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _add(self, bundle: Bundle, engine: Engine | None, kind: str, config: RuntimeConfig, unproven: bool) -> None:
-        if bundle.name in self._served:
-            raise BundleError(f"two bundles are named {bundle.name!r}; serve one of them")
-        budget_s = config.calibration_budget_s
-        if engine is None:
-            options = {"allow_unproven": True} if unproven else {}
-            engine = open_engine(bundle, kind, threads=config.threads, **options)
-            self._own_engines.append(engine)
-            budget_s = DEFAULT_BUDGET_S if budget_s is None else budget_s
-        prompts = Prompts(bundle, config.text_cache)
-        served = serve(bundle, engine, prompts)
-        lane = _lane(engine, config)
-        if budget_s:
-            calibrate(served, lane, self._costs, budget_s)
-        self._served[bundle.name], self._lanes[bundle.name] = served, lane
+    def _add_group(self, group: Group) -> None:
+        if group.name in self.models:
+            raise BundleError(f"group {group.name!r} has the name of something that is served; give it another")
+        group.check({name: served.spec for name, served in self._loading.served.items()})
+        first = self.models[group.models[0]]
+        self._groups[group.name] = group
+        self.models = {**self.models, group.name: replace(first, name=group.name)}
 
-    def _close_engines(self) -> None:
-        while self._own_engines:
-            self._own_engines.pop().close()
-
-    def _pick(self, model: str | None) -> Served:
-        if model is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
-        if model not in self._served:
+    def _pick(self, model: str | None) -> str:
+        if model is None and len(self.models) == 1:
+            return next(iter(self.models))
+        if model is None or model not in self.models:
             said = "model is missing" if model is None else f"model {model!r} is not served here"
-            raise InvalidRequest("model", f"{said}; use one of {', '.join(self._served)}")
-        return self._served[model]
+            raise InvalidRequest("model", f"{said}; use one of {', '.join(self.models)}")
+        return model
+
+    def _open(self, name: str, request: GenerateRequest, begun_s: float) -> tuple[Visit, Job]:
+        """A request for a model or a group, and its first work."""
+        ticket = Ticket(secrets.token_hex(8))
+        group = self._groups.get(name)
+        if group is None:
+            return self._plain(ticket, name, request, begun_s)
+        if group.experts:
+            visit, job = self._plain(ticket, group.models[0], request, begun_s, group.assign)
+            visit.name = name
+            return visit, job
+        if not group.by_centroid:
+            return self._plain(ticket, group.by_words(request.prompt), request, begun_s)
+        reader = self._loading.served[group.reads_with]
+        known = reader.prompts.embeddings.peek(request.prompt)
+        if known is not None:
+            return self._plain(ticket, group.nearest(summary(known)), request, begun_s)
+        return self._read_first(ticket, group, request, begun_s)
+
+    def _read_first(self, ticket: Ticket, group: Group, request: GenerateRequest, begun_s: float) -> tuple[Visit, Job]:
+        """A request whose text has to be encoded before its model is known; priced and checked as for the first."""
+        likely = self._plain(ticket, group.models[0], request, begun_s)[1]
+        reader = self._loading.served[group.reads_with]
+        live = admit(reader, GenerateRequest(prompt=request.prompt), self._limits, begun_s)
+        live.request = replace(live.request, deadline_s=request.deadline_s)
+
+        def route(visit: Visit) -> Job:
+            chosen = group.nearest(summary(visit.live.own.embedded[request.prompt]))
+            found, job = self._plain(ticket, chosen, request, begun_s)
+            found.live.spent_s, found.live.started_s = visit.live.spent_s, visit.live.started_s
+            found.live.predicted_s = visit.live.predicted_s
+            visit.live, visit.name, visit.then = found.live, found.name, found.then
+            visit.shown, visit.map = found.shown, found.map
+            return job
+
+        then_s = self._pricing.job(likely).total_s
+        job = replace(likely, model=reader.name, before=live.before, rows=(), finish=None, pictures=1, then_s=then_s)
+        return Visit(ticket, live, group.name, then=route), job
+
+    def _plain(
+        self,
+        ticket: Ticket,
+        name: str,
+        request: GenerateRequest,
+        begun_s: float,
+        change: Callable[[Plan], Plan] | None = None,
+    ) -> tuple[Visit, Job]:
+        served = self._loading.served
+        if name not in served:
+            raise InvalidRequest("model", f"model {name!r} is not served here any more; use another one")
+        live = admit(served[name], request, self._limits, begun_s, served, change)
+        visit = Visit(ticket, live, name)
+        whole = self._in_one_call(live)
+        job = Job(
+            id=ticket.id,
+            model=name,
+            before=() if whole else live.before,
+            rows=() if whole else live.calls,
+            finish=picture_role(len(live.plan.rows)) if whole else live.decoder,
+            pictures=live.request.n,
+            priority=request.priority,
+            deadline_s=None if request.deadline_s is None else begun_s + request.deadline_s,
+        )
+        if request.previews and not whole:
+            live.plan, visit.shown = with_estimates(live.plan, {n: m.spec for n, m in served.items()}, name)
+            visit.map = self._maps.get(name)
+            job = replace(job, watch="" if visit.map is not None else live.decoder)
+        if live.request.helper is not None and live.request.helper.mode == "refine":
+            if self._scorer is None:
+                raise InvalidRequest(
+                    "helper.mode", "helper.mode 'refine' needs a scorer, and this runtime was given none"
+                )
+            most = self._pricing.job(most_work(live, served, job)).total_s
+            visit.then, job = redrawing(self._scorer, served, job), replace(job, then_s=most)
+        return visit, job
 
     def _in_one_call(self, live: Live) -> bool:
         """Whether one graph does the request from text to pixels, and sooner than the calls that it replaces."""
         steps, name = len(live.plan.rows), live.model.name
-        whole = name, picture_role(steps)
-        if whole not in self._costs.saved or not fits_one_call(live):
+        whole, costs = (name, picture_role(steps)), self._serving.costs
+        if whole not in costs.saved or not fits_one_call(live) or (live.request.previews and steps > 1):
             return False
-        return self._costs.saved[whole] > (0.0 if live.own.missing else self._costs.seconds((name, TEXT), 1))
+        return costs.saved[whole] > (0.0 if live.own.missing else costs.seconds((name, TEXT), 1))
 
     def _follow(self, ticket: Ticket) -> Iterator[Event]:
         try:
@@ -233,96 +304,12 @@ class Runtime:
         finally:
             self.cancel(ticket.id)
 
-    def _serve(self) -> None:
-        """The engine thread."""
-        try:
-            while (work := self._next_work()) is not None or not self._stopping:
-                if work is not None:
-                    self._run(*work)
-                self._publish_outbox()
-        except Exception as error:  # a fault of ours, not of a request: nobody may be left waiting
-            _log.exception("the engine thread stopped")
-            with self._changed:
-                self._closing = self._stopping = True
-                for ended in self._scheduler.close():
-                    self._outbox.append(Ended(ended.id, "failed", EngineFailed(f"the runtime stopped: {error!r}")))
-        self._publish_outbox()
-        self._close_engines()
 
-    def _next_work(self) -> tuple[Work, list[Live]] | None:
-        """Wait for something to do. None: nothing to run, but perhaps something to publish, or the end."""
-        with self._changed:
-            while True:
-                self._outbox.extend(self._scheduler.expire(time.monotonic()))
-                work = None if self._stopping else self._scheduler.next()
-                if work is not None:
-                    return work, [self._live[item.id][0] for item in work.items]
-                if self._outbox or self._stopping:
-                    return None
-                self._changed.wait()
-
-    def _run(self, work: Work, lives: list[Live]) -> None:
-        """One engine call and everything that follows from it."""
-        begun = time.monotonic()
-        for live in lives:
-            live.started_s = live.started_s or begun
-        errors, size, clean = execute(work, lives)
-        seconds = time.monotonic() - begun
-        for live in {id(live): live for live in lives}.values():
-            live.spent_s[work.kind] += seconds
-        steps = []
-        with self._changed:
-            if size:
-                self._recorder.call(work.kind, size, seconds)
-            if size and clean:
-                self._costs.record((work.model, work.priced), *_cost(size, seconds, self._lanes[work.model]))
-            for event in self._scheduler.complete(work, errors, time.monotonic()):
-                if isinstance(event, Stepped):
-                    steps.append(event)
-                elif isinstance(event, Ended):
-                    self._outbox.append(event)
-            tickets = {item.id: self._live[item.id] for item in work.items if item.id in self._live}
-        for event in steps:
-            live, ticket = tickets[event.id]
-            ticket.publish(Progress(event.id, event.picture, event.step, len(live.plan.rows)))
-
-    def _publish_outbox(self) -> None:
-        while True:
-            with self._changed:
-                if not self._outbox:
-                    return
-                ended = self._outbox.popleft()
-                live, ticket = self._live.pop(ended.id)
-                event = self._final(ended, live)
-                if not self._live:
-                    self._changed.notify_all()
-            ticket.publish(event)
-
-    def _final(self, ended: Ended, live: Live) -> Finished | Failed:
-        now = time.monotonic()
-        self._recorder.request_s.add(now - live.begun_s)
-        if live.started_s is not None:
-            self._recorder.queue_s.add(live.started_s - live.begun_s)
-        if ended.reason == "finished":
-            self._recorder.finished += 1
-            self._recorder.pictures += len(live.canvases)
-            return Finished(ended.id, finished(live, now))
-        error = _failure(ended, live)
-        self._recorder.failed[type(error).__name__] += 1
-        return Failed(ended.id, error)
-
-
-def _lane(engine: Engine, config: RuntimeConfig) -> Lane:
-    able = engine.capabilities
-    most = able.max_batch if config.max_batch is None else min(able.max_batch, config.max_batch)
-    return Lane(max_batch=most, batch_sizes=able.batch_sizes)
-
-
-def _cost(size: int, seconds: float, lane: Lane) -> tuple[int, float]:
-    """(size, seconds) of one call, where the work took several or was padded."""
-    if size > lane.max_batch:
-        return lane.max_batch, seconds * lane.max_batch / size
-    return min((s for s in lane.batch_sizes if s >= size), default=size), seconds
+def summary(embedding: Mapping[str, "Tensor"]) -> list[float]:
+    """What of a text embedding is compared with centroids: its pooled vector [P], or the mean of its tokens [L, D]."""
+    pooled = embedding["pooled"] if "pooled" in embedding else embedding["ctx"].mean(dim=0)
+    found: list[float] = pooled.float().flatten().tolist()
+    return found
 
 
 def _refusal(decision: Rejected, request: GenerateRequest, limits: Limits) -> FewstepError:
@@ -337,15 +324,3 @@ def _refusal(decision: Rejected, request: GenerateRequest, limits: Limits) -> Fe
     if decision.reason == "deadline":
         why = f"deadline_s is {request.deadline_s} and too much is in front (about {decision.predicted_s:.3g} s)"
     return Overloaded(f"{why}; try again in {retry:.2g} s", retry)
-
-
-def _failure(ended: Ended, live: Live) -> FewstepError:
-    if isinstance(ended.error, FewstepError):
-        return ended.error
-    if ended.reason == "cancelled":
-        return Cancelled("the request was cancelled")
-    if ended.reason == "expired":
-        return DeadlineExceeded(f"the request did not finish within deadline_s = {live.request.deadline_s}")
-    if ended.reason == "closed":
-        return Closed("the runtime was closed before the request finished")
-    return EngineFailed(str(ended.error))

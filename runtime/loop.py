@@ -33,8 +33,10 @@ def admit(
     limits: Limits | None = None,
     begun_s: float = 0.0,
     models: Mapping[str, Served] | None = None,
+    change: Callable[[Plan], Plan] | None = None,
 ) -> Live:
-    """Check a request and prepare all that needs no engine. models: all that are served here, by name.
+    """Check a request and prepare all that needs no engine. models: all that are served here, by name. change: made to
+    its plan (rows given to experts).
 
     Errors: `InvalidRequest` naming the field.
     """
@@ -42,6 +44,8 @@ def admit(
     offers = None if is_plain(request) else model.offers(models)
     request = resolve(request, model.spec, limits or Limits(), offers)
     plan = model.plan(request, offers.models if offers else None)
+    if change is not None:
+        plan = change(plan)
     parts = {}
     for name in dict.fromkeys((model.name, *(row.model for row in plan.rows if row.model is not None))):
         parts[name] = _part(models.get(name, model), request, plan, own=name == model.name)
@@ -103,6 +107,7 @@ def finished(live: Live, now_s: float) -> Result:
         denoise_s=spent["denoise"],
         decode_s=spent["decode"],
         total_s=now_s - live.begun_s,
+        predicted_s=live.predicted_s,
     )
     request = live.request
     assert request.guidance is not None

@@ -5,20 +5,26 @@ latent is drawn in a fraction of a millisecond, so a step of sampling is not slo
 latent, and rough: it shows where things are and about which colour.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.models.predictions import estimates
+from fewstep.models.spec import SamplerSpec
+
 from .errors import BundleError
 from .events import Picture
+from .plan import Plan
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
 
     from .engine import Engine
+    from .inflight import Canvas, Live
 
 FILE, KEY = "preview.safetensors", "weights"
 """In the bundle's folder `golden/`."""
@@ -84,6 +90,43 @@ def preview_of_decoder(engine: "Engine", latents: Sequence[Tensor]) -> Tensor:
             raise picture
         pictures.append(picture)
     return fit_preview(known, pictures)
+
+
+def with_estimates(plan: Plan, specs: Mapping[str, SamplerSpec], own: str) -> tuple[Plan, tuple[bool, ...]]:
+    """The plan with rows that keep their clean estimate, and after which rows a preview can be had.
+
+    specs: by model name; own: the model of rows that name none. Rows whose kept combination means something else, and
+    those before a row that reads it, stay as they are.
+    """
+    rows, shown = list(plan.rows), []
+    for k, row in enumerate(rows[:-1]):
+        out = estimates(specs[row.model or own].prediction, specs[row.model or own].path, row.t)
+        clean = out.x0_x, out.x0_f
+        if row.keep is None and not rows[k + 1].d:
+            rows[k] = replace(row, keep=clean)
+        shown.append(rows[k].keep == clean)
+    return replace(plan, rows=tuple(rows)), (*shown, True)
+
+
+def show(live: "Live", canvas: "Canvas", weights: Tensor | None) -> Picture | None:
+    """A preview of a picture after its latest step, by the map, or by the decoder where `weights` is None."""
+    latent = canvas.x if canvas.step == len(live.plan.rows) else canvas.history.estimate
+    if latent is None:
+        return None
+    if weights is not None:
+        return preview(latent, weights)
+    from .work import decode
+
+    (picture,) = decode(live.model.engine, latent[None], live.decoder)
+    return None if isinstance(picture, Exception) else picture
+
+
+def find_preview(bundle: "Bundle") -> Tensor | None:
+    """The map that a bundle carries, if it carries one."""
+    try:
+        return read_preview(bundle)
+    except BundleError:
+        return None
 
 
 def read_preview(bundle: "Bundle") -> Tensor:

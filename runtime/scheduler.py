@@ -246,7 +246,8 @@ class Scheduler:
         self._left.insert(place, own)
         if job.deadline_s is not None:
             bisect.insort(self._deadlines, (job.deadline_s, job.id))
-        self._users.update(models)
+        for model in models:
+            self._users[model] += 1
         self._begin(live)
 
     def _begin(self, live: _Live) -> None:
@@ -364,7 +365,8 @@ class Scheduler:
         del self._order[place], self._left[place]
         if live.job.deadline_s is not None:
             del self._deadlines[bisect.bisect_left(self._deadlines, (live.job.deadline_s, request_id))]
-        self._users.subtract(live.models)
+        for model in live.models:
+            self._users[model] -= 1
         return Ended(request_id, reason, error)
 
     def _finish(self, live: _Live, now_s: float) -> Ended:

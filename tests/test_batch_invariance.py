@@ -154,8 +154,8 @@ def served_together(bundle, engine, requests, costs):
     with Runtime([bundle], engines={bundle.name: held}, config=RuntimeConfig()) as runtime:
         for role, table in costs.items():
             for size, seconds in table.items():
-                runtime._costs.record((bundle.name, role), size, seconds)
-        runtime._costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
+                runtime._serving.costs.record((bundle.name, role), size, seconds)
+        runtime._serving.costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
         tickets = [runtime.submit(r) for r in requests]
         go.set()
         results = [ticket.result(60) for ticket in tickets]

@@ -243,8 +243,8 @@ def test_close_drains_or_fails_the_rest():
 def test_a_listener_may_close_the_runtime():
     runtime = serve()
     runtime.submit(ask()).listen(lambda event: runtime.close() if isinstance(event, Progress) else None)
-    runtime._thread.join(PATIENCE_S)
-    assert not runtime._thread.is_alive()
+    runtime._serving.thread.join(PATIENCE_S)
+    assert not runtime._serving.thread.is_alive()
     assert runtime.metrics().failed == {"Closed": 1}
 
 
@@ -289,7 +289,9 @@ def test_metrics_add_up():
     assert (found.accepted, found.finished, found.failed, found.live) == (2, 1, {"EngineFailed": 1}, 0)
     assert found.pictures == 1
     assert found.request_s.count == found.queue_s.count == 2
-    assert {stage: h.count for stage, h in found.stage_s.items()} == {"text": 1, "denoise": 4, "decode": 2}
+    assert {stage: h.count for stage, h in found.stage_s.items()} == {
+        "text": 1, "encode": 0, "denoise": 4, "decode": 2,
+    }  # fmt: skip
     assert found.batch_size["denoise"].total == 4
     assert found.stage_s["denoise"].total < found.request_s.total
 

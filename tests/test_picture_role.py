@@ -35,8 +35,8 @@ class Offering:
 
 def serve(bundle, engine, saved):
     runtime = Runtime([bundle], engines={bundle.name: engine}, config=RuntimeConfig(calibration_budget_s=0))
-    runtime._costs.record((bundle.name, TEXT), 1, 0.01)
-    runtime._costs.saved.update({(bundle.name, role): seconds for role, seconds in saved.items()})
+    runtime._serving.costs.record((bundle.name, TEXT), 1, 0.01)
+    runtime._serving.costs.saved.update({(bundle.name, role): seconds for role, seconds in saved.items()})
     return runtime
 
 
@@ -74,7 +74,7 @@ def test_it_is_used_only_where_it_can_and_pays(tiny_dmd2, settings, saved):
 def test_a_known_prompt_counts_without_its_text_call(tiny_dmd2):
     engine = Offering(tiny_dmd2)
     with serve(tiny_dmd2, engine, {PICTURE: 0.005}) as runtime:
-        served = runtime._served[tiny_dmd2.name]
+        served = runtime._loading.served[tiny_dmd2.name]
         live = admit(served, GenerateRequest(prompt="a red cat", steps=1))
         assert runtime._in_one_call(live)
         live.own.embedded["a red cat"] = {}

@@ -32,8 +32,8 @@ def batching(runtime):
     """A cost table under which everything that waits is batched."""
     for role in ("text", "denoiser", "decoder"):
         for size, seconds in FREE.items():
-            runtime._costs.record(("fake", role), size, seconds)
-    runtime._costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
+            runtime._serving.costs.record(("fake", role), size, seconds)
+    runtime._serving.costs.record = lambda *_: None  # the table stays as it is, whatever this machine measures
     return runtime
 
 
@@ -142,7 +142,7 @@ def test_a_fault_of_the_runtime_itself_leaves_nobody_waiting(caplog):
         def broken(*_):
             raise AssertionError("a bug")
 
-        runtime._scheduler.complete = broken
+        runtime._serving.scheduler.complete = broken
         tickets = [runtime.submit(ask(seed=k)) for k in range(3)]
         for ticket in tickets:
             with pytest.raises(EngineFailed, match="a bug"):
