@@ -131,10 +131,8 @@ def random_ask(rng, models):
 def begun(models, name, request):
     live = admit(models[name], request, models=models)
     for work in live.before:
-        encode = (
-            {"encoder": encode_pictures, "image-prompt": encode_prompts}[work.role] if work.kind == ENCODE else None
-        )
-        (encode or encode_texts)(live.parts[work.model].model, [live])
+        encode = ENCODERS.get(work.role, encode_texts)
+        encode(live.parts[work.model].model, [live])
     return live
 
 
