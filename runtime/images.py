@@ -94,7 +94,7 @@ def read_metadata(data: bytes, *, max_pixels: int = MAX_PIXELS, field: str = "im
     Errors: as `decode`.
     """
     with _opened(data, max_pixels, field) as image:
-        found = {key: value for key, value in image.info.items() if isinstance(value, str)}
+        found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
         found |= {key: str(value) for key, value in getattr(image, "text", {}).items()}
         exif = image.getexif()
         with contextlib.suppress(ValueError, TypeError):

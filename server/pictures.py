@@ -81,7 +81,7 @@ def preview_file(preview: Picture, form: Format, size: tuple[int, int] | None = 
     image = Image.fromarray(preview)
     if size not in (None, image.size):
         image = image.resize(size, Image.Resampling.BICUBIC)
-    file = encode(np.asarray(image), form, **({} if form == "png" else {"quality": PREVIEW_QUALITY}))
+    file = encode(np.asarray(image), form, quality=None if form == "png" else PREVIEW_QUALITY)
     return base64.b64encode(file).decode("ascii")
 
 
@@ -102,6 +102,7 @@ def account(result: Result, files: Encoded) -> dict[str, Any]:
             "decode_s": t.decode_s,
             "encode_s": files.encode_s,
             "total_s": t.total_s + files.encode_s,
+            "predicted_s": t.predicted_s,
         },
     }
 

@@ -23,7 +23,7 @@ class Signatory:
     def __init__(self, settings: Settings, version: str) -> None:
         """Errors: `BadSetting` where the package is missing, or a file cannot be read or used."""
         try:
-            import c2pa
+            import c2pa  # type: ignore[import-untyped]
         except ImportError as error:
             raise BadSetting(
                 "FEWSTEP_C2PA_CHAIN is set, but c2pa is not installed; run: pip install 'fewstep[c2pa]'"

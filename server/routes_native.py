@@ -164,7 +164,7 @@ def _failed(error: Exception) -> Told:
 
 
 async def _told_frames(service: Service, job: Job, ticket: Ticket) -> AsyncIterator[str]:
-    async with aclosing(_told(service, job, ticket)) as stream:
+    async with aclosing(_told(service, job, ticket)) as stream:  # type: ignore[type-var]
         async for told in stream:
             yield streaming.frame(told.name, told.data)
 

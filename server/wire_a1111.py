@@ -200,7 +200,7 @@ def _steps(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> int | None:
         return body.steps
     most = spec.spacing.max_steps if spec.spacing else 0
     allowed = sorted({*spec.steps, *((1, most) if most else ())})
-    nearest = min(allowed, key=lambda count: abs(count - (body.steps or 0)))
+    nearest: int = min(allowed, key=lambda count: abs(count - (body.steps or 0)))
     notes.append(f"steps is {nearest}, not {body.steps}: what this model was made for")
     return nearest
 

@@ -128,7 +128,11 @@ def edits_job(body: EditsBody, images: Sequence[Upload], mask: Upload | None, mo
             raise InvalidRequest("mask", f"mask and {first.field} are {sizes}; they must be of one size")
         if not painted.any():
             raise InvalidRequest("mask", "mask is opaque all over; make it transparent where to paint")
-    width, height = _size(body.size) or nearest_size(image, models[job.model].spec.sizes)
+    sizes = models[job.model].spec.sizes
+    width, height = _size(body.size) or nearest_size(image, sizes)
+    if (width, height) not in sizes:  # before pictures are made to fit it
+        known = ", ".join(f"{w}x{h}" for w, h in sizes)
+        raise InvalidRequest("size", f"size is {width}x{height}; this model makes {known}")
     edit = Edit(
         image=fitted(image, width, height),
         strength=_strength(body),
