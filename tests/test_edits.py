@@ -1,241 +1,225 @@
-"""OpenAI's edits by form, and streams with partial pictures, through the official client and by hand."""
+"""Pictures to begin from: beside diffusers' own pipelines, to the pixel where they are kept, and refused where not."""
 
-import base64
-import io
-import struct
-import zlib
+from dataclasses import replace
 
-import httpx
 import numpy as np
-import openai
 import pytest
-from live import Live, fake_server
+import torch
+from diffusers import (
+    DDIMScheduler,
+    LatentConsistencyModelImg2ImgPipeline,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 from PIL import Image
 
-from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.events import Failed, Finished, Progress, Result, Timings
-from fewstep.runtime.ticket import Ticket
-from fewstep.server.routes_openai import partial_steps
-from fewstep.server.settings import Settings
-from fewstep.server.uploads import fitted, nearest_size
+from beside_diffusers import BOUND, PROMPT, quiet
+from fewstep.models.bundle import load_bundle, reseal
+from fewstep.runtime.edits import LUMINANCE, keep_coarse, keep_grey, latent_mask, picture_tensor, put_back
+from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.loop import run_request
+from fewstep.runtime.plan import compile_plan
+from fewstep.runtime.request import Edit, GenerateRequest, resolve
+from fewstep.runtime.torch_engine import TorchEngine
+from tiny import copy_bundle
 
-GREY = (120, 120, 120)
+rng = np.random.default_rng(0)
+COARSE = rng.integers(0, 256, (8, 8, 3), np.uint8)
+PICTURE = np.asarray(Image.fromarray(COARSE).resize((32, 32), Image.Resampling.BILINEAR))
+MASK = np.zeros((32, 32), np.uint8)
+MASK[8:24, 8:20] = 255
+
+
+def made(bundle, engine, **settings):
+    return run_request(engine, bundle, GenerateRequest(prompt=PROMPT, seed=5, **settings)).pictures[0]
+
+
+def theirs(pipeline, **settings):
+    """(latent, picture in [0, 1]) of diffusers' pipeline, decoded as it decodes."""
+    draw = torch.Generator().manual_seed(5)
+    image = Image.fromarray(PICTURE)
+    latent = quiet(pipeline)(
+        PROMPT, image=image, generator=draw, output_type="latent", guidance_scale=3.0, **settings
+    ).images
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    return latent[0], pipeline.image_processor.postprocess(decoded, output_type="np")[0]
+
+
+def assert_same(bundle, engine, reference, **settings):
+    """Ours is diffusers' latent and picture; without the picture to begin from it is another. Returns ours."""
+    seen = {}
+    request = GenerateRequest(prompt=PROMPT, seed=5, guidance=3.0, **settings)
+    for asked in (request, replace(request, edit=None)):
+        found = run_request(engine, bundle, asked, watch=lambda _, k, x, a=asked: seen.__setitem__(a.edit is None, x))
+        if asked.edit is not None:
+            picture = found.pictures[0]
+    latent, wanted = reference
+    assert (seen[False] - latent).abs().max() < 1e-3 < 0.1 < (seen[True] - latent).abs().max()
+    if settings["edit"].mask is None:
+        assert np.abs(picture / 255 - wanted).max() <= BOUND
+    return picture
 
 
 @pytest.fixture(scope="module")
-def live():
-    with fake_server(Settings(max_body_bytes=1_000_000)) as server:
-        yield server
+def teacher(tiny_teacher):
+    return tiny_teacher, TorchEngine(tiny_teacher)
 
 
 @pytest.fixture(scope="module")
-def client(live):
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
+def lcm(tiny_lcm, tmp_path_factory):
+    bundle = load_bundle(copy_bundle(tiny_lcm, tmp_path_factory.mktemp("origin") / "lcm"))
+    bundle = reseal(bundle, origin_steps=50)
+    return bundle, TorchEngine(bundle)
 
 
-def file(size: tuple[int, int] = (64, 64), form: str = "PNG", **pieces: object) -> bytes:
-    """A grey picture; `clear`: the box of it that is transparent."""
-    image = Image.new("RGBA" if "clear" in pieces else "RGB", size, GREY)
-    if "clear" in pieces:
-        image.paste((0, 0, 0, 0), pieces["clear"])
-    out = io.BytesIO()
-    image.save(out, form)
-    return out.getvalue()
+# --- img2img beside diffusers
 
 
-LEFT = (0, 0, 32, 64)
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.75), (5, 0.5), (8, 0.3), (3, 0.99)])
+def test_ddim_students_and_teachers_make_diffusers_picture(teacher, steps, strength):
+    bundle, engine = teacher
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(bundle.root)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    wanted = theirs(pipeline, strength=strength, num_inference_steps=steps)
+    assert_same(bundle, engine, wanted, steps=steps, edit=Edit(image=PICTURE, strength=strength))
 
 
-def pixels(b64: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB"))
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (4, 0.75), (2, 0.3), (1, 0.5)])
+def test_lcm_students_make_diffusers_picture(lcm, steps, strength):
+    bundle, engine = lcm
+    parts = StableDiffusionImg2ImgPipeline.from_pretrained(bundle.root).components
+    del parts["image_encoder"]
+    pipeline = LatentConsistencyModelImg2ImgPipeline(**parts, requires_safety_checker=False)
+    wanted = theirs(pipeline, strength=strength, num_inference_steps=steps)
+    assert_same(bundle, engine, wanted, steps=steps, edit=Edit(image=PICTURE, strength=strength))
 
 
-def edit(live: Live, images: dict[str, bytes] | list, data: dict | None = None) -> httpx.Response:
-    parts = list(images.items()) if isinstance(images, dict) else images
-    files = [(name, ("a.png", content, "image/png")) for name, content in parts]
-    return live.http.post("/v1/images/edits", data={"prompt": "a red circle", "seed": "3", **(data or {})}, files=files)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_every_grid_of_a_strength_is_the_lcm_schedulers(steps):
+    spec = fake_spec(origin_steps=50)
+    for strength in np.arange(0.02, 1.0, 0.02).tolist():
+        edit = Edit(image=np.zeros((64, 64, 3), np.uint8), strength=strength)
+        request = resolve(GenerateRequest(prompt="a", steps=steps, edit=edit), spec)
+        times = [row.t for row in compile_plan(request, spec).rows]
+        if int(50 * strength) < steps:
+            assert len(times) == int(50 * strength), "fewer, where diffusers refuses, but never none"
+            continue
+        scheduler = LCMScheduler(original_inference_steps=50)
+        scheduler.set_timesteps(steps, strength=strength)
+        assert times == scheduler.timesteps.tolist(), strength
 
 
-def made(reply: httpx.Response) -> np.ndarray:
-    assert reply.status_code == 200, reply.text
-    return pixels(reply.json()["data"][0]["b64_json"])
+# --- inpainting
 
 
-def test_the_client_edits_where_the_mask_is_transparent(client: openai.OpenAI):
-    mask = ("mask.png", file(clear=LEFT), "image/png")
-    image = ("image.png", file(), "image/png")
-    reply = client.images.edit(image=image, mask=mask, prompt="a red circle", size="64x64", n=2, output_format="png")
-    assert (reply.size, reply.output_format, len(reply.data)) == ("64x64", "png", 2)
-    for item in reply.data:
-        picture = pixels(item.b64_json)
-        assert (picture[:, 32:] == 120).all(), "what the mask keeps is kept to the pixel"
-        assert (picture[:, :32] != 120).any()
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_makes_diffusers_picture_and_keeps_the_rest_to_the_pixel(teacher, strength):
+    bundle, engine = teacher
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(bundle.root)
+    mask, settings = Image.fromarray(MASK), {"num_inference_steps": 5, "height": 32, "width": 32}
+    wanted = theirs(pipeline, mask_image=mask, strength=strength, **settings)
+    found = assert_same(bundle, engine, wanted, steps=5, edit=Edit(image=PICTURE, mask=MASK, strength=strength))
+    inside = MASK == 255
+    assert np.array_equal(found[~inside], PICTURE[~inside])
+    assert np.abs(found / 255 - wanted[1])[inside].max() <= BOUND
+    assert np.abs(found[inside].astype(int) - PICTURE[inside]).max() > 8
 
 
-def test_the_client_streams_an_edit(client: openai.OpenAI):
-    extra = {"seed": 3, "strength": 0.5}
-    plain = client.images.edit(image=("a.png", file()), prompt="a red circle", extra_body=extra)
-    stream = client.images.edit(image=[("a.png", file())], prompt="a red circle", stream=True, extra_body=extra)
-    last = list(stream)[-1]
-    assert last.type == "image_edit.completed" and last.b64_json == plain.data[0].b64_json
+@pytest.mark.parametrize("which", ["lcm", "teacher"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_any_mask_keeps_its_pixels(request, which, steps):
+    bundle, engine = request.getfixturevalue(which)
+    mask = np.where(rng.random((32, 32)) < 0.3, 255, 0).astype(np.uint8)
+    mask[3, :] = 128
+    found = made(bundle, engine, steps=steps, edit=Edit(image=PICTURE, mask=mask, strength=0.9))
+    assert np.array_equal(found[mask == 0], PICTURE[mask == 0])
+    assert not np.array_equal(found[mask == 255], PICTURE[mask == 255])
 
 
-def test_open_webui_edits_one_picture_or_the_first_of_a_list(live: Live):
-    """`routers/images.py`: text fields, then `image`, or `image[]` for a list, of any size and type."""
-    fields = {"model": "fake", "n": "1", "size": "64x64", "background": "auto", "response_format": "b64_json"}
-    assert edit(live, {"image": file((300, 200), "JPEG")}, fields).status_code == 200
-    assert edit(live, {"image[]": file((300, 200), "WEBP")}, fields).status_code == 200
+def test_a_latent_pixel_is_as_new_as_its_newest_pixel():
+    mask = np.zeros((16, 16), np.uint8)
+    mask[3, 9] = 255
+    small = latent_mask(mask, 8)
+    assert small.tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
 
 
-def test_a_picture_without_a_mask_is_painted_where_it_is_transparent(live: Live):
-    picture = made(edit(live, {"image": file(clear=LEFT)}))
-    assert (picture[:, 32:] == 120).all() and (picture[:, :32] != 120).any()
-    assert (made(edit(live, {"image": file()})) != 120).any()
+# --- colourisation and super-resolution
 
 
-def test_input_fidelity_is_a_strength(live: Live):
-    images = {"image": file()}
-    close, free = (made(edit(live, images, {"input_fidelity": word})) for word in ("high", "low"))
-    assert (close != free).any()
-    assert (close == made(edit(live, images, {"strength": "0.5"}))).all()
-    assert (free == made(edit(live, images))).all()
+def grey(picture):
+    return picture.astype(float) @ np.asarray(LUMINANCE) / sum(LUMINANCE)
 
 
-def test_an_edit_is_the_native_edit(live: Live):
-    body = {"image_b64": base64.b64encode(file()).decode(), "strength": 0.6}
-    native = live.generate(seed=3, edit=body).json()["pictures"][0]["b64"]
-    assert (made(edit(live, {"image": file()}, {"strength": "0.6"})) == pixels(native)).all()
-    assert (pixels(native) != pixels(live.generate(seed=3).json()["pictures"][0]["b64"])).any()
+def blocks(picture):
+    return picture.astype(float).reshape(4, 8, 4, 8, 3).mean(axis=(1, 3))
 
 
-def test_links_jpegs_and_extensions_go_through_a_form(live: Live):
-    data = {"response_format": "url", "output_format": "jpeg", "output_compression": "40", "num_inference_steps": "2"}
-    data["strength"] = "1"
-    reply = edit(live, {"image": file()}, data).json()
-    assert live.http.get(reply["data"][0]["url"]).headers["content-type"] == "image/jpeg"
-    assert (reply["steps"], reply["seeds"]) == (2, [3])
+def test_what_is_kept_is_kept_in_an_orthogonal_basis():
+    """Nothing else moves: the change has no part along what is free (consistency models, Song et al. 2023)."""
+    draw = torch.Generator().manual_seed(0)
+    made_up, source = torch.randn(2, 3, 16, 16, generator=draw), torch.randn(2, 3, 16, 16, generator=draw)
+    axis = torch.tensor(LUMINANCE)[:, None, None]
+    out = keep_grey(made_up, source)
+    assert torch.allclose((out * axis).sum(1), (source * axis).sum(1), atol=1e-5)
+    assert torch.linalg.cross(out - made_up, axis.expand_as(out), dim=1).abs().max() < 1e-5
+    out = keep_coarse(made_up, source)
+    means = torch.nn.functional.avg_pool2d(out, 8)
+    assert torch.allclose(means, torch.nn.functional.avg_pool2d(source, 8), atol=1e-5)
+    moved = out - made_up
+    assert torch.allclose(moved, moved[..., ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3))
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of some hundred bytes that claims side x side pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
-WRONG = [
-    ({"image": b"hello"}, {}, "image", "not a PNG"),
-    ({"image": b""}, {}, "image", "not a PNG"),
-    ({"image": file()[:100]}, {}, "image", "damaged"),
-    ({"image[]": bomb(5000)}, {}, "image[]", "at most 16777216 pixels"),
-    ({"image": bomb(60_000)}, {}, "image", "pixels"),
-    ({"image": file(), "mask": file((32, 32), clear=(0, 0, 9, 9))}, {}, "mask", "32x32 and 64x64"),
-    ({"image": file(), "mask": file()}, {}, "mask", "opaque all over"),
-    ({"image": file(), "mask": bomb(9000)}, {}, "mask", "pixels"),
-    ({"image": file()}, {"size": "63x64"}, "size", "64x64"),
-    ({"image": file()}, {"size": "99999x99999"}, "size", "64x64"),
-    ({"image": file()}, {"strength": "0"}, "strength", "above 0"),
-    ({"image": file()}, {"strength": "nan"}, "strength", "above 0"),
-    ({"image": file()}, {"strength": "0.4", "input_fidelity": "low"}, "input_fidelity", "send one"),
-    ({"image": file()}, {"keep": "colour"}, "keep", "'grey'"),
-    ({"image": file()}, {"n": "two"}, "n", "integer"),
-    ({"image": file()}, {"prompt": ""}, "prompt", "empty"),
-    ({"image": file()}, {"input_fidelty": "low"}, "input_fidelty", "did you mean input_fidelity?"),
-    ({"image": file()}, {"mask": "AAAA"}, "mask", "sent as text"),
-    ({"image": file(), "prompt": b"a"}, {}, "prompt", "sent as a file"),
-    ({"image": file()}, {"partial_images": "2"}, "partial_images", "send stream"),
-    ({"image": file()}, {"background": "transparent"}, "background", "opaque"),
-]
+@pytest.mark.parametrize("which", ["lcm", "teacher"])
+def test_a_colourised_picture_has_the_luminance_and_a_sharpened_one_the_means(request, which):
+    bundle, engine = request.getfixturevalue(which)
+    soft = (PICTURE // 2 + 64).astype(np.uint8)
+    plain = made(bundle, engine, steps=2, edit=Edit(image=soft, strength=1.0))
+    coloured = made(bundle, engine, steps=2, edit=Edit(image=soft, strength=1.0, keep="grey"))
+    assert np.abs(grey(coloured) - grey(soft)).max() <= 1.0 < np.abs(grey(plain) - grey(soft)).max()
+    sharp = made(bundle, engine, steps=2, edit=Edit(image=soft, strength=1.0, keep="coarse"))
+    assert np.abs(blocks(sharp) - blocks(soft)).max() <= 1.0 < np.abs(blocks(plain) - blocks(soft)).max()
+    assert not np.array_equal(sharp, soft) and not np.array_equal(coloured, soft)
 
 
-@pytest.mark.parametrize(("images", "data", "param", "part"), WRONG, ids=lambda value: str(value)[:30])
-def test_a_wrong_form_is_refused_by_name(live: Live, images: dict, data: dict, param: str, part: str):
-    reply = edit(live, images, data)
-    error = reply.json()["error"]
-    assert reply.status_code == 400, reply.text
-    assert error["param"] == param and part in error["message"]
+def test_the_hook_acts_at_every_step_not_only_at_the_end(lcm):
+    bundle, engine = lcm
+    seen = {}
+    for keep in (None, "grey"):
+        request = GenerateRequest(prompt=PROMPT, seed=5, steps=2, edit=Edit(image=PICTURE, strength=1.0, keep=keep))
+        run_request(engine, bundle, request, watch=lambda p, k, x, keep=keep: seen.__setitem__((keep, k), x))
+    assert torch.equal(seen[None, 0], seen["grey", 0]) and not torch.allclose(seen[None, 1], seen["grey", 1])
 
 
-def test_a_second_picture_needs_a_model_that_reads_it(live: Live):
-    reply = edit(live, [("image[]", file()), ("image[]", file())])
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image[]")
-    reply = edit(live, [("image[]", file())] * 3)
-    assert reply.status_code == 400 and "3 pictures" in reply.json()["error"]["message"]
+def test_colours_that_leave_the_range_become_greyer_not_brighter():
+    picture = np.full((32, 32, 3), 250, np.uint8)
+    wild = np.zeros((32, 32, 3), np.uint8)
+    wild[..., 0] = 255
+    found = put_back(wild, Edit(image=picture, keep="grey"))
+    assert np.abs(grey(found) - 250).max() <= 1.0 and (found[..., 0] == 255).all()
 
 
-def test_what_is_no_form_is_refused(live: Live):
-    post = live.http.post
-    bare = post("/v1/images/edits", files={"prompt": (None, "a")})
-    assert (bare.status_code, bare.json()["error"]["param"]) == (400, "image")
-    assert post("/v1/images/edits", json={"prompt": "a"}).json()["error"]["code"] == "invalid_type"
-    headers = {"Content-Type": "multipart/form-data"}
-    assert post("/v1/images/edits", content=b"x", headers=headers).status_code == 400
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    assert post("/v1/images/edits", content=b"--b\r\nnonsense", headers=headers).status_code == 400
-    assert edit(live, [("image", b"x")] * 40).status_code == 400
-    huge = edit(live, {"image": bytes(2_000_000)})
-    assert (huge.status_code, huge.json()["error"]["code"]) == (413, "body_too_large")
-    assert live.http.get("/health").status_code == 200
+# --- what every edit is
 
 
-def test_partial_pictures_are_spread_over_the_steps():
-    assert [sorted(partial_steps(4, n)) for n in range(4)] == [[], [2], [2, 3], [1, 2, 3]]
-    assert sorted(partial_steps(1, 3)) == [1] and sorted(partial_steps(2, 3)) == [1, 2]
-    assert sorted(partial_steps(30, 2)) == [10, 20]
+def test_the_weaker_the_edit_the_nearer_to_the_picture():
+    """With a fake whose decoder is the encoder's inverse on flat colours, from far to the round trip itself."""
+    spec = replace(fake_spec(), sampler="ddim", stochastic=False, boundary=None, prediction="eps")
+    engine, bundle = FakeEngine(spec), fake_bundle(spec=spec)
+    picture = np.full((64, 64, 3), 140, np.uint8)
+    whole = engine.run("decoder", {"latent": engine.run("encoder", {"picture": picture_tensor(picture)[None]})[0]})
+    trip = (whole[0][0].permute(1, 2, 0).numpy() * 127.5 + 127.5).round()
+    errors = []
+    for t in (999.0, 500.0, 200.0, 20.0):
+        request = GenerateRequest(prompt="a", times=(t,), edit=Edit(image=picture, strength=0.999))
+        errors.append(np.abs(run_request(engine, bundle, request).pictures[0] - trip).mean())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.3 * errors[0]
 
 
-def told(live: Live, monkeypatch: pytest.MonkeyPatch, last: object) -> None:
-    """Let the runtime tell four steps of two pictures with previews, and then `last`."""
-
-    def submit(request, model):
-        ticket = Ticket("told")
-        for step in range(1, 5):
-            for number in range(2):
-                preview = np.full((8, 8, 3), 50 * step, np.uint8) if request.previews else None
-                ticket.publish(Progress("told", number, step, 4, preview))
-        ticket.publish(last)
-        return ticket
-
-    monkeypatch.setattr(live.runtime, "submit", submit)
-
-
-def test_the_client_gets_partial_pictures(live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch):
-    pictures = tuple(np.full((64, 64, 3), value, np.uint8) for value in (10, 20))
-    result = Result(pictures, (1, 2), 4, 3.0, 4, "fake", (), Timings(0.0, 0.0, 0.0, 0.0, 0.0))
-    told(live, monkeypatch, Finished("told", result))
-    events = list(client.images.generate(prompt="a", n=2, stream=True, partial_images=3, output_format="webp"))
-    partial, final = events[:-2], events[-2:]
-    assert [(event.picture, event.partial_image_index) for event in partial] == [
-        (p, i) for i in range(3) for p in (0, 1)
-    ]
-    assert {event.type for event in partial} == {"image_generation.partial_image"}
-    assert {event.size for event in partial} == {"64x64"} and {event.output_format for event in partial} == {"webp"}
-    assert [pixels(event.b64_json).shape for event in partial] == [(64, 64, 3)] * 6
-    assert [int(pixels(event.b64_json)[0, 0, 0]) // 45 for event in partial] == [1, 1, 2, 2, 3, 3]
-    assert [(event.type, event.picture, event.seed) for event in final] == [
-        ("image_generation.completed", 0, 1),
-        ("image_generation.completed", 1, 2),
-    ]
-
-
-def test_a_stream_that_fails_says_so_as_the_client_expects(live: Live, client: openai.OpenAI, monkeypatch):
-    told(live, monkeypatch, Failed("told", EngineFailed("it broke")))
-    with pytest.raises(openai.APIError, match="it broke"):
-        list(client.images.generate(prompt="a", stream=True))
-
-
-def test_pictures_are_made_to_fit():
-    wide = np.zeros((20, 40, 3), np.uint8)
-    wide[:, 10:30] = 200
-    assert (fitted(wide, 20, 20) == 200).all()
-    assert fitted(wide, 20, 20, "stretch")[10, 0, 0] < 50
-    filled = fitted(wide, 40, 40, "fill")
-    assert filled.shape == (40, 40, 3) and (filled[:10] == 0).all() and (filled[12:28, 12:28] == 200).all()
-    assert fitted(wide[:, :, 0], 20, 20).shape == (20, 20) and fitted(wide, 40, 20) is wide
-    sizes = [(64, 64), (96, 48), (48, 96), (128, 64)]
-    assert nearest_size(wide, sizes) == (96, 48) and nearest_size(np.zeros((30, 31, 3)), sizes) == (64, 64)
-    assert nearest_size(np.zeros((100, 200, 3)), sizes) == (128, 64)
+def test_pictures_of_one_request_begin_from_noise_of_their_own(lcm):
+    bundle, engine = lcm
+    request = GenerateRequest(prompt=PROMPT, seed=5, steps=2, n=2, edit=Edit(image=PICTURE, strength=0.5))
+    one, two = run_request(engine, bundle, request).pictures
+    alone = run_request(engine, bundle, replace(request, seed=6, n=1)).pictures[0]
+    assert np.array_equal(two, alone) and not np.array_equal(one, two)

@@ -1,204 +1,146 @@
-"""Native jobs: begun, looked up, followed, cancelled; the same key again gives the same result."""
+"""Requests of every shape in one schedule: several models, pictures to encode, groups, steered rows, pauses."""
 
-import asyncio
-import json
-import threading
-
-import httpx
 import pytest
-from live import Live, fake_server, until
+from scheduling import FREE, PLAIN, PROMPT, STEERED, drain, job, make, measured, order_of_ends, run
 
-from fewstep.runtime.fake_engine import Fault
-from fewstep.server.errors import Refused
-from fewstep.server.jobs import Entry, Jobs, Told
-from fewstep.server.settings import Settings
+from fewstep.runtime.jobs import Accepted, Ended, Item, Lane, Paused, Prepare, RowCall, Stepped, mixed
+from fewstep.runtime.scheduler import Scheduler
 
-
-@pytest.fixture(scope="module")
-def live():
-    with fake_server() as server:
-        yield server
+ROWS_OF_BOTH = {"a": STEERED, "b": PLAIN, "c": STEERED, "d": PLAIN}
 
 
-def begin(live: Live, key: str | None = None, **body: object) -> httpx.Response:
-    headers = {} if key is None else {"Idempotency-Key": key}
-    return live.http.post("/v1/jobs", json={"prompt": "a red circle", **body}, headers=headers)
+@pytest.mark.parametrize(
+    ("together", "first_call", "role"),
+    [
+        (None, "ac", "denoiser+control"),  # never measured together: each kind in calls of its own
+        (FREE, "abcd", "denoiser+control"),  # one call for all costs what one of either kind does
+        ({1: 0.01, 8: 0.08}, "ac", "denoiser+control"),  # zeros for what steers cost as much as calls of their own
+    ],
+)
+def test_plain_rows_join_steered_ones_where_the_cost_table_prefers_it(together, first_call, role):
+    costs = measured(denoiser=FREE, denoiser_control=FREE)
+    for size, seconds in (together or {}).items():
+        costs.record(("m", mixed("denoiser+control")), size, seconds)
+    scheduler = make(costs)
+    for name, row in ROWS_OF_BOTH.items():
+        scheduler.submit(job(name, rows=(row,)), 0.0)
+    work = scheduler.next()
+    assert ("".join(item.id for item in work.items), work.role) == (first_call, role)
+    assert work.priced == (mixed(role) if len(first_call) == 4 else role)
 
 
-def look_up(live: Live, job_id: str) -> dict:
-    return live.http.get(f"/v1/jobs/{job_id}").json()
+def test_plain_rows_ahead_of_a_steered_one_take_it_along():
+    costs = measured(denoiser=FREE, denoiser_control=FREE)
+    for size, seconds in FREE.items():
+        costs.record(("m", mixed("denoiser+control")), size, seconds)
+    scheduler = make(costs)
+    scheduler.submit(job("a"), 0.0)
+    alone = scheduler.next()
+    assert (alone.role, alone.priced) == ("denoiser", "denoiser"), "no steered row is there"
+    for name, row in (("b", PLAIN), ("c", STEERED)):
+        scheduler.submit(job(name, rows=(row,)), 0.0)
+    assert [item.id for item in scheduler.next().items] == ["b", "c"]
 
 
-def ended(live: Live, job_id: str) -> dict:
-    until(lambda: look_up(live, job_id)["status"] not in ("queued", "running"))
-    return look_up(live, job_id)
+def two_models(**settings):
+    costs = measured(denoiser=FREE)
+    for role in ("text", "encoder", "denoiser", "decoder"):
+        costs.record(("n", role), 1, 0.02)
+    costs.record(("m", "encoder"), 1, 0.01)
+    return Scheduler({"m": Lane(max_batch=8), "n": Lane(max_batch=8)}, costs, **{"max_queue": 9, **settings})
 
 
-def frames(text: str) -> list[tuple[str, int, dict]]:
-    found = []
-    for frame in text.split("\n\n")[:-1]:
-        name, number, data = frame.split("\n")
-        found.append((name.removeprefix("event: "), int(number.removeprefix("id: ")), json.loads(data[6:])))
-    return found
+def test_models_do_not_share_calls():
+    scheduler = two_models()
+    for name, model in (("a", "m"), ("b", "n"), ("c", "m")):
+        scheduler.submit(job(name, model=model, rows=(RowCall(model),)), 0.0)
+    calls = [[item.id for item in scheduler.next().items] for _ in range(2)]
+    assert sorted(calls) == [["a", "c"], ["b"]]
 
 
-def test_a_job_is_begun_followed_and_looked_up(live: Live):
-    reply = begin(live, steps=4, seed=7)
-    card = reply.json()
-    assert (reply.status_code, card["status"], card["model"]) == (202, "queued", "fake")
-    assert reply.headers["location"] == f"/v1/jobs/{card['id']}"
-    seen = frames(live.http.get(f"/v1/jobs/{card['id']}/events").text)
-    assert [name for name, _, _ in seen] == ["progress"] * 4 + ["finished"]
-    assert [number for _, number, _ in seen] == [0, 1, 2, 3, 4]
-    done = ended(live, card["id"])
-    assert done["status"] == "finished" and done["result"] == seen[-1][2]
-    plain = live.generate(steps=4, seed=7).json()
-    assert done["result"]["pictures"] == plain["pictures"]
+def test_a_request_visits_several_models_and_meets_others_at_each():
+    """A teacher does the second step of one request; its row shares the teacher's call with a request of its own."""
+    scheduler = two_models()
+    scheduler.submit(job("helped", rows=(PLAIN, RowCall("n", evaluations=2), PLAIN)), 0.0)
+    run(scheduler, scheduler.next())
+    scheduler.submit(job("own", model="n", rows=(RowCall("n"),)), 0.0)
+    for size in (2, 4, 8):
+        scheduler._pricing._costs.record(("n", "denoiser"), size, 0.02)
+    both = scheduler.next()
+    assert (both.model, both.size) == ("n", 3) and {item.id for item in both.items} == {"helped", "own"}
+    run(scheduler, both)
+    assert {(kind, *ids) for kind, ids in drain(scheduler)} == {
+        ("decode", "own"), ("denoise", "helped"), ("decode", "helped"),
+    }  # fmt: skip
 
 
-def test_a_reader_who_was_cut_off_goes_on_where_it_stopped(live: Live):
-    job_id = begin(live, steps=4).json()["id"]
-    ended(live, job_id)
-    for after, numbers in (("1", [2, 3, 4]), ("4", []), ("99", []), ("junk", [0, 1, 2, 3, 4])):
-        reply = live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": after})
-        assert [number for _, number, _ in frames(reply.text)] == numbers
+def test_rows_wait_for_every_preparation_and_preparations_for_nothing():
+    scheduler = two_models()
+    before = (PROMPT, Prepare("text", "n", "text"), Prepare("encode", "m", "encoder"))
+    scheduler.submit(job("a", before=before), 0.0)
+    works = [scheduler.next() for _ in range(3)]
+    assert {(work.kind, work.model, work.role) for work in works} == {part[:3] for part in before}
+    assert scheduler.next() is None
+    for work in works[:2]:
+        run(scheduler, work)
+        assert scheduler.next() is None, "a picture is still to be encoded"
+    run(scheduler, works[2])
+    assert [kind for kind, _ in drain(scheduler)] == ["denoise", "decode"]
 
 
-def test_a_job_goes_on_when_its_readers_leave_and_ends_when_cancelled():
-    with fake_server(delay_s=0.05) as live:
-        job_id = begin(live, steps=8).json()["id"]
-        with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as reply:
-            next(reply.iter_lines())
-        running = look_up(live, job_id)
-        assert running["status"] == "running" and running["progress"]["steps"] == 8
-        assert live.http.delete(f"/v1/jobs/{job_id}").json()["status"] == "cancelled"
-        gone = look_up(live, job_id)
-        assert gone["error"]["code"] == "cancelled" and "result" not in gone
-        assert sum(call.role == "denoiser" for call in live.engine.calls) < 9
-        kept = ended(live, begin(live, steps=8).json()["id"])
-        assert kept["status"] == "finished"
+def test_admission_prices_all_of_it():
+    """0.01 for the text here, 0.02 there, 0.01 to encode; rows 0.01 and 0.02 with a preview each; the decode; more."""
+    before = (PROMPT, Prepare("text", "n", "text"), Prepare("encode", "m", "encoder"))
+    asked = job("a", before=before, rows=(PLAIN, RowCall("n")), watch="decoder", then_s=0.5)
+    assert two_models().submit(asked, 0.0) == Accepted(pytest.approx(0.04 + 0.02 + 0.03 + 0.01 + 0.5))
 
 
-def test_an_ended_job_that_is_deleted_is_forgotten(live: Live):
-    job_id = begin(live, steps=1).json()["id"]
-    ended(live, job_id)
-    assert live.http.delete(f"/v1/jobs/{job_id}").json()["status"] == "finished"
-    for reply in (live.http.get(f"/v1/jobs/{job_id}"), live.http.delete(f"/v1/jobs/{job_id}")):
-        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "job_not_found")
+def test_coupled_pictures_stay_in_one_call_whatever_would_pay():
+    costs = measured(denoiser={1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08})
+    scheduler = make(costs)
+    scheduler.submit(job("pair", 2, pictures=3, coupled=True), 0.0)
+    scheduler.submit(job("other"), 0.0)
+    first, second = scheduler.next(), scheduler.next()
+    group = next(work for work in (first, second) if work.items[0].id == "pair")
+    assert (group.items, group.size) == ((Item("pair", 0, 0, 3),), 3)
+    assert run(scheduler, group) == [Stepped("pair", number, 1) for number in range(3)]
+    run(scheduler, scheduler.next())
+    assert [len(ids) for kind, ids in drain(scheduler) if ids == ["pair"] and kind == "decode"] == [1, 1, 1]
 
 
-def test_a_failed_job_says_why():
-    with fake_server(faults={("decoder", k): Fault("fail") for k in range(2, 99)}) as live:
-        while live.generate(steps=1).status_code == 200:
-            pass
-        failed = ended(live, begin(live, "key", steps=1).json()["id"])
-        assert failed["status"] == "failed" and failed["error"]["code"] == "engine_failed"
+def test_a_paused_request_goes_on_in_its_old_place_or_ends():
+    scheduler = make(measured(denoiser={1: 0.01}))
+    scheduler.submit(job("a", then_s=0.02), 0.0)
+    run(scheduler, scheduler.next())
+    assert run(scheduler, scheduler.next()) == [Paused("a")]
+    assert scheduler.next() is None and scheduler.live == 1
+    scheduler.submit(job("later"), 5.0)
+    scheduler.extend(job("a", 2))
+    assert order_of_ends(scheduler) == ["a", "later"], "its due time is of its arrival"
+    for name in "bc":
+        scheduler.submit(job(name, rows=(), before=(PROMPT,), finish=None, then_s=0.0, deadline_s=9.0), 6.0)
+        assert run(scheduler, scheduler.next()) == [Paused(name)]
+    assert scheduler.conclude("b", 8.0) == Ended("b", "finished")
+    assert scheduler.conclude("c", 9.5) == Ended("c", "expired") and scheduler.conclude("c", 9.5) is None
 
 
-def test_the_same_key_again_gives_the_same_result(live: Live):
-    headers = {"Idempotency-Key": "same"}
-    body = {"prompt": "no seed, so each call would differ", "steps": 4}
-    first, again = (live.http.post("/v1/generate", json=body, headers=headers) for _ in range(2))
-    assert first.status_code == 200 and first.json() == again.json()
-    assert "idempotency-replayed" not in first.headers and again.headers["idempotency-replayed"] == "true"
-    streamed = live.http.post("/v1/generate", json=body, headers={**headers, "Accept": "text/event-stream"})
-    assert frames(streamed.text)[-1][2] == first.json()
-    assert live.http.post("/v1/jobs", json=body, headers=headers).json()["result"] == first.json()
-    assert live.http.post("/v1/generate", json=body).json()["seeds"] != first.json()["seeds"]
+def test_work_of_a_held_model_waits_and_the_rest_goes_on():
+    scheduler = two_models()
+    scheduler.submit(job("a"), 0.0)
+    scheduler.submit(job("b", model="n", rows=(RowCall("n"),)), 0.0)
+    scheduler.hold("m")
+    assert order_of_ends(scheduler) == ["b"]
+    assert scheduler.users("m") == ("a",) and scheduler.waiting_due_s("m") > 0 and scheduler.waiting_due_s("n") is None
+    with pytest.raises(ValueError, match="1 requests still need m"):
+        scheduler.drop("m")
+    scheduler.release("m")
+    assert order_of_ends(scheduler) == ["a"]
+    scheduler.drop("m")
+    scheduler.add("m", Lane(max_batch=1))
+    assert isinstance(scheduler.submit(job("c"), 1.0), Accepted)
+    assert scheduler.fail(["c", "nobody"], "gone") == [Ended("c", "failed", "gone")]
 
 
-def test_another_body_under_the_same_key_is_refused(live: Live):
-    begin(live, "once", steps=1)
-    reply = begin(live, "once", steps=2)
-    error = reply.json()["error"]
-    assert (reply.status_code, error["code"], error["param"]) == (422, "idempotency_key_reused", "Idempotency-Key")
-    assert "new key" in error["message"] and reply.headers["x-should-retry"] == "false"
-
-
-def test_calls_at_once_under_one_key_are_one_job():
-    with fake_server(delay_s=0.05) as live:
-        replies: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: replies.append(begin(live, "one", steps=4))) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({reply.json()["id"] for reply in replies}) == 1
-        done = ended(live, replies[0].json()["id"])
-        assert done["status"] == "finished" and live.runtime.metrics().accepted == 2  # one was the warm-up
-
-
-def test_a_call_with_a_key_goes_on_when_its_caller_leaves():
-    with fake_server(delay_s=0.1) as live, httpx.Client(base_url=live.url, headers={"Idempotency-Key": "k"}) as http:
-        body = {"prompt": "a", "steps": 4}
-        with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/generate", json=body, timeout=0.2)
-        assert http.post("/v1/generate", json=body, timeout=20).headers["idempotency-replayed"] == "true"
-        assert live.runtime.metrics().failed == {}
-
-
-def test_a_failed_call_may_be_made_again_under_its_key():
-    with fake_server(faults={("decoder", 3): Fault("fail")}) as live:
-        statuses = [live.http.post("/v1/generate", json={"prompt": "a"}, headers={"Idempotency-Key": "k"}).status_code]
-        while 500 not in statuses:
-            key = {"Idempotency-Key": f"k{len(statuses)}"}
-            statuses.append(live.http.post("/v1/generate", json={"prompt": "a"}, headers=key).status_code)
-        again = live.http.post("/v1/generate", json={"prompt": "a"}, headers=key)
-        assert again.status_code == 200 and "idempotency-replayed" not in again.headers
-
-
-def test_jobs_and_keys_belong_to_their_caller():
-    with fake_server(Settings(api_keys=("one", "two"))) as live:
-        one, two = (
-            httpx.Client(base_url=live.url, headers={"Authorization": f"Bearer {key}"}) for key in ("one", "two")
-        )
-        with one, two:
-            body, key = {"prompt": "a", "steps": 1}, {"Idempotency-Key": "k"}
-            mine = one.post("/v1/jobs", json=body, headers=key).json()["id"]
-            assert two.get(f"/v1/jobs/{mine}").status_code == two.delete(f"/v1/jobs/{mine}").status_code == 404
-            assert two.post("/v1/jobs", json=body, headers=key).json()["id"] != mine
-            assert one.get(f"/v1/jobs/{mine}").status_code == 200
-
-
-def test_a_bad_job_is_refused_at_once(live: Live):
-    reply = begin(live, steps=3)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "steps")
-    assert begin(live, "x" * 256).status_code == 400
-
-
-async def told(*events: Told):
-    for event in events:
-        yield event
-
-
-async def run_jobs() -> dict[str, object]:
-    jobs = Jobs(max_bytes=10_000, keep_s=60.0)
-    entries = [Entry(str(n), "me", "m", 0, ("me", f"k{n}"), "d") for n in range(4)]
-    for entry in entries:
-        jobs.start(entry, told(Told("finished", {"pictures": [{"b64": "x" * 3000}]})))
-        await entry.outcome()
-        await asyncio.sleep(0)
-    found = {"kept": [n for n in range(4) if _there(jobs, str(n))], "size": entries[3].size}
-    found["keys"] = [n for n in range(4) if jobs.replay(("me", f"k{n}"), "d") is not None]
-    endless = Entry("5", "me", "m", 0)
-    jobs.start(endless, _forever())
-    await asyncio.sleep(0.01)
-    found["running"] = endless.status()["status"]
-    await jobs.close()
-    return found
-
-
-async def _forever():
-    yield Told("progress", {"step": 1})
-    await asyncio.Event().wait()
-
-
-def _there(jobs: Jobs, job_id: str) -> bool:
-    try:
-        return jobs.find(job_id, "me").ended
-    except Refused:
-        return False
-
-
-def test_ended_jobs_are_kept_within_their_bytes():
-    assert asyncio.run(run_jobs()) == {"kept": [2, 3], "size": 3000 + 1024, "keys": [2, 3], "running": "running"}
+def test_a_job_without_work_is_refused():
+    with pytest.raises(ValueError, match="asks for no work"):
+        make().submit(job("a", rows=(), finish=None), 0.0)
