@@ -36,7 +36,9 @@ from fewstep.models.roles import (
     DENOISER,
     DENOISER_ADAPTER,
     DENOISER_CONTROL,
+    DENOISER_IMAGE_PROMPT,
     ENCODER,
+    IMAGE_PROMPT,
     PICTURE,
     ROLES,
     TEXT,
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER", "CONTROLNET", "DECODER", "DECODER_TINY", "DENOISER", "DENOISER_ADAPTER", "DENOISER_CONTROL",
-    "ENCODER", "PICTURE", "ROLES", "TEXT", "Capabilities", "Engine",
+    "DENOISER_IMAGE_PROMPT", "ENCODER", "IMAGE_PROMPT", "PICTURE", "ROLES", "TEXT", "Capabilities", "Engine",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ Life of a request: `submit` checks it in the caller's thread and gives it to the
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -31,7 +31,7 @@ from .metrics import Metrics
 from .plan import Plan
 from .preview import find_preview, with_estimates
 from .pricing import Pricing
-from .request import GenerateRequest, Limits
+from .request import GenerateRequest, Limits, Offers
 from .residence import weight_bytes
 from .serving import Serving, Visit
 from .ticket import Ticket
@@ -43,12 +43,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, or a group of models, that this runtime serves."""
+    """A model, or a group of models, that this runtime serves. offers: what it can do beyond its spec."""
 
     name: str
     spec: SamplerSpec
     engine_name: str
     has_control: bool
+    offers: Offers = field(default_factory=Offers)
 
 
 class Runtime:
@@ -152,7 +153,7 @@ class Runtime:
         self._loading.load(found, engine)
         served = self._loading.served[found.name]
         self._maps[found.name] = find_preview(found)
-        model = Model(found.name, served.spec, served.engine.name, served.has_control)
+        model = Model(found.name, served.spec, served.engine.name, served.has_control, served.offers({}))
         self.models = {**self.models, found.name: model}
         return model
 

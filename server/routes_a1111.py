@@ -22,6 +22,7 @@ from .sessions import Running, Seat
 from .units import models_of
 from .uploads import file_bytes
 from .wire import Body as StrictBody
+from .wire import find_model
 from .wire_a1111 import A1111Body, Call, Img2ImgBody, a1111_job, model_of
 
 router = APIRouter(tags=["a1111"])
@@ -170,7 +171,7 @@ async def set_options(request: Request, changes: Annotated[dict[str, Any], Body(
 def _options(service: Service, seat: Seat) -> dict[str, Any]:
     models = service.runtime.models
     return {
-        "sd_model_checkpoint": seat.model if seat.model in models else next(iter(models)),
+        "sd_model_checkpoint": seat.model if seat.model in models else find_model(None, models),
         "sd_checkpoint_hash": "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
@@ -205,10 +206,16 @@ async def upscalers() -> list[dict[str, Any]]:
     return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}]
 
 
+@router.get("/sdapi/v1/loras")
+async def loras(request: Request) -> list[dict[str, Any]]:
+    """Those that the bundles register; a prompt asks for one by `<lora:name:weight>`."""
+    names = {name for model in service_of(request).runtime.models.values() for name in model.offers.loras}
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(names)]
+
+
 @router.get("/sdapi/v1/latent-upscale-modes")
 @router.get("/sdapi/v1/sd-vae")
 @router.get("/sdapi/v1/sd-modules")
-@router.get("/sdapi/v1/loras")
 async def none_here() -> list[dict[str, Any]]:
     """Lists that are empty here: a model has the decoder it was made with, and there is no second pass."""
     return []

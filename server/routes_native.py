@@ -10,6 +10,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
+from fewstep.runtime.engine import DENOISER_IMAGE_PROMPT, ENCODER, IMAGE_PROMPT
 from fewstep.runtime.events import Failed, Finished, Progress, Result
 from fewstep.runtime.local import Model
 from fewstep.runtime.request import MAX_PROMPT_CHARS, spec_steps
@@ -44,11 +45,16 @@ async def info(request: Request) -> dict[str, Any]:
 
 
 def _model_info(model: Model) -> dict[str, Any]:
-    spec = model.spec
+    spec, offers = model.spec, model.offers
     return {
         "name": model.name,
         "engine": model.engine_name,
         "control": model.has_control,
+        "control_kinds": list(spec.control_kinds),
+        "edit": ENCODER in offers.roles,
+        "image_prompt": {IMAGE_PROMPT, DENOISER_IMAGE_PROMPT} <= offers.roles,
+        "negative_mode": offers.negative,
+        "loras": list(offers.loras),
         "steps": list(spec.steps),
         "max_steps": spec.spacing.max_steps if spec.spacing else None,
         "default_steps": spec_steps(None, spec),

@@ -67,8 +67,10 @@ class Job:
 def find_model(name: str | None, models: Mapping[str, Model]) -> str:
     """The name of a served model; the first where none is asked for.
 
-    Errors: `Refused` 404.
+    Errors: `Refused` 404; 503 where no model is loaded.
     """
+    if not models:
+        raise Refused(503, "no_model", "no model is loaded here now; try again later", retry_after="5")
     if name is None:
         return next(iter(models))
     if name not in models:

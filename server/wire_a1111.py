@@ -23,7 +23,7 @@ from fewstep.runtime.request import Edit, GenerateRequest
 from .errors import Refused
 from .units import control_of
 from .uploads import FITS, file_bytes, fitted, nearest_size, picture
-from .wire import Format, Job, new_seed, refuse_half_pairs
+from .wire import Format, Job, find_model, new_seed, refuse_half_pairs
 
 MASK_BLUR = 4.0
 """Pixels by which A1111 softens a mask's edge where nothing is said."""
@@ -110,9 +110,11 @@ def a1111_job(body: A1111Body, chosen: str | None, models: Mapping[str, Model], 
     image = _init_image(body) if isinstance(body, Img2ImgBody) else None
     width, height = _size(body, spec, image)
     guidance = _guidance(body, spec, notes)
+    negative, negative_mode = _negative(body, models[model], guidance, notes)
     request = GenerateRequest(
         prompt=prompt,
-        negative_prompt=_negative(body, spec, guidance, notes),
+        negative_prompt=negative,
+        negative_mode=negative_mode,
         steps=_steps(body, spec, notes),
         seed=new_seed() if body.seed == -1 else body.seed,
         guidance=guidance,
@@ -137,7 +139,7 @@ def model_of(title: Any, models: Mapping[str, Model]) -> str:
     Errors: `Refused` 404.
     """
     if title is None:
-        return next(iter(models))
+        return find_model(None, models)
     name = str(title).removesuffix(".safetensors")
     if name not in models:
         message = f"model {name[:80]!r} is not served here; use one of {', '.join(models)}"
@@ -215,12 +217,18 @@ def _guidance(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> float | N
     return nearest
 
 
-def _negative(body: A1111Body, spec: SamplerSpec, guidance: float | None, notes: list[str]) -> str | None:
+def _negative(body: A1111Body, model: Model, guidance: float | None, notes: list[str]) -> tuple[str | None, str | None]:
+    """(negative prompt, how it is heard): by guidance, or in the attention of a model that has such a graph."""
     text = (body.negative_prompt or "").strip()
-    heard = spec.guidance.mode == "cfg" and (spec.guidance.default if guidance is None else guidance) != 1.0
-    if text and not heard:
-        notes.append("negative_prompt is not heard: it needs classifier-free guidance above 1")
-    return text if text and heard else None
+    if not text:
+        return None, None
+    spec = model.spec
+    if spec.guidance.mode == "cfg" and (spec.guidance.default if guidance is None else guidance) != 1.0:
+        return text, None
+    if model.offers.negative is not None:
+        return text, model.offers.negative
+    notes.append("negative_prompt is not heard: it needs classifier-free guidance above 1, or a graph of its own")
+    return None, None
 
 
 def _note_sampler(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> None:

@@ -124,8 +124,8 @@ def edits_job(body: EditsBody, images: Sequence[Upload], mask: Upload | None, mo
     if mask is not None:
         _, painted = with_mask(mask.data, "mask")
         if painted.shape != image.shape[:2]:
-            sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (painted.shape, image.shape))
-            raise InvalidRequest("mask", f"mask and {first.field} are {sizes}; they must be of one size")
+            both = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (painted.shape, image.shape))
+            raise InvalidRequest("mask", f"mask and {first.field} are {both}; they must be of one size")
         if not painted.any():
             raise InvalidRequest("mask", "mask is opaque all over; make it transparent where to paint")
     sizes = models[job.model].spec.sizes

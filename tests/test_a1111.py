@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from fewstep.runtime.fake_engine import fake_spec
 from fewstep.runtime.images import read_metadata
 from fewstep.server.sessions import MAX_CALLERS, Running, Seat, Sessions
 from fewstep.server.settings import Settings
+from fewstep.server.wire_a1111 import A1111Body, a1111_job
 
 TEACHER = {
     "sampler": "ddim",
@@ -171,6 +173,21 @@ def test_a_teacher_hears_a_negative_prompt_and_any_step_count():
         said = info(post(live, "txt2img", steps=20, cfg_scale=7, negative_prompt="blurry"))
         assert (said["steps"], said["cfg_scale"], said["negative_prompt"], said["notes"]) == (20, 7.0, "blurry", [])
         assert info(post(live, "txt2img", steps=150, cfg_scale=30))["steps"] == 50
+
+
+def test_a_negative_prompt_goes_to_the_attention_of_a_model_that_hears_it_there(live: Live):
+    models = live.runtime.models
+    hears = replace(models["fake"], offers=replace(models["fake"].offers, negative="nag"))
+    call = a1111_job(A1111Body(prompt="a", negative_prompt="blurry"), None, {"fake": hears})
+    assert (call.job.request.negative_mode, call.job.request.negative_prompt, call.notes) == ("nag", "blurry", ())
+    deaf = a1111_job(A1111Body(prompt="a", negative_prompt="blurry"), None, models)
+    assert deaf.job.request.negative_prompt is None and "not heard" in deaf.notes[0]
+
+
+def test_loras_in_a_prompt_are_loras(live: Live):
+    call = a1111_job(A1111Body(prompt="a cat <lora:ink:0.8> <lora:old:-1>"), None, live.runtime.models)
+    assert (call.job.request.prompt, call.job.request.loras) == ("a cat", (("ink", 0.8), ("old", -1.0)))
+    assert live.http.get("/sdapi/v1/loras").json() == []
 
 
 def test_seeds_repeat_and_a_batch_counts_up(live: Live):

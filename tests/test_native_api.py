@@ -35,7 +35,7 @@ def test_a_reply_says_what_was_made_and_how_long_it_took(live: Live):
     assert (reply["steps"], reply["nfe"], reply["guidance"], reply["model"]) == (4, 4, 3.0, "fake")
     assert (reply["format"], reply["width"], reply["height"]) == ("png", 64, 64)
     times = reply["timings"]
-    assert set(times) == {"queue_s", "text_s", "denoise_s", "decode_s", "encode_s", "total_s"}
+    assert set(times) == {"queue_s", "text_s", "denoise_s", "decode_s", "encode_s", "total_s", "predicted_s"}
     assert all(value >= 0 for value in times.values()) and times["total_s"] >= times["denoise_s"] > 0
     assert pixels(reply["pictures"][0]["b64"]).shape == (64, 64, 3)
 
@@ -144,6 +144,7 @@ def test_info_tells_clients_what_a_model_allows(live: Live):
     assert (model["name"], model["engine"], model["control"]) == ("fake", "fake", True)
     assert (model["steps"], model["max_steps"], model["default_steps"]) == ([1, 2, 4, 8], None, 4)
     assert model["sizes"] == [[64, 64]]
+    assert (model["edit"], model["image_prompt"], model["negative_mode"], model["loras"]) == (True, False, None, [])
     assert model["spec"]["guidance"] == {"mode": "embedded", "default": 3.0, "range": [1.0, 8.0], "zero_empty": False}
     assert reply["limits"]["max_n"] == 10
 
