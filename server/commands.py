@@ -98,7 +98,12 @@ async def run(app: Any, settings: "Settings", listener: socket.socket) -> int:
     service = app.state.service
     grace_s = max(1, round(settings.drain_s))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=grace_s, ws_max_size=settings.max_body_bytes
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=grace_s,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # what is large is a picture, compressed already
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,5 +1,6 @@
 """The drawing pad in headless Chromium: the picture follows the pen, the latest stroke wins, the tab ends its work."""
 
+import json
 import threading
 
 import pytest
@@ -73,6 +74,42 @@ def test_the_keyboard_draws(page):
     assert settled(page) == after
     at(page, "pad").send_keys("z")
     assert settled(page) == before
+
+
+EDITING = """
+const asked = fetch, send = WebSocket.prototype.send;
+window.fetch = async (...given) => {
+  const info = await (await asked(...given)).json();
+  for (const model of info.models) model.edit = true;
+  return { ok: true, status: 200, json: async () => info };
+};
+window.sent = [];
+WebSocket.prototype.send = function (data) {
+  if (data instanceof Blob) data.text().then((text) => sent.push(text.slice(0, text.indexOf("\\n"))));
+  return send.call(this, data);
+};
+"""
+"""The page is told that its model edits, and the headers of the drawings that it sends are noted."""
+
+
+def test_colours_are_sent_to_models_that_edit(browser, live):
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": EDITING})
+    try:
+        open_page(browser, live.url)
+        at(browser, "draw").click()
+        assert not at(browser, "strength").is_displayed() and at(browser, "scale").is_displayed()
+        all_of(browser, "#steer input")[1].click()
+        assert at(browser, "strength").is_displayed() and not at(browser, "scale").is_displayed()
+        colours = all_of(browser, "#colours input")
+        assert [one.accessible_name for one in colours][:3] == ["black", "grey", "red"]
+        colours[2].click()
+        at(browser, "prompt").send_keys("a red circle")
+        stroke(browser, (0.1, 0.5), (0.9, 0.5))
+        until(lambda: browser.execute_script("return sent.length"))
+        header = json.loads(browser.execute_script("return sent.at(-1)"))
+        assert header["edit"] == {"strength": 0.6} and "control" not in header and "strokes" not in header
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", {"identifier": added["identifier"]})
 
 
 def test_a_drawing_is_kept_with_the_history(page):

@@ -2,7 +2,7 @@
 // drops what a newer frame displaces.
 
 const LATER_MS = [300, 1000, 3000, 8000];
-const REFUSED = 1008; // by policy: coming again would change nothing
+const FINAL = [1008, 1009]; // refused, too large: coming again would change nothing
 
 export class Session {
   #compose; #heard; #state; #socket = null; #wanted = false; #busy = false; #ready = false; #frame = 0; #failures = 0; #asked = new Map();
@@ -67,7 +67,7 @@ export class Session {
 
   #lost(code, key) {
     this.#ready = false;
-    if (code === REFUSED) { this.#state("refused"); return; }
+    if (FINAL.includes(code)) { this.#state("refused"); return; }
     this.#wanted ||= this.#asked.size > 0;
     this.#asked.clear();
     this.#state("lost");
