@@ -244,7 +244,7 @@ async def controlnet_version() -> dict[str, int]:
 @router.get("/controlnet/model_list")
 async def controlnet_models(request: Request) -> dict[str, Sequence[str]]:
     models = [model for model in service_of(request).runtime.models.values() if model.has_control]
-    return {"model_list": sorted({name for model in models for name in models_of(model.spec)})}
+    return {"model_list": sorted({name for model in models for name in models_of(model)})}
 
 
 @router.get("/controlnet/module_list")

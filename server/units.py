@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from fewstep.models.spec import SamplerSpec
 from fewstep.runtime.errors import InvalidRequest
+from fewstep.runtime.local import Model
 from fewstep.runtime.request import Control
 
 from .errors import Refused
@@ -40,7 +40,7 @@ class Unit(BaseModel):
     control_mode: int | str = 0
 
 
-def control_of(scripts: Mapping[str, Any], spec: SamplerSpec, size: tuple[int, int], init_image: Any) -> Control | None:
+def control_of(scripts: Mapping[str, Any], model: Model, size: tuple[int, int], init_image: Any) -> Control | None:
     """What the units ask for, at most one of them. size: (width, height); init_image: what a unit without one follows.
 
     Errors: `Refused` 422 for another script; `InvalidRequest` with the unit's field.
@@ -57,12 +57,12 @@ def control_of(scripts: Mapping[str, Any], spec: SamplerSpec, size: tuple[int, i
     if len(enabled) > 1:
         message = f"alwayson_scripts has {len(enabled)} ControlNet units enabled; a picture follows one here"
         raise InvalidRequest("alwayson_scripts", message)
-    return _control(*enabled[0], spec, size, init_image) if enabled else None
+    return _control(*enabled[0], model, size, init_image) if enabled else None
 
 
-def models_of(spec: SamplerSpec) -> list[str]:
+def models_of(model: Model) -> list[str]:
     """The names under which a model's ControlNets are listed."""
-    return list(spec.control_kinds) or [DEFAULT_MODEL]
+    return list(model.spec.control_kinds) or [DEFAULT_MODEL]
 
 
 def _unit(arg: Any, number: int) -> Unit:
@@ -75,7 +75,7 @@ def _unit(arg: Any, number: int) -> Unit:
         raise InvalidRequest(field, f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
 
 
-def _control(where: str, unit: Unit, spec: SamplerSpec, size: tuple[int, int], init_image: Any) -> Control:
+def _control(where: str, unit: Unit, model: Model, size: tuple[int, int], init_image: Any) -> Control:
     if (unit.module or "none").lower() != "none":
         message = (
             f"{where}.module is {str(unit.module)[:40]!r}; nothing is traced here: send the picture to follow, 'none'"
@@ -94,7 +94,7 @@ def _control(where: str, unit: Unit, spec: SamplerSpec, size: tuple[int, int], i
         scale=unit.weight,
         start=unit.guidance_start,
         end=unit.guidance_end,
-        kind=_kind(where, unit.model, spec),
+        kind=_kind(where, unit.model, model),
     )
 
 
@@ -106,12 +106,12 @@ def _fit(where: str, mode: int | str) -> str:
     return FITS[number]
 
 
-def _kind(where: str, name: str | None, spec: SamplerSpec) -> str | None:
+def _kind(where: str, name: str | None, model: Model) -> str | None:
     """The kind of picture that a unit's model follows; None where there is one kind."""
-    names = models_of(spec)
+    names = models_of(model)
     asked = (name or "None").partition(" [")[0]
     if asked.lower() == "none" and len(names) == 1:
         asked = names[0]
     if asked not in names:
         raise InvalidRequest(f"{where}.model", f"{where}.model is {asked[:40]!r}; use {', '.join(names)}")
-    return asked if spec.control_kinds else None
+    return asked if model.spec.control_kinds else None

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from fewstep.models.spec import SamplerSpec
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.images import decode_rgba
 from fewstep.runtime.local import Model
@@ -102,35 +101,34 @@ def a1111_job(body: A1111Body, chosen: str | None, models: Mapping[str, Model], 
     """
     notes: list[str] = []
     settings = dict(body.override_settings or {})
-    model = model_of(settings.pop("sd_model_checkpoint", None) or chosen, models)
-    spec = models[model].spec
+    model = models[model_of(settings.pop("sd_model_checkpoint", None) or chosen, models)]
     form, level = _form(settings)
     _check_extra(body, settings, notes)
     prompt, loras = _loras(body.prompt)
     image = _init_image(body) if isinstance(body, Img2ImgBody) else None
-    width, height = _size(body, spec, image)
-    guidance = _guidance(body, spec, notes)
-    negative, negative_mode = _negative(body, models[model], guidance, notes)
+    width, height = _size(body, model, image)
+    guidance = _guidance(body, model, notes)
+    negative, negative_mode = _negative(body, model, guidance, notes)
     request = GenerateRequest(
         prompt=prompt,
         negative_prompt=negative,
         negative_mode=negative_mode,
-        steps=_steps(body, spec, notes),
+        steps=_steps(body, model, notes),
         seed=new_seed() if body.seed == -1 else body.seed,
         guidance=guidance,
         n=_count(body),
         width=width,
         height=height,
-        control=control_of(body.alwayson_scripts or {}, spec, (width, height), image),
+        control=control_of(body.alwayson_scripts or {}, model, (width, height), image),
         edit=_edit(body, image, (width, height), notes) if isinstance(body, Img2ImgBody) else None,
         loras=loras,
         previews=previews,
     )
-    _note_sampler(body, spec, notes)
+    _note_sampler(body, model, notes)
     names = {"n": "batch_size", "guidance": "cfg_scale", "size": "width", "control": "alwayson_scripts.controlnet"}
     names |= {"edit": "init_images", "edit.image": "init_images", "edit.strength": "denoising_strength"}
     names |= {"edit.mask": "mask", "loras": "prompt"}
-    return Call(Job(request, model, form, level, names, spec.sampler), tuple(notes))
+    return Call(Job(request, model.name, form, level, names, model.spec.sampler), tuple(notes))
 
 
 def model_of(title: Any, models: Mapping[str, Model]) -> str:
@@ -188,7 +186,8 @@ def _count(body: A1111Body) -> int:
     return body.batch_size * body.n_iter
 
 
-def _size(body: A1111Body, spec: SamplerSpec, image: Any) -> tuple[int, int]:
+def _size(body: A1111Body, model: Model, image: Any) -> tuple[int, int]:
+    spec = model.spec
     nearest = spec.sizes[0] if image is None else nearest_size(image, spec.sizes)
     size = body.width or nearest[0], body.height or nearest[1]
     if size not in spec.sizes:  # before pictures are made to fit it
@@ -197,7 +196,8 @@ def _size(body: A1111Body, spec: SamplerSpec, image: Any) -> tuple[int, int]:
     return size
 
 
-def _steps(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> int | None:
+def _steps(body: A1111Body, model: Model, notes: list[str]) -> int | None:
+    spec = model.spec
     if body.steps is None or spec.allows(body.steps):
         return body.steps
     most = spec.spacing.max_steps if spec.spacing else 0
@@ -207,10 +207,10 @@ def _steps(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> int | None:
     return nearest
 
 
-def _guidance(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> float | None:
+def _guidance(body: A1111Body, model: Model, notes: list[str]) -> float | None:
     if body.cfg_scale is None:
         return None
-    low, high = spec.guidance.range
+    low, high = model.spec.guidance.range
     nearest = float(np.clip(body.cfg_scale, low, high))
     if nearest != body.cfg_scale:  # NaN stays, for the runtime to refuse
         notes.append(f"cfg_scale is {nearest:g}, not {body.cfg_scale:g}: this model allows {low:g} to {high:g}")
@@ -231,10 +231,10 @@ def _negative(body: A1111Body, model: Model, guidance: float | None, notes: list
     return None, None
 
 
-def _note_sampler(body: A1111Body, spec: SamplerSpec, notes: list[str]) -> None:
+def _note_sampler(body: A1111Body, model: Model, notes: list[str]) -> None:
     asked = body.sampler_name or body.sampler_index
-    if asked and asked.lower() != spec.sampler:
-        notes.append(f"sampler_name is {spec.sampler!r}, not {asked[:40]!r}: the one this model was made with")
+    if asked and asked.lower() != model.spec.sampler:
+        notes.append(f"sampler_name is {model.spec.sampler!r}, not {asked[:40]!r}: the one this model was made with")
     if body.scheduler and body.scheduler.lower() != "automatic":
         notes.append(f"scheduler is 'Automatic', not {body.scheduler[:40]!r}: times are this model's own")
 
