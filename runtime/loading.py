@@ -109,6 +109,7 @@ class Loading:
             self.leaving.add(name)
             serving.changed.wait_for(lambda: not serving.scheduler.users(name) or serving.stopping, drain_s)
             serving.fail(serving.scheduler.users(name), Closed(f"model {name!r} was unloaded"))
+        with self._one, serving.changed:
             serving.changed.wait_for(lambda: serving.running != name)
             serving.scheduler.drop(name)
             served = self.served[name]
@@ -152,7 +153,7 @@ class Loading:
         """Of the models that are out and that a request waits for, the one whose work is due first."""
         due: dict[str, float] = {}
         for name in self.served:
-            if not self.residence.inside(name) and name not in self.leaving | {""}:
+            if not self.residence.inside(name):
                 found = self.serving.scheduler.waiting_due_s(name)
                 due |= {} if found is None else {name: found}
         return min(due, key=due.__getitem__) if due else None
@@ -173,6 +174,9 @@ class Loading:
                 serving.fail(serving.scheduler.users(name), found)
             return
         with serving.changed:
+            if serving.stopping:
+                resident.close()
+                return
             took = time.monotonic() - begun
             self.residence.enter(name, size, time.monotonic(), took, fixed=False)
             serving.scheduler.release(name)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from .costs import Costs
 from .errors import Cancelled, Closed, DeadlineExceeded, EngineFailed, FewstepError
-from .events import Failed, Finished, Progress, Result
+from .events import Failed, Finished, Picture, Progress, Result
 from .first_come import open_policy
 from .inflight import Live
-from .jobs import ENCODE, TEXT, Ended, Item, Job, Lane, Paused, Rejected, Stepped, Work
+from .jobs import DENOISE, ENCODE, TEXT, Ended, Item, Job, Lane, Paused, Rejected, Stepped, Work
 from .loop import finished
 from .metrics import Recorder
 from .preview import show
@@ -193,13 +193,14 @@ class Serving:
         inside = {visit.ticket.id: visit for visit in visits}
         for visit in inside.values():
             visit.live.started_s = visit.live.started_s or begun
-        if any([visit.again for visit in visits]):
+        if any(visit.again for visit in visits):
             places = [visit.place(work.kind, item) for visit, item in zip(visits, work.items, strict=True)]
             lives, call = [live for live, _ in places], replace(work, items=tuple([item for _, item in places]))
         errors, size, clean = execute(call, lives)
         seconds = time.monotonic() - begun
         for visit in inside.values():
             visit.live.spent_s[work.kind] += seconds
+        previews = self._previews(work, visits, errors) if work.kind == DENOISE else {}
         stepped, paused = [], []
         with self.changed:
             self.running = None
@@ -217,19 +218,29 @@ class Serving:
             self.changed.notify_all()
         for event in stepped:
             visit = inside[event.id]
-            visit.ticket.publish(self._progress(visit, event))
+            found = visit.progress(event)
+            shown = previews.get((event.id, event.picture)) if previews else None
+            visit.ticket.publish(found if shown is None else replace(found, preview=shown))
         for visit in paused:
             self._follow(visit)
 
-    def _progress(self, visit: Visit, event: Stepped) -> Progress:
-        found = visit.progress(event)
-        if not visit.shown or visit.again or not visit.shown[event.step - 1]:
-            return found
-        try:
-            return replace(found, preview=show(visit.live, visit.live.canvases[event.picture], visit.map))
-        except Exception:  # a preview is not worth a request
-            _log.exception("a preview failed")
-            return found
+    def _previews(
+        self, work: Work, visits: Sequence[Visit], errors: Sequence[object | None]
+    ) -> dict[tuple[str, int], Picture]:
+        """What the pictures of a call show after it, by request and picture, where previews are wanted and possible."""
+        found: dict[tuple[str, int], Picture] = {}
+        for item, visit, error in zip(work.items, visits, errors, strict=True):
+            if error is not None or visit.again or not visit.shown or not visit.shown[item.step]:
+                continue
+            for number in range(item.picture, item.picture + item.pictures):
+                try:
+                    picture = show(visit.live, visit.live.canvases[number], visit.map)
+                except Exception:  # a preview is not worth a request
+                    _log.exception("a preview failed")
+                    continue
+                if picture is not None:
+                    found[item.id, number] = picture
+        return found
 
     def _follow(self, visit: Visit) -> None:
         """Let a thread of its own find out what follows, since that may take as long as an engine call."""
