@@ -124,6 +124,12 @@ def test_progress_comes_step_by_step_and_the_picture_last(live: Live):
     assert [p["b64"] for p in reply["pictures"]] == [p["b64"] for p in plain["pictures"]]
 
 
+def test_progress_carries_previews_where_they_are_asked_for(live: Live):
+    shown = [data for name, data in stream(live, steps=4, previews=True) if name == "progress"]
+    assert [pixels(data["preview_b64"]).shape[2] for data in shown] == [3] * 4
+    assert all("preview_b64" not in data for name, data in stream(live, steps=4) if name == "progress")
+
+
 def test_a_stream_of_a_bad_request_is_refused_before_it_begins(live: Live):
     ((name, body),) = stream(live, steps=3)
     assert name == "refused" and body["error"]["param"] == "steps"

@@ -91,7 +91,8 @@ def test_a_stream_ends_in_the_picture_that_a_plain_call_makes(client: openai.Ope
     assert last.type == "image_generation.completed" and last.b64_json == plain.data[0].b64_json
     assert (last.size, last.output_format, last.background, last.quality) == ("32x32", "png", "opaque", "auto")
     assert last.usage.total_tokens == 0 and last.created_at > 0
-    assert {event.type for event in events[:-1]} <= {"image_generation.partial_image"}
+    assert [event.type for event in events[:-1]] == ["image_generation.partial_image"] * 2
+    assert [open_picture(event.b64_json).size for event in events] == [(32, 32)] * 3
 
 
 def test_error_classes(client: openai.OpenAI):
