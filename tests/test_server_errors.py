@@ -144,6 +144,21 @@ def test_a_broken_body_is_refused(live: Live, route: str, content: bytes, code: 
     assert error["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (b'{"prompt": "a", "times": [999, NaN, 10]}', "times"),
+        (b'{"prompt": "a", "times": [Infinity, 10]}', "times"),
+        (b'{"prompt": "a", "guidance_ramp": [NaN, 1]}', "guidance_ramp"),
+        (b'{"prompt": "a", "clip": NaN}', "clip"),
+        (b'{"prompt": "a", "deadline_ms": NaN}', "deadline_ms"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(live: Live, content: bytes, param: str):
+    reply = live.http.post("/v1/generate", content=content, headers={"Content-Type": "application/json"})
+    assert fault(reply, 400)["param"] == param
+
+
 def test_a_body_that_is_not_declared_json_is_refused(live: Live):
     reply = live.http.post("/v1/generate", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert "application/json" in fault(reply, 400)["message"]
