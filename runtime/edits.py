@@ -69,7 +69,7 @@ def keep_grey(made: Tensor, source: Tensor) -> Tensor:
     In a basis whose first axis is the luminance's direction, that coordinate is the source's.
     """
     direction = torch.tensor(LUMINANCE, dtype=made.dtype, device=made.device)
-    axis = (direction / direction.norm()).reshape(1, 3, 1, 1)
+    axis: Tensor = (direction / direction.norm()).reshape(1, 3, 1, 1)
     return made + axis * ((source - made) * axis).sum(dim=1, keepdim=True)
 
 

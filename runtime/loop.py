@@ -46,13 +46,11 @@ def admit(
     plan = model.plan(request, offers.models if offers else None)
     if change is not None:
         plan = change(plan)
-    parts = {}
-    for name in dict.fromkeys((model.name, *(row.model for row in plan.rows if row.model is not None))):
-        parts[name] = _part(models.get(name, model), request, plan, own=name == model.name)
     notes: list[str] = []
-    for part in parts.values():
-        for text, where in zip(part.texts, ("prompt", "negative_prompt"), strict=False):
-            notes += part.model.prompts.tokens(text, where).notes
+    parts = {model.name: _part(model, request, request.prompt, None in plan.avoiding, notes)}
+    for name in plan.models:
+        read = request.edit.prompt if request.edit is not None and name == request.invert else request.prompt
+        parts[name] = _part(models.get(name, model), request, read, name in plan.avoiding, notes)
     device = model.engine.capabilities.device
     edge = None if request.control is None else edge_tensor(request.control.edge).to(device)
     source = None if request.edit is None and request.image_prompt is None else _source(request, model, device)
@@ -65,16 +63,18 @@ def admit(
     return Live(model, request, plan, parts, tuple(dict.fromkeys(notes)), edge, source, canvases, begun_s)
 
 
-def _part(model: Served, request: GenerateRequest, plan: Plan, *, own: bool) -> Part:
-    """What a model needs for its rows of a plan."""
-    first = request.prompt if own or model.name != request.invert or request.edit is None else request.edit.prompt
-    texts: tuple[str, ...] = (first,)
-    if any(row.pair or row.negative for row in plan.rows if (row.model is None) is own):
-        texts = (first, negative_text(request, model.spec))
+def _part(model: Served, request: GenerateRequest, read: str, avoids: bool, notes: list[str]) -> Part:
+    """What a model needs for its rows of a plan: the text that they read and, where some avoid one, that; `notes` gets
+    what the user should know about them."""
+    texts: tuple[str, ...] = (read, negative_text(request, model.spec)) if avoids else (read,)
+    embedded = {}
+    for text, where in zip(texts, ("prompt", "negative_prompt"), strict=False):
+        notes += model.prompts.tokens(text, where).notes
+        if (found := model.prompts.embeddings.get(text)) is not None:
+            embedded[text] = found
     device = model.engine.capabilities.device
     fixed = {name: value.to(device) for name, value in size_conditions(request, model.spec).items()}
-    found = {text: model.prompts.embeddings.get(text) for text in texts}
-    return Part(model, texts, fixed, {text: value for text, value in found.items() if value is not None})
+    return Part(model, texts, fixed, embedded)
 
 
 def _source(request: GenerateRequest, model: Served, device: str) -> Source:

@@ -7,6 +7,7 @@ plan (`runtime.plan_methods`) wherever the algebra allows.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fewstep.models.paths import Path
 from fewstep.models.predictions import estimates
@@ -114,6 +115,16 @@ class Plan:
     def nfe(self) -> int:
         """Network evaluations of the denoiser, guidance included."""
         return sum(row.evaluations for row in self.rows)
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """The other models that evaluate rows of it."""
+        return tuple(dict.fromkeys(row.model for row in self.rows if row.model is not None))
+
+    @cached_property
+    def avoiding(self) -> frozenset[str | None]:
+        """The models (None: the request's own) some of whose rows are led away from a text."""
+        return frozenset(row.model for row in self.rows if row.pair or row.negative)
 
 
 def compile_plan(request: GenerateRequest, spec: SamplerSpec, others: Mapping[str, SamplerSpec] | None = None) -> Plan:

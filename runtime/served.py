@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.roles import DENOISER_IMAGE_PROMPT, DENOISER_LORA, DENOISER_NEGATIVE
 from fewstep.models.spec import SamplerSpec
 
 from .engine import ADAPTER, CONTROLNET, DENOISER_ADAPTER, DENOISER_CONTROL, Engine
@@ -66,6 +67,13 @@ class Served:
 
 def serve(bundle: Bundle, engine: Engine, prompts: Prompts) -> Served:
     """A bundle and its engine as a model that can be asked."""
-    negative = str(bundle.config("negative").get("method", "nag")) if bundle.has("negative") else None
-    side = int(bundle.config("image_encoder")["image_size"]) if bundle.has("ip_adapter") else 0
-    return Served(bundle.name, bundle.spec, engine, prompts, negative, side, bundle.image_layers, bundle.lora_names)
+    roles = engine.capabilities.roles
+    settings: dict[str, Any] = {}
+    if DENOISER_NEGATIVE in roles:
+        settings["negative"] = str(bundle.config("negative").get("method", "nag"))
+    if DENOISER_IMAGE_PROMPT in roles:
+        settings["image_side"] = int(bundle.config("image_encoder")["image_size"])
+        settings["image_layers"] = bundle.image_layers
+    if DENOISER_LORA in roles:
+        settings["loras"] = bundle.lora_names
+    return Served(bundle.name, bundle.spec, engine, prompts, **settings)

@@ -1,0 +1,184 @@
+"""Frame streams: latest frame wins, nothing is shown out of order, and rows at other steps share calls."""
+
+import time
+
+import numpy as np
+import pytest
+
+from fewstep.runtime.config import RuntimeConfig
+from fewstep.runtime.errors import InvalidRequest, Overloaded
+from fewstep.runtime.events import Failed, Finished
+from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.live import Counts, LiveStream, SimilarityFilter
+from fewstep.runtime.local import Runtime
+from fewstep.runtime.loop import run_request
+from fewstep.runtime.request import Edit, GenerateRequest
+from fewstep.runtime.ticket import Ticket
+
+draw = np.random.default_rng(0)
+
+
+def picture():
+    return draw.integers(0, 256, (64, 64, 3), np.uint8)
+
+
+def ask(image=None, **settings):
+    edit = None if image is None else Edit(image=image, strength=0.75)
+    return GenerateRequest(**{"prompt": "a", "seed": 1, "steps": 4, "edit": edit, **settings})
+
+
+# --- the filter
+
+
+def test_still_frames_run_once_in_eleven():
+    similar, frame = SimilarityFilter(), picture()
+    passed = [similar.passes(frame) for _ in range(111)]
+    assert sum(passed) in range(10, 13) and passed[0]
+    runs = np.flatnonzero(passed)
+    assert set(np.diff(runs).tolist()) == {11}
+
+
+def test_noise_is_never_skipped():
+    similar = SimilarityFilter()
+    frames = [draw.standard_normal((64, 64, 3)) for _ in range(50)]
+    assert all(similar.passes(frame) for frame in frames)
+
+
+def test_the_count_begins_anew_with_every_frame_that_passes():
+    similar, one, other = SimilarityFilter(max_skip=3), np.eye(8)[0], np.eye(8)[1]
+    assert [similar.passes(f) for f in (one, one, one, other, other, other, other, other)] == [
+        True, False, False, True, False, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("likeness", "share"), [(0.999, 0.95), (0.99, 0.5), (0.98, 0.0), (0.5, 0.0)])
+def test_the_chance_of_a_skip_is_the_papers(likeness, share):
+    skips = 0
+    for seed in range(400):
+        similar = SimilarityFilter(seed=seed)
+        similar.passes(np.array([1.0, 0.0]))
+        skips += not similar.passes(np.array([likeness, (1 - likeness**2) ** 0.5]))
+    assert skips / 400 == pytest.approx(share, abs=0.08)
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="eta is 1"):
+        SimilarityFilter(eta=1.0)
+    with pytest.raises(ValueError, match="max_skip is 0"):
+        SimilarityFilter(max_skip=0)
+    with pytest.raises(ValueError, match="depth is 0"):
+        LiveStream(lambda _: None, lambda _: None, lambda _: None, depth=0)
+
+
+# --- latest frame wins
+
+
+class Desk:
+    """A runtime's submit and cancel, finished by hand."""
+
+    def __init__(self):
+        self.tickets, self.requests, self.cancelled, self.shown = [], [], [], []
+
+    def submit(self, request):
+        if request.prompt == "bad":
+            raise InvalidRequest("prompt", "prompt is bad")
+        self.requests.append(request)
+        self.tickets.append(Ticket(str(len(self.tickets))))
+        return self.tickets[-1]
+
+    def finish(self, place):
+        self.tickets[place].publish(Finished(str(place), place))
+
+    def stream(self, **settings):
+        return LiveStream(self.submit, self.cancelled.append, self.shown.append, **settings)
+
+
+def seeds(desk):
+    return [request.seed for request in desk.requests]
+
+
+def test_a_waiting_frame_makes_room_for_a_newer_one():
+    desk = Desk()
+    stream = desk.stream()
+    assert [stream.frame(ask(seed=k)) for k in range(5)] == [0, 1, 2, 3, 4]
+    assert seeds(desk) == [0] and stream.counts.dropped == 3
+    desk.finish(0)
+    assert seeds(desk) == [0, 4]
+    desk.finish(1)
+    assert [shown.number for shown in desk.shown] == [0, 4] and stream.counts == Counts(made=2, dropped=3)
+
+
+def test_as_many_fly_as_there_are_steps_and_none_is_shown_out_of_order():
+    desk = Desk()
+    stream = desk.stream(depth=3)
+    for k in range(4):
+        stream.frame(ask(seed=k))
+    assert seeds(desk) == [0, 1, 2]
+    desk.finish(1)
+    assert seeds(desk) == [0, 1, 2, 3]
+    for place in (0, 3, 2):
+        desk.finish(place)
+    assert [shown.number for shown in desk.shown] == [1, 3] and stream.counts.late == 2
+
+
+def test_refused_and_failed_frames_say_so_and_the_stream_goes_on():
+    desk = Desk()
+    stream = desk.stream()
+    stream.frame(ask(prompt="bad"))
+    stream.frame(ask(seed=1))
+    desk.tickets[0].publish(Failed("0", Overloaded("full", 1.0)))
+    stream.frame(ask(seed=2))
+    desk.finish(1)
+    assert [(s.number, type(s.error).__name__) for s in desk.shown] == [
+        (0, "InvalidRequest"), (1, "Overloaded"), (2, "NoneType"),
+    ]  # fmt: skip
+    assert stream.counts == Counts(made=1, failed=2)
+
+
+def test_closing_ends_what_flies_and_shows_nothing_more():
+    desk = Desk()
+    stream = desk.stream(depth=2)
+    for k in range(3):
+        stream.frame(ask(seed=k))
+    stream.close()
+    assert desk.cancelled == ["0", "1"]
+    desk.finish(0)
+    assert desk.shown == [] and seeds(desk) == [0, 1]
+
+
+def test_a_skipped_frame_leaves_the_last_picture():
+    desk = Desk()
+    stream = desk.stream(similar=SimilarityFilter())
+    image = picture()
+    assert [stream.frame(ask(image)) for _ in range(3)] == [0, None, None] and stream.counts.skipped == 2
+    assert stream.frame(ask()) == 1, "what has no picture is always made"
+
+
+# --- stream batch
+
+
+def test_frames_at_different_steps_share_calls_and_equal_their_solo_pictures():
+    """Frames begin one engine call after the other, so those in flight are at different steps."""
+    spec, shown = fake_spec(), []
+    engine, bundle = FakeEngine(spec, delay_s=0.002), fake_bundle(spec=spec)
+    frames = [ask(picture(), seed=4, steps=8) for _ in range(10)]
+    config = RuntimeConfig(calibration_budget_s=0.3)  # which finds that rows beside others cost nothing here
+    with Runtime([bundle], engines={bundle.name: engine}, config=config) as runtime:
+        stream = LiveStream(runtime.submit, runtime.cancel, shown.append, depth=4)
+        for frame in frames:
+            stream.frame(frame)
+            begun = len(engine.calls)
+            wait_for(lambda n=begun: len(engine.calls) > n and stream.flying < 4)
+        wait_for(lambda: stream.flying == 0)
+    assert stream.counts.made + stream.counts.late == 10 and stream.counts.dropped == 0
+    for result in shown:
+        alone = run_request(FakeEngine(spec), bundle, frames[result.number])
+        assert np.array_equal(result.result.pictures[0], alone.pictures[0])
+    assert any(len(set(call.t)) > 1 for call in engine.calls), "rows at different steps met in a call"
+
+
+def wait_for(true, timeout_s=30.0):
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.0005)
