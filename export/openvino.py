@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, checked_files, write_manifest
+from fewstep.runtime.manifest import Graph, Manifest, checked_files, over_graphs, write_manifest
 from fewstep.runtime.openvino_engine import PRECISIONS, Compiler, RoleNetworks
 
 from .onnx import export_onnx, usable_onnx
@@ -38,15 +38,13 @@ def export_openvino(
     except PackageNotFoundError as error:
         raise EngineUnavailable("openvino is not installed; pip install 'fewstep[openvino]'") from error
     source = usable_onnx(bundle) or export_onnx(bundle, progress=progress)
-    manifest = replace(
+    manifest = over_graphs(
         source,
-        engine="openvino" if precision == "fp32" else f"openvino-{precision}",
+        "openvino" if precision == "fp32" else f"openvino-{precision}",
         precision=precision,
         roles={role: replace(graph, file=f"../onnx/{graph.file}") for role, graph in source.roles.items()},
         treatments={} if precision == "fp32" else rounded_where_it_agrees(bundle, source),
         producers={**source.producers, "openvino": producer},
-        parity=(),
-        verified=False,
     )
     try:
         write_manifest(bundle, manifest)

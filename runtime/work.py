@@ -147,12 +147,12 @@ def _scaled_noise(plan: Sequence[Row], canvas: Canvas) -> Tensor:
 
 def fits_one_call(live: Live) -> bool:
     """Whether a `picture` role can do all of a request: no guidance pairs, nothing that steers, no history, no hooks,
-    no last noise, no picture to begin from."""
+    no last noise, no picture to begin from, and the decoder that its graph holds."""
     rows, first = live.plan.rows, live.plan.rows[0]
     if picture_role(len(rows)) not in live.model.engine.capabilities.roles or live.source is not None:
         return False
     plain = (r.role == DENOISER and not (r.pair or r.d or r.model or r.hooks) and r.w == first.w for r in rows)
-    return all(plain) and not rows[-1].c
+    return all(plain) and not rows[-1].c and live.decoder == DECODER
 
 
 def _keep_pictures(

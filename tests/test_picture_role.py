@@ -8,12 +8,13 @@ import pytest
 from fewstep.export.graphs import random_feeds, role_graph
 from fewstep.runtime.calibrate import saved_s
 from fewstep.runtime.config import RuntimeConfig
-from fewstep.runtime.engine import DECODER, DENOISER, PICTURE, TEXT
+from fewstep.runtime.engine import DECODER, DECODER_TINY, DENOISER, PICTURE, TEXT
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.loop import admit, run_request
 from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.work import fits_one_call
 
 
 class Offering:
@@ -69,6 +70,17 @@ def test_it_is_used_only_where_it_can_and_pays(tiny_dmd2, settings, saved):
     with serve(tiny_dmd2, engine, saved) as runtime:
         runtime.generate(GenerateRequest(prompt="a red cat", seed=1, **settings))
     assert not {PICTURE, "picture-2"} & {role for role, _ in engine.seen}
+
+
+def test_a_request_for_the_tiny_decoder_does_not_fit(tiny_dmd2):
+    engine = Offering(tiny_dmd2)
+    engine.capabilities = replace(engine.capabilities, roles=engine.capabilities.roles | {DECODER_TINY})
+    with serve(tiny_dmd2, engine, CHEAP) as runtime:
+        served = runtime._served[tiny_dmd2.name]
+        request = GenerateRequest(prompt="a red cat", steps=1)
+        assert fits_one_call(admit(served, request))
+        shrunk = replace(served, spec=replace(served.spec, tiny_decoder=(1,)))
+        assert not fits_one_call(admit(shrunk, request)), "the graph holds the full decoder"
 
 
 def test_a_known_prompt_counts_without_its_text_call(tiny_dmd2):
