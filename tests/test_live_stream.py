@@ -5,7 +5,6 @@ import time
 import numpy as np
 import pytest
 
-from fewstep.runtime.config import RuntimeConfig
 from fewstep.runtime.errors import InvalidRequest, Overloaded
 from fewstep.runtime.events import Failed, Finished
 from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
@@ -157,28 +156,37 @@ def test_a_skipped_frame_leaves_the_last_picture():
 # --- stream batch
 
 
-def test_frames_at_different_steps_share_calls_and_equal_their_solo_pictures():
-    """Frames begin one engine call after the other, so those in flight are at different steps."""
+FREE = {1: 0.01, 8: 0.0101}
+"""A call's seconds by its size: rows beside others cost nothing."""
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_frames_in_flight_equal_their_solo_pictures(edits):
+    """A frame comes with every engine call, so those in flight are at different steps and share calls; frames that
+    must be encoded first wait for those before them, which are due sooner."""
     spec, shown = fake_spec(), []
-    engine, bundle = FakeEngine(spec, delay_s=0.002), fake_bundle(spec=spec)
-    frames = [ask(picture(), seed=4, steps=8) for _ in range(10)]
-    config = RuntimeConfig(calibration_budget_s=0.3)  # which finds that rows beside others cost nothing here
-    with Runtime([bundle], engines={bundle.name: engine}, config=config) as runtime:
-        stream = LiveStream(runtime.submit, runtime.cancel, shown.append, depth=4)
-        for frame in frames:
+    frames = [ask(picture() if edits else None, seed=k, steps=4) for k in range(8)]
+    coming = iter(frames[1:])
+
+    def next_frame(call):
+        if call.role == "denoiser" and (frame := next(coming, None)) is not None:
             stream.frame(frame)
-            begun = len(engine.calls)
-            wait_for(lambda n=begun: len(engine.calls) > n and stream.flying < 4)
-        wait_for(lambda: stream.flying == 0)
-    assert stream.counts.made + stream.counts.late == 10 and stream.counts.dropped == 0
+
+    engine, bundle = FakeEngine(spec, before=next_frame), fake_bundle(spec=spec)
+    with Runtime([bundle], engines={bundle.name: engine}) as runtime:
+        for role in ("text", "denoiser", "decoder", "encoder"):
+            for size, seconds in FREE.items():
+                runtime._serving.costs.record((bundle.name, role), size, seconds)
+        runtime._serving.costs.record = lambda *_: None
+        stream = LiveStream(runtime.submit, runtime.cancel, shown.append, depth=8)
+        stream.frame(frames[0])
+        end = time.monotonic() + 30
+        while stream.counts.made + stream.counts.late < len(frames) and time.monotonic() < end:
+            time.sleep(0.001)
+    assert stream.counts.made + stream.counts.late == len(frames) and len(shown) == stream.counts.made > 0
     for result in shown:
         alone = run_request(FakeEngine(spec), bundle, frames[result.number])
         assert np.array_equal(result.result.pictures[0], alone.pictures[0])
-    assert any(len(set(call.t)) > 1 for call in engine.calls), "rows at different steps met in a call"
-
-
-def wait_for(true, timeout_s=30.0):
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.0005)
+    rows = [call.t for call in engine.calls if call.role == "denoiser"]
+    assert len(rows) < sum(map(len, rows)), "calls were shared"
+    assert edits or any(len(set(times)) > 1 for times in rows), "rows at different steps met in a call"
