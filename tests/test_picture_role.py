@@ -76,7 +76,7 @@ def test_a_request_for_the_tiny_decoder_does_not_fit(tiny_dmd2):
     engine = Offering(tiny_dmd2)
     engine.capabilities = replace(engine.capabilities, roles=engine.capabilities.roles | {DECODER_TINY})
     with serve(tiny_dmd2, engine, CHEAP) as runtime:
-        served = runtime._served[tiny_dmd2.name]
+        served = runtime._loading.served[tiny_dmd2.name]
         request = GenerateRequest(prompt="a red cat", steps=1)
         assert fits_one_call(admit(served, request))
         shrunk = replace(served, spec=replace(served.spec, tiny_decoder=(1,)))
