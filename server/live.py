@@ -141,11 +141,12 @@ class Session:
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(service.pool, frame_job, frame, service.runtime.models)
         ticket = service.submit(job)
-        stream = events(service.runtime, ticket)
-        async with contextlib.aclosing(stream):  # type: ignore[type-var]
+        try:
             ahead = service.runtime.metrics().live - 1
             await self._say({"type": "started", "frame": number, "ahead": max(0, ahead), "dropped": self.dropped})
-            result = await last(stream)
+            result = await last(events(service.runtime, ticket))
+        finally:
+            service.runtime.cancel(ticket.id)  # nothing where it has ended
         files = await service.encode(result, job)
         height, width = result.pictures[0].shape[:2]
         header = {"type": "picture", "frame": number, "seed": result.seeds[0], "format": job.format}

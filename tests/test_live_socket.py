@@ -107,10 +107,7 @@ def test_a_drawing_steers_the_picture_in_every_format(live: Live, form: str):
 
 
 def test_the_latest_frame_wins_and_the_dropped_are_counted():
-    gate = threading.Event()
-    with fake_server(
-        before=lambda call: gate.wait(20) if call.role == "denoiser" and call.number >= 4 else None
-    ) as live:
+    with held_server() as (live, gate):
         with opened(live) as socket:
             for number in range(12):
                 socket.send_binary(frame(number, steps=1))
@@ -125,26 +122,21 @@ def test_the_latest_frame_wins_and_the_dropped_are_counted():
 
 
 def test_a_frame_may_replace_the_one_in_the_making():
-    gate = threading.Event()
-    with fake_server(
-        before=lambda call: gate.wait(20) if call.role == "denoiser" and call.number >= 4 else None
-    ) as live:
+    with held_server() as (live, gate):
         with opened(live) as socket:
             socket.send_binary(frame(0, steps=4))
             heard(socket, "started")
             socket.send_binary(frame(1, steps=1, replace=True))
-            until(lambda: 'outcome="dropped"} 1.0' in live.http.get("/metrics").text)
+            assert heard(socket, "started")[0]["frame"] == 1  # the first has been given up
             gate.set()
             header, _ = heard(socket, "picture")
         assert (header["frame"], header["dropped"]) == (1, 1)
-        assert live.runtime.metrics().failed["Cancelled"] == 1
+        until(lambda: live.runtime.metrics().live == 0)
+        assert live.runtime.metrics().failed == {"Cancelled": 1}
 
 
 def test_a_closed_socket_ends_its_work():
-    gate = threading.Event()
-    with fake_server(
-        before=lambda call: gate.wait(20) if call.role == "denoiser" and call.number >= 4 else None
-    ) as live:
+    with held_server() as (live, gate):
         with opened(live) as socket:
             socket.send_binary(frame(0, steps=8))
             heard(socket, "started")
