@@ -235,8 +235,8 @@ class Serving:
             for number in range(item.picture, item.picture + item.pictures):
                 try:
                     picture = show(visit.live, visit.live.canvases[number], visit.map)
-                except Exception:  # a preview is not worth a request
-                    _log.exception("a preview failed")
+                except Exception as problem:  # a preview is not worth a request
+                    _log.warning("a preview of %s failed: %r", visit.name, problem)
                     continue
                 if picture is not None:
                     found[item.id, number] = picture

@@ -172,7 +172,7 @@ def test_a_preview_that_fails_is_left_out(caplog):
         }
         shown, result = previews(runtime, steps=4)
     assert [picture is None for picture in shown] == [True, True, False, False] and len(result.pictures) == 1
-    assert "a preview failed" in caplog.text
+    assert "a preview of student failed" in caplog.text
 
 
 def test_rows_keep_their_estimate_unless_it_is_spoken_for():
