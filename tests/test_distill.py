@@ -71,24 +71,6 @@ def test_new_lora_changes_nothing_and_merges_exactly(tiny_teacher):
     assert not torch.allclose(answer(plain), answer(unet), atol=1e-2)
 
 
-FOR_UNETS = [name for name, recipe in RECIPES.items() if recipe().student.probe is None]
-"""Recipes of the others are for transformers (test_ppcl)."""
-
-
-@pytest.fixture(scope="module")
-def students(tiny_teacher, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("students")
-    extra = {"lcm": {"guidance_width": 32}, "lcm-lora": {"rank": 2}, "dmd2": {"every": 1}}
-    extra["progressive"] = {"start_steps": 4, "final_steps": 1}
-    extra |= {name: {"guidance_width": 32} for name in ("edgefusion", "vdmini", "slim", "linfusion")}
-    extra["a-sdm"] = {"guidance_width": 32, "steps": 4}
-    extra["slim"] |= {"pairs": 5, "pair_steps": 2}
-    return {
-        name: distill(name, tiny_teacher, folder / f"tiny-{name}", FAST | extra.get(name, {}), data=data, device="cpu")
-        for name in FOR_UNETS
-    }
-
-
 EXPECTED = {
     "lcm": ("LatentConsistencyModelPipeline", "LCMScheduler", "embedded", (1, 2, 4, 8)),
     "lcm-lora": ("StableDiffusionPipeline", "LCMScheduler", "none", (1, 2, 4, 8)),
@@ -98,8 +80,34 @@ EXPECTED = {
 }
 COMPRESSED = ("edgefusion", "a-sdm", "vdmini", "slim", "linfusion")
 EXPECTED |= dict.fromkeys(COMPRESSED, EXPECTED["lcm"])
+EXPECTED |= {
+    "ct": EXPECTED["lcm-lora"],
+    "tcd": ("StableDiffusionPipeline", "TCDScheduler", "none", (1, 2, 4, 8)),
+    "pcm": ("StableDiffusionPipeline", "DDIMScheduler", "none", (4,)),
+    "hyper-sd": ("StableDiffusionPipeline", "DDIMScheduler", "none", (1, 2, 4, 8)),
+}
+FOR_UNETS = list(EXPECTED)
+"""Of each way to be trained or sampled one recipe at least; those for transformers are in test_ppcl."""
+
+
+@pytest.fixture(scope="module")
+def students(tiny_teacher, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("students")
+    extra = {"lcm": {"guidance_width": 32}, "lcm-lora": {"rank": 2}, "dmd2": {"every": 1}}
+    extra["progressive"] = {"start_steps": 4, "final_steps": 1}
+    extra |= {name: {"guidance_width": 32} for name in ("edgefusion", "vdmini", "slim", "linfusion")}
+    extra["a-sdm"] = {"guidance_width": 32, "steps": 4}
+    extra["hyper-sd"] = {"steps": 8}
+    extra["slim"] |= {"pairs": 5, "pair_steps": 2}
+    return {
+        name: distill(name, tiny_teacher, folder / f"tiny-{name}", FAST | extra.get(name, {}), data=data, device="cpu")
+        for name in FOR_UNETS
+    }
+
+
 STAGES = {"progressive": ["2-to-1", "4-to-2"], "a-sdm": ["apart", "kd", "lcm"]}
 STAGES |= {name: ["kd", "lcm"] for name in ("edgefusion", "vdmini", "linfusion")}
+STAGES["hyper-sd"] = ["segments-1", "segments-2", "segments-4", "segments-8"]
 STAGES["slim"] = ["lcm", "reflow"]
 
 
@@ -124,7 +132,7 @@ def test_a_student_is_a_bundle_with_its_contract(students, tiny_teacher, name):
         assert made == pairs | {"checkpoint.pt", "metrics.jsonl", "loss.png", "samples", "student.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["lcm", "dmd2", "progressive", "edgefusion", "slim"])
+@pytest.mark.parametrize("name", ["lcm", "dmd2", "progressive", "edgefusion", "slim", "tcd", "pcm"])
 def test_diffusers_loads_a_student_and_walks_our_times(students, name):
     bundle = students[name]
     pipe = DiffusionPipeline.from_pretrained(bundle.root, local_files_only=True)
@@ -177,7 +185,7 @@ def test_a_second_time_and_another_path_are_refused(tiny_teacher, data, tmp_path
     recipe = configure(RECIPES["progressive"], FAST)
     with pytest.raises(RecipeError, match="second input"):
         distill(dataclasses.replace(recipe, student=Student(second_time=True)), tiny_teacher, tmp_path / "s", data=data)
-    with pytest.raises(RecipeError, match="'trig' path.*'vp'"):
+    with pytest.raises(RecipeError, match=r"'trig' path.*'vp'"):
         distill(dataclasses.replace(recipe, path=TrigFlow()), tiny_teacher, tmp_path / "p", data=data)
 
 

@@ -80,7 +80,9 @@ def test_consistency_residual_is_second_order_on_every_path(path, prediction, ju
     for share in (0.02, 0.01, 0.005):
         s = t - share * (path.start - path.end)
         cond = {**batch.cond, "w": scale}
-        guess, aim = consistency_residual(student, student, teacher, jump, x, t, s, cond)
+        end = torch.full_like(t, clean(path))
+        x_s = ddim_chain(teacher, x, (t, s), cond)
+        guess, aim = consistency_residual(student, student, jump, x, t, x_s, s, end, cond)
         residuals.append(rms(guess - aim))
     assert residuals[-1] < 2e-3
     for coarse, finer in pairwise(residuals):

@@ -51,6 +51,48 @@ class SamplePseudoHuber:
         return (d.square().sum(1) + self.c**2).sqrt() - self.c
 
 
+@dataclass(frozen=True)
+class ScaledPseudoHuber:
+    """The same with c = `share` sqrt(elements), iCT's rule (0.00054)."""
+
+    share: float = 0.00054
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return SamplePseudoHuber(self.share * a[0].numel() ** 0.5)(a, b)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`|d|`, the length of the difference over the whole sample (ECT, Geng et al. 2024), `floor` under its root."""
+
+    floor: float = 1e-12
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a.float() - b.float()).flatten(1).square().sum(1) + self.floor).sqrt()
+
+
+@dataclass(frozen=True)
+class Cauchy:
+    """`log(1 + |d|^2 / (2 c^2))` over the whole sample: what lies far away stops pulling (Dao et al. 2025)."""
+
+    c: float
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.log1p((a.float() - b.float()).flatten(1).square().sum(1) / (2.0 * self.c**2))
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """`|d|^2 / sg(|d|^2 + c)^p` over the whole sample (MeanFlow, Geng et al. 2025: p = 1)."""
+
+    p: float = 1.0
+    c: float = 1e-3
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        square = (a.float() - b.float()).flatten(1).square().sum(1)
+        return square / (square.detach() + self.c) ** self.p
+
+
 def unweighted(path: Path, t: Tensor) -> Tensor:
     return torch.ones_like(t, dtype=torch.float64)
 

@@ -18,11 +18,12 @@ SOURCES = {
     "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
     "runtime": ("samplers",),
     "trainers": (
-        "compression", "consistency", "discriminator", "distances", "distillation", "distribution", "jumps", "lcm",
-        "loop", "objective", "oracle", "oracle_consistency", "oracle_distillation", "oracle_distribution",
-        "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow", "oracle_samplers", "oracle_world",
-        "pairs", "player", "progressive", "recipe", "recipes", "reflow", "rollout", "scores", "times", "transitions",
-        "watch",
+        "compression", "consistency", "curricula", "discriminator", "distances", "distillation", "distribution", "ends",
+        "jumps", "laws", "lcm", "loop", "objective", "oracle", "oracle_consistency", "oracle_distillation",
+        "oracle_distribution", "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow",
+        "oracle_samplers", "oracle_steps", "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms",
+        "recipes", "recipes_consistency", "recipes_trajectory", "reflow", "rollout", "scores", "steps", "times",
+        "transitions", "watch",
     ),
 }  # fmt: skip
 """The files that decide what a recipe computes, and those that check it."""

@@ -5,7 +5,7 @@ Guidance scales follow u + w (c - u); a paper's omega of the form c + omega (c -
 
 from fewstep.models.spec import Boundary
 
-from .consistency import ConsistencyDistillation
+from .consistency import Consistency
 from .distances import PseudoHuber, unweighted
 from .jumps import LcmJump
 from .player import PlayerSettings
@@ -25,7 +25,7 @@ def lcm(
     w is drawn per sample and embedded. The paper: omega in [5, 15], lr 1e-4 (8e-6 for SD), target average 0.95,
     huber c 0.001.
     """
-    objective = ConsistencyDistillation(
+    objective = Consistency(
         pairs=GridPairs(points),
         source=NoisedData(pure_at_start=True),
         jump=LcmJump(),
@@ -58,7 +58,7 @@ def lcm_lora(
 
     The update is merged when saved, and kept beside as `pytorch_lora_weights.safetensors`. The paper: rank 64.
     """
-    objective = ConsistencyDistillation(
+    objective = Consistency(
         pairs=GridPairs(points),
         source=NoisedData(pure_at_start=True),
         jump=LcmJump(),

@@ -20,7 +20,7 @@ from . import (
     oracle_progressive,
     oracle_reflow,
 )
-from .consistency import ConsistencyDistillation
+from .consistency import Consistency
 from .distillation import KnowledgeDistillation
 from .distribution import DistributionMatching
 from .evidence import write_evidence
@@ -33,7 +33,7 @@ from .reflow import AnnealingReflow
 
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     AnnealingReflow: oracle_reflow.checks,
-    ConsistencyDistillation: oracle_consistency.checks,
+    Consistency: oracle_consistency.checks,
     DistributionMatching: oracle_distribution.checks,
     KnowledgeDistillation: oracle_distillation.checks,
     ProgressiveHalving: oracle_progressive.checks,
@@ -41,19 +41,23 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
 
 
 def check_recipe(recipe: Recipe) -> list[Check]:
-    """Every check of one recipe. A check that breaks instead of answering counts as failed, and the rest as not run."""
-    found: list[Check] = []
+    """Every check of one recipe."""
+    return list(checks_of(recipe))
+
+
+def checks_of(recipe: Recipe) -> Iterator[Check]:
+    """One by one. A check that breaks instead of answering counts as failed, and the rest of its kind as not run."""
     suites = []
     for objective in [recipe.objective, *(() if type(recipe.objective) not in SUITES else _others(recipe))]:
         if type(objective) not in SUITES:
-            return [holds(f"the suite knows {type(objective).__name__}", False)]
+            yield holds(f"the suite knows {type(objective).__name__}", False)
+            return
         suites.append(SUITES[type(objective)](recipe, objective))
     for part in (*suites, sampling_checks(recipe), oracle_players.checks(recipe)):
         try:
-            found.extend(part)
+            yield from part
         except Exception as error:  # whatever a wrong method raises is its failure, not the suite's
-            found.append(holds(f"runs: {type(error).__name__}: {error}", False))
-    return found
+            yield holds(f"runs: {type(error).__name__}: {error}", False)
 
 
 def _others(recipe: Recipe) -> list[Any]:

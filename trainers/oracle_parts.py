@@ -12,7 +12,7 @@ from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import VP
 from fewstep.runtime.samplers import path_start, updates
 
-from .jumps import LcmJump
+from .jumps import LcmJump, TwoTimeJump
 from .oracle_world import SHAPE, Bent, Check, World, absorbed, below, between, holds, recipe_spec, turn, world
 from .recipe import Recipe
 from .rollout import BackwardSimulation
@@ -21,8 +21,11 @@ from .transitions import guided
 
 def perfect_student(stage: World, objective: Any) -> Denoiser:
     """The student that the objective aims at: guided at the w it is given, or at its one w where it has no input."""
-    boundary = objective.jump.boundary if isinstance(objective.jump, LcmJump) else None
-    exact = stage.consistency(boundary, takes_w=True) if boundary else stage.jumper(None, takes_w=True)
+    if isinstance(objective.jump, LcmJump):
+        exact = stage.consistency(objective.jump.boundary, takes_w=True)
+    else:
+        told = isinstance(objective.jump, TwoTimeJump)
+        exact = stage.jumper((lambda t, cond: cond["s"]) if told else None, takes_w=True)
     scale = objective.guidance
     if scale.low != scale.high:
         return exact

@@ -16,7 +16,7 @@ from fewstep.models.paths import VP
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Turn
 from .oracle_world import Bent, Check, World, below, holds, world
-from .player import Player, PlayerSettings
+from .player import Decay, Player, PlayerSettings
 from .recipe import Recipe, Stage
 from .watch import watch
 
@@ -78,7 +78,7 @@ def checks(recipe: Recipe) -> Iterator[Check]:
     yield holds("players: the teacher is the same at the end", frozen)
     for player in watched.players:
         for name, decay in player.settings.ema.items():
-            own = [weights[player.name] for _, who, weights in states if who in (player.name, "")]
+            own = [(step / STEPS, weights[player.name]) for step, who, weights in states if who in (player.name, "")]
             gap = _average(own, decay) - states[-1][2][f"{player.name}.{name}"]
             yield below(f"players: average {name!r} of the {player.name}, closed form over its own steps", gap, 1e-9)
     left = [w for player in watched.players for w in player.weights if w.grad is not None or not w.requires_grad]
@@ -95,11 +95,14 @@ def _turns(watched: Watched, stage: Stage) -> Iterator[Check]:
         yield holds(f"players: turns of the {player.name}, one in {every}", right)
 
 
-def _average(own: list[Tensor], decay: float) -> Tensor:
-    """`a <- d a + (1 - d) theta` after each own step n, d = min(decay, (1 + n) / (10 + n))."""
-    average = own[0]
-    for n, weights in enumerate(own[1:], start=1):
-        d = min(decay, (1 + n) / (10 + n))
+def _average(own: list[tuple[float, Tensor]], decay: float | Decay) -> Tensor:
+    """`a <- d a + (1 - d) theta` after each own step n; a number is met as min(decay, (1 + n) / (10 + n)).
+
+    own: (progress of the run, the weights before that step).
+    """
+    average = own[0][1]
+    for n, ((progress, _), (_, weights)) in enumerate(pairwise(own), start=1):
+        d = decay(n, progress) if callable(decay) else min(decay, (1 + n) / (10 + n))
         average = d * average + (1 - d) * weights
     return average
 

@@ -117,7 +117,7 @@ def absorbed(denoiser: Denoiser, w: float) -> Denoiser:
     """The denoiser under guidance w in one evaluation: the condition's shift is multiplied by w."""
 
     def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return denoiser.raw(x, t, {"ctx": cond["ctx"] * w})
+        return denoiser.raw(x, t, {**{k: v for k, v in cond.items() if k != "w"}, "ctx": cond["ctx"] * w})
 
     return Denoiser(net, denoiser.path, denoiser.prediction)
 

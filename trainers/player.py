@@ -4,10 +4,47 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .curricula import Curriculum
+from .objective import Turn
+
+
+class Decay(Protocol):
+    """A decay that changes: of the own step n, from 1, and the progress of the run."""
+
+    def __call__(self, n: int, progress: float) -> float: ...
+
+
+@dataclass(frozen=True)
+class TiedDecay:
+    """Consistency training's target (Song et al. 2023): `exp(s0 ln mu0 / (N - 1))`, N the grid points that hold now."""
+
+    first: float
+    curriculum: Curriculum
+    s0: int = 2
+
+    def __call__(self, n: int, progress: float) -> float:
+        points = self.curriculum(Turn(round(progress * 1_000_000), 1_000_000, torch.Generator()))
+        return math.exp(self.s0 * math.log(self.first) / max(1, points - 1))
+
+
+@dataclass(frozen=True)
+class PowerDecay:
+    """Karras et al. 2023 (EDM2): `(1 - 1/n)^(gamma + 1)`, an average whose width is a share of the run's length."""
+
+    gamma: float = 6.94
+
+    def __call__(self, n: int, progress: float) -> float:
+        return float((1.0 - 1.0 / n) ** (self.gamma + 1.0))
+
+
+def decay_at(rule: "float | Decay", n: int, progress: float) -> float:
+    """The decay at own step n; a plain number d counts as `min(d, (1 + n) / (10 + n))`, so it forgets the start."""
+    return rule(n, progress) if callable(rule) else min(rule, (1 + n) / (10 + n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +63,7 @@ class PlayerSettings:
     every: int = 1
     warmup: int = 0
     cooldown: float = 0.0
-    ema: Mapping[str, float] = field(default_factory=dict)
+    ema: Mapping[str, float | Decay] = field(default_factory=dict)
     slow: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -78,16 +115,15 @@ class Player:
                 group["lr"] = self.rate(progress) * group["factor"]
             self.optimizer.step()
             self.own_steps += 1
-            self._average()
+            self._average(progress)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @torch.no_grad()
-    def _average(self) -> None:
-        """`a <- d a + (1 - d) theta` with d = min(decay, (1 + n) / (10 + n)) at own step n, so it forgets the start."""
-        n = self.own_steps
-        for name, decay in self.settings.ema.items():
-            d = min(decay, (1 + n) / (10 + n))
+    def _average(self, progress: float) -> None:
+        """`a <- d a + (1 - d) theta`, d by `decay_at`."""
+        for name, rule in self.settings.ema.items():
+            d = decay_at(rule, self.own_steps, progress)
             kept, now = dict(self.averages[name].named_parameters()), dict(self.module.named_parameters())
             torch._foreach_lerp_([*kept.values()], [now[key].data for key in kept], 1 - d)
 

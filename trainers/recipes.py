@@ -17,6 +17,8 @@ from .lcm import lcm, lcm_lora
 from .player import PlayerSettings
 from .progressive import ProgressiveHalving
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
+from .recipes_consistency import CONSISTENCY
+from .recipes_trajectory import TRAJECTORY
 from .rollout import BackwardSimulation
 from .student import Student
 from .times import EvenGrids, HalvingPairs, LcmGrids, UniformScale, UniformTimes
@@ -113,6 +115,8 @@ RECIPES: dict[str, RecipeFunction] = {
     "lcm-lora": lcm_lora,
     "dmd2": dmd2,
     "progressive": progressive,
+    **CONSISTENCY,
+    **TRAJECTORY,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,
     "a-sdm": a_sdm,

@@ -3,7 +3,7 @@
 Every function takes `Denoiser`s and works on any path and any trailing shape.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -35,6 +35,20 @@ class NoisedData:
     def draw(self, path: Path, batch: Batch, t: Tensor, turn: Turn) -> Tensor:
         return self.mix(path, batch.x0, t, turn.noise(batch.x0))
 
+    @property
+    def mixing(self) -> "NoisedData":
+        return self
+
+    def at(self, teacher: Denoiser, batch: Batch, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
+        """x_t of the batch and the noise that is given."""
+        return self.mix(teacher.path, batch.x0, t, noise)
+
+    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What x_t is mixed with, each [B]: alpha and sigma, or 0 and the start's scale."""
+        pure = (t >= path.start) & self.pure_at_start
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return torch.where(pure, 0.0, alpha), torch.where(pure, _start_scale(path), sigma)
+
     def mix(self, path: Path, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of samples [B, C, ...] and the noise that is theirs."""
         x_t = noised(path, x0, t, noise)
@@ -46,9 +60,33 @@ class NoisedData:
 
 def pure_noise(path: Path, noise: Tensor) -> Tensor:
     """What a sampler starts from (`fewstep.runtime.samplers.path_start`)."""
+    return noise * _start_scale(path)
+
+
+def _start_scale(path: Path) -> float:
     from fewstep.runtime.samplers import path_start
 
-    return noise * path_start(path)
+    return path_start(path)
+
+
+@dataclass(frozen=True)
+class TeacherWalk:
+    """x_t from the teacher's own walk down from noise, in `parts` even first-order steps, with no data (TLCM, STD).
+
+    start: where the walk begins, as a share of the path; below 1 data noised to there (image to image).
+    """
+
+    parts: int = 4
+    start: float = 1.0
+    mixing: NoisedData = field(default_factory=NoisedData)
+
+    def at(self, teacher: Denoiser, batch: Batch, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
+        path = teacher.path
+        first = torch.full_like(t, path.end + self.start * (path.start - path.end))
+        x = self.mixing.mix(path, batch.x0, torch.maximum(t, first), noise)
+        left = (first - t).clamp(min=0.0)
+        steps = [t + left * (1.0 - k / self.parts) for k in range(self.parts + 1)]
+        return ddim_chain(teacher, x, tuple(steps), cond)
 
 
 def guided(teacher: Denoiser, uncond: Condition, w: Tensor) -> Denoiser:

@@ -1,0 +1,178 @@
+"""How x_s is had from x_t: a teacher's ODE or SDE, the data's own noise, a batch of reference samples.
+
+A step is a callable `(teacher, at, s, turn) -> x_s` without gradient; `at` is what is known at t.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import Condition, Denoiser, expand
+from fewstep.models.paths import Path
+
+from .objective import Turn
+from .transitions import NoisedData, ddim_chain
+
+
+@dataclass(frozen=True)
+class At:
+    """A training state: x [B, C, ...] at t [B]; the sample and the noise that it was mixed of, by `mixing`."""
+
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+    noise: Tensor
+    cond: Condition
+    mixing: NoisedData
+
+
+class Step(Protocol):
+    needs_teacher: bool
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OdeStep:
+    """`parts` steps of the probability-flow ODE, even in native time, of order 1 (DDIM) or 2 (Heun)."""
+
+    order: int = 1
+    parts: int = 1
+    needs_teacher = True
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
+        solve = heun if self.order == 2 else ddim_chain
+        return solve(teacher, at.x, between(at.t, s, self.parts), at.cond)
+
+
+@dataclass(frozen=True)
+class SdeStep:
+    """DDIM with noise (Song et al. 2020, eq. 16; SCott's solver): eta = 0 is the ODE, 1 ancestral sampling."""
+
+    eta: float
+    parts: int = 3
+    needs_teacher = True
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
+        x = at.x
+        for high, low in pairwise(between(at.t, s, self.parts)):
+            x0, eps = teacher.both(x, high, at.cond)
+            spread = self.eta * posterior_std(teacher.path, high, low)
+            rest = (teacher.path.sigma(low) ** 2 - spread**2).clamp(min=0.0).sqrt()
+            x = expand(teacher.path.alpha(low), x) * x0 + expand(rest, x) * eps + expand(spread, x) * turn.noise(x)
+        return x
+
+
+@dataclass(frozen=True)
+class AdjustedStep:
+    """aDDIM (Heek et al. 2024, eq. 8): the noise part is made longer by what the clean estimate lacks.
+
+    `z_s = alpha_s x^ + sqrt(sigma_s^2 + D / |e^|^2 (alpha_s - alpha_t sigma_s / sigma_t)^2 v) e^`, with
+    `v = eta |x^ - x0|^2 / D`. The paper's eta is unverified.
+    """
+
+    eta: float = 0.1
+    needs_teacher = True
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
+        x0, eps = teacher.both(at.x, at.t, at.cond)
+        path, size = teacher.path, at.x[0].numel()
+        missing = self.eta * (x0 - at.x0).flatten(1).square().sum(1).double() / size
+        lever = path.alpha(s) - path.alpha(at.t) * path.sigma(s) / path.sigma(at.t)
+        gain = size / eps.flatten(1).square().sum(1).double().clamp(min=1e-12) * lever**2 * missing
+        return expand(path.alpha(s), x0) * x0 + expand((path.sigma(s) ** 2 + gain).sqrt(), eps) * eps
+
+
+@dataclass(frozen=True)
+class SameNoise:
+    """Consistency training (Song et al. 2023): the same sample with the same noise at s. No teacher."""
+
+    needs_teacher = False
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
+        return at.mixing.mix(teacher.path, at.x0, s, at.noise)
+
+
+@dataclass(frozen=True)
+class ReferenceBatch:
+    """Stable consistency tuning (Wang et al. 2024): the sample is replaced by its mean given x_t over the batch.
+
+    `x0~ = sum_i softmax_i(log N(x_t; alpha_t x^(i), sigma_t^2)) x^(i)` over the rows of the same condition, the own one
+    among them; x_s is the DDIM step of that estimate. A batch of one is consistency training.
+    """
+
+    needs_teacher = False
+
+    def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
+        path = teacher.path
+        alpha, sigma = at.mixing.coefficients(path, at.t)
+        flat, data = at.x.flatten(1).double(), at.x0.flatten(1).double()
+        apart = flat[:, None] / sigma[:, None, None] - (alpha / sigma)[:, None, None] * data[None]
+        logits = (-0.5 * apart.square().sum(2)).masked_fill(~same_condition(at.cond), float("-inf"))
+        mean = (torch.softmax(logits, 1) @ data).reshape(at.x0.shape)
+        eps = (at.x.double() - expand(alpha, mean) * mean) / expand(sigma, mean)
+        out: Tensor = expand(path.alpha(s), mean) * mean + expand(path.sigma(s), eps) * eps
+        return out.to(at.x.dtype)
+
+
+def heun(denoiser: Denoiser, x: Tensor, times: tuple[Tensor, ...], cond: Condition) -> Tensor:
+    """Karras et al. 2022, algorithm 1, in x / alpha over sigma / alpha; the last step to clean data is of first order.
+
+    So is a step from where no signal is left, since the level there is infinite.
+    """
+    path = denoiser.path
+    for t, s in pairwise(times):
+        x0, eps = denoiser.both(x, t, cond)
+        first = denoiser.mix(x0, eps, s)
+        second = ((path.sigma(s) > 0) & (path.alpha(t) > 1e-4)).to(x.dtype)
+        asked = torch.where(path.sigma(s) > 0, s, t)  # no network answers at clean data; that row is not used
+        eps_s = denoiser.eps(first, asked, cond)
+        reach = path.alpha(s) * (path.level(s) - path.level(t).nan_to_num(posinf=0.0))
+        change = expand(0.5 * reach * second.double(), x) * (eps_s - eps)
+        x = first + change
+    return x
+
+
+def between(t: Tensor, s: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """t, then even steps down to s; s may be clean data only with one part, or is reached from the path's last time."""
+    far = torch.isinf(s)
+    low = torch.where(far, torch.zeros_like(s), s)
+    inner = [t + (low - t) * (k / parts) for k in range(parts)]
+    return (*inner, s)
+
+
+def posterior_std(path: Path, t: Tensor, s: Tensor) -> Tensor:
+    """[B]: deviation of x_s given x_t and x0, `sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)`."""
+    ratio = path.alpha(t) * path.sigma(s) / (path.alpha(s) * path.sigma(t))
+    return path.sigma(s) * (1.0 - ratio**2).clamp(min=0.0).sqrt()
+
+
+def same_condition(cond: Condition) -> Tensor:
+    """[B, B]: whether two rows have equal conditions, guidance scales aside."""
+    rows = [value.flatten(1) for name, value in cond.items() if name != "w"]
+    count = len(next(iter(cond.values())))
+    same = torch.ones(count, count, dtype=torch.bool)
+    for row in rows:
+        same &= (row[:, None] == row[None]).all(2)
+    return same
+
+
+def exchanged(x0: Tensor, noise: Tensor, cond: Condition, turn: Turn, rounds: int = 32) -> Tensor:
+    """Noise in another order, nearer to its samples: a step towards minibatch optimal transport (sLCT, VCT).
+
+    Rows of equal condition are paired off at random, and exchange their noise where that shortens the two distances; so
+    each condition keeps the very noise it drew. Exact transport would be the limit of many rounds.
+    """
+    order = torch.arange(len(x0))
+    flat, far = x0.flatten(1).double(), noise.flatten(1).double()
+    same = same_condition(cond)
+    for _ in range(rounds):
+        pairs = torch.randperm(len(x0), generator=turn.rng)[: len(x0) // 2 * 2].reshape(2, -1)
+        a, b = pairs[0], pairs[1]
+        gain = ((flat[a] - flat[b]) * (far[order[b]] - far[order[a]])).sum(1)
+        swap = (gain > 0) & same[a, b]
+        order[a], order[b] = torch.where(swap, order[b], order[a]), torch.where(swap, order[a], order[b])
+    return noise[order]
