@@ -4,8 +4,7 @@ A request is preparations (texts and pictures to encode), then rows (one per ste
 picture. Each of these names the served model that does it, so a request may visit several.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .engine import DECODER, DENOISER
@@ -66,10 +65,16 @@ class Job:
     deadline_s: float | None = None
     then_s: float | None = None
 
-    @cached_property
-    def models(self) -> frozenset[str]:
-        """Every model that it visits."""
-        return frozenset([self.model, *(row.model for row in self.rows), *(part.model for part in self.before)])
+    models: frozenset[str] = field(init=False, repr=False, compare=False)
+    """Every model that it visits."""
+
+    def __post_init__(self) -> None:
+        names = {self.model}
+        for row in self.rows:
+            names.add(row.model)
+        for part in self.before:
+            names.add(part.model)
+        object.__setattr__(self, "models", frozenset(names))
 
 
 @dataclass(frozen=True)

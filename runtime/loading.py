@@ -125,9 +125,8 @@ class Loading:
     def use(self, names: frozenset[str]) -> None:
         """A request needs these models: those that are out of memory come back. The lock is held by the caller."""
         now = time.monotonic()
-        for name in names:
-            self.residence.use(name, now)
-        if not all(self.residence.inside(name) for name in names) and self._returner is None:
+        here = [self.residence.use(name, now) for name in names]
+        if not all(here) and self._returner is None:
             self._returner = threading.Thread(target=self._bring_back_in_turn, name="fewstep-load", daemon=True)
             self._returner.start()
 

@@ -95,8 +95,11 @@ class Residence:
     def forget(self, name: str) -> None:
         self._tenants.pop(name, None)
 
-    def use(self, name: str, now_s: float) -> None:
-        self._tenants[name].used_s = now_s
+    def use(self, name: str, now_s: float) -> bool:
+        """Say that a model is asked for; whether it is in memory."""
+        tenant = self._tenants[name]
+        tenant.used_s = now_s
+        return tenant.inside_s is not None
 
     def inside(self, name: str) -> bool:
         return self._tenants[name].inside_s is not None

@@ -200,7 +200,8 @@ class Serving:
         seconds = time.monotonic() - begun
         for visit in inside.values():
             visit.live.spent_s[work.kind] += seconds
-        previews = self._previews(work, visits, errors) if work.kind == DENOISE else {}
+        wanted = work.kind == DENOISE and any(visit.shown for visit in visits)
+        previews = self._previews(work, visits, errors) if wanted else {}
         stepped, paused = [], []
         with self.changed:
             self.running = None

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from fewstep.runtime.errors import EngineFailed
 from fewstep.runtime.storm import MOST_BYTES, MOST_OBJECTS, Storm, StormyEngine, command, storm
 
 
@@ -37,17 +39,33 @@ def test_a_storm_without_faults_breaks_nothing():
 
 
 def test_engines_break_as_often_as_they_are_told():
-    engine = StormyEngine(0, 0.0)
-    assert engine.capabilities.roles and engine.name == "stormy"
+    feeds = {"latent": torch.zeros(2, 4, 8, 8)}
+    failed = spoiled = 0
+    engine = StormyEngine(0, 0.5)
+    for _ in range(100):
+        try:
+            (out,) = engine.run("decoder", feeds)
+        except EngineFailed:
+            failed += 1
+        else:
+            spoiled += not bool(torch.isfinite(out).all())
+    assert 8 <= failed <= 26 and 8 <= spoiled <= 26, "a sixth of the calls each"
 
 
-def test_the_command_writes_its_counts_and_says_what_was_broken(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_its_counts_and_says_what_was_broken(found, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def blow(requests, **settings):
+        asked.append((requests, settings))
+        return found
+
+    monkeypatch.setattr("fewstep.runtime.storm.storm", blow)
     file = tmp_path / "storm.json"
-    assert command(["--requests", "40", "--json", str(file)]) == 0
+    assert command(["--requests", "40", "--seed", "3", "--json", str(file)]) == 0
+    assert asked == [(40, {"seed": 3, "faults": 0.02, "cancels": 0.5})]
     counts = json.loads(file.read_text())
-    assert counts["ok"] and counts["requests"] == 40 and "every promise was kept" in capsys.readouterr().err
-    broken = replace(storm(4), lost=1)
-    monkeypatch.setattr("fewstep.runtime.storm.storm", lambda *_, **__: broken)
+    assert counts["ok"] and counts["ends"] == found.ends and "every promise was kept" in capsys.readouterr().err
+    monkeypatch.setattr("fewstep.runtime.storm.storm", lambda *_, **__: replace(found, lost=1))
     assert command([]) == 1
     assert "a promise was broken" in capsys.readouterr().err
     with pytest.raises(SystemExit):
