@@ -71,6 +71,18 @@ def call_settings(bundle: "Bundle", pipeline: Any, steps: int, *, guidance: floa
     return settings | {name: value for name, value in wanted.items() if name in known and value != ()}
 
 
+def open_named(name: str) -> tuple[Any, dict[int, dict[str, Any]]]:
+    """The pipeline of a bundle folder or short name, and by step count the arguments of its call.
+
+    Errors: `BundleError`; those of `open_pipeline`.
+    """
+    from fewstep.models.bundle import load_bundle
+
+    bundle = load_bundle(name)
+    pipeline = open_pipeline(bundle)
+    return pipeline, {steps: call_settings(bundle, pipeline, steps) for steps in bundle.spec.steps}
+
+
 def can_sample(pipeline: Any, steps: int) -> bool:
     """Whether diffusers 0.42 samples that many steps: at one, PixArt-alpha's pipeline asks its scheduler for a clean
     estimate, which DPM-Solver does not give."""

@@ -31,6 +31,7 @@ class FirstCome:
         self._max_queue = max_queue
         self._waiting: dict[str, Job] = {}  # in arrival order
         self._batch: dict[str, Job] = {}
+        self._alone_s: dict[str, float] = {}  # what each of both costs where nothing is shared
         self._inside = Scheduler(lanes, costs, max_queue=max_queue)
 
     @property
@@ -46,11 +47,11 @@ class FirstCome:
 
     def submit(self, job: Job, now_s: float) -> Accepted | Rejected:
         """Admit a request wherever there is room, whether or not it can be in time."""
-        ahead = sum(self._pricing.job(other).total_s for other in self._jobs())
-        predicted = ahead + self._pricing.job(job).total_s
+        ahead, own = sum(self._alone_s.values()), self._pricing.job(job).total_s
+        predicted = ahead + own
         if self.live >= self._max_queue:
             return Rejected("queue", ahead / 2, predicted)
-        self._waiting[job.id] = job
+        self._waiting[job.id], self._alone_s[job.id] = job, own
         return Accepted(now_s + predicted)
 
     def next(self, now_s: float | None = None) -> Work | None:
@@ -133,11 +134,13 @@ class FirstCome:
 
     def _ended(self, ended: Ended, now_s: float) -> Ended:
         """The end of a request of the batch; the scheduler inside knew nothing of its deadline."""
+        del self._alone_s[ended.id]
         deadline_s = self._batch.pop(ended.id).deadline_s
         late = deadline_s is not None and deadline_s <= now_s and ended.reason == "finished"
         return Ended(ended.id, "expired") if late else ended
 
     def _end(self, request_id: str, reason: str) -> Ended:
+        del self._alone_s[request_id]
         if self._waiting.pop(request_id, None) is None:
             del self._batch[request_id]
             self._inside.cancel(request_id)

@@ -15,6 +15,7 @@ NEARLY = 0.9
 MISSES = 0.005
 """Share of promised deadlines that may be broken."""
 CAUTION_STEP, MOST_CAUTION = 0.1, 4.0
+PASSING_STEP, LEAST_PASSING = 0.02, 0.1
 MEMORY_S = 2.0
 """Call seconds over which the speed is averaged."""
 
@@ -25,6 +26,8 @@ class Forecast:
     def __init__(self) -> None:
         self.speed = 1.0
         self.caution = 1.0
+        self.passing = 1.0
+        """How much of its cost a request that passes another delays it by; less than all where they share calls."""
         self._latest: deque[tuple[float, float, float]] = deque()  # (arrival, slack, cost), oldest first
         self._by_slack: list[tuple[float, float, float]] = []  # (slack, arrival, cost)
 
@@ -39,6 +42,13 @@ class Forecast:
         rises at each that is broken and sinks a little at each kept, so that a share `MISSES` of them is broken."""
         step = -MISSES if promise else 1.0 - MISSES
         self.caution = min(MOST_CAUTION, max(1.0, self.caution + CAUTION_STEP * step))
+
+    def ended(self, slack_s: float, late_s: float) -> None:
+        """A request with this slack ended so much later than was predicted; below 0, earlier. `passing` follows, so
+        that of those which can be passed as many end late as early."""
+        if self._passers(slack_s):
+            share = self.passing * (1.0 + (PASSING_STEP if late_s > 0.0 else -PASSING_STEP))
+            self.passing = min(1.0, max(LEAST_PASSING, share))
 
     def arrived(self, now_s: float, slack_s: float, cost_s: float) -> None:
         """A request came that costs `cost_s` and is due `slack_s` after its arrival."""
@@ -55,13 +65,17 @@ class Forecast:
         `slack_s - s` seconds, while this one is still here.
         """
         base = max(own_s, (ahead_s + own_s) / self.speed)
-        passing = bisect.bisect_left(self._by_slack, (NEARLY * slack_s,))
-        if not passing or len(self._latest) < FEWEST:
+        passers = self._passers(slack_s)
+        if not passers or now_s <= self._latest[0][0]:
             return base
         seen_s = now_s - self._latest[0][0]
-        if seen_s <= 0.0:
-            return base
-        return _with_passers(base, slack_s, self._by_slack[:passing], 1.0 / (seen_s * self.speed))
+        return _with_passers(base, slack_s, passers, self.passing / (seen_s * self.speed))
+
+    def _passers(self, slack_s: float) -> list[tuple[float, float, float]]:
+        """The latest arrivals that would pass a request with this slack, by rising slack."""
+        if len(self._latest) < FEWEST:
+            return []
+        return self._by_slack[: bisect.bisect_left(self._by_slack, (NEARLY * slack_s,))]
 
 
 def _with_passers(base_s: float, slack_s: float, passers: list[tuple[float, float, float]], per_s: float) -> float:

@@ -22,9 +22,8 @@ from .jobs import DECODE, DENOISE, KINDS, Accepted, Ended, Item, Job, Lane, Paus
 from .pricing import Price, Pricing
 
 STRETCH, DEADLINE_STRETCH = 20.0, 10.0
-"""A request's waiting time is in proportion when it takes this many times its own cost; a deadline says that it is in
-more of a hurry. With 10 for those without, long ones that wait in a burst come due ahead of short ones
-(`tests/test_load_claims.py`)."""
+"""A request's waiting time is in proportion when it takes this many times its own cost. With 10 for those without a
+deadline, long ones that wait in a burst come due ahead of short ones (`tests/test_load_claims.py`)."""
 
 Change = Stepped | Paused | Ended
 Key = tuple[str, str, str]
@@ -55,7 +54,7 @@ class _Unit:
 @dataclass(slots=True)
 class _Live:
     """`left_s`: what all that is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued:
-    (rank, number) of what waits -> its queue."""
+    (rank, number) of what waits -> its queue. foreseen: its slack, and when it was predicted to end."""
 
     job: Job
     price: Price
@@ -67,6 +66,7 @@ class _Live:
     models: frozenset[str]
     units: dict[int, _Unit] = field(default_factory=dict)
     queued: dict[tuple[int, int], Key] = field(default_factory=dict)
+    foreseen: tuple[float, float] = (0.0, 0.0)
 
 
 class Scheduler:
@@ -143,8 +143,7 @@ class Scheduler:
         running_s, counted_s = self._running_s(due, now_s)
         predicted = running_s + self.forecast.ends_in(now_s, due - now_s, ahead - counted_s, own)
         if len(self._live) >= self._max_queue:
-            # half the queue's time: every refused caller comes back
-            return Rejected("queue", sum(self._left) / 2 / self.forecast.speed, predicted)
+            return Rejected("queue", sum(self._left) / 2 / self.forecast.speed, predicted)  # every caller comes back
         if job.deadline_s is not None and self._pricing.measured(job):
             if now_s + own > job.deadline_s:
                 return Rejected("hopeless", 0.0, own)
@@ -152,6 +151,7 @@ class Scheduler:
                 return Rejected("deadline", max(ahead, own) / self.forecast.speed, predicted)
         self.forecast.arrived(now_s, due - now_s, own)
         self._enter(job, price, due, place)
+        self._live[job.id].foreseen = due - now_s, now_s + predicted
         return Accepted(now_s + predicted)
 
     def cancel(self, request_id: str) -> Ended | None:
@@ -370,8 +370,9 @@ class Scheduler:
         return Ended(request_id, reason, error)
 
     def _finish(self, live: _Live, now_s: float) -> Ended:
-        deadline = live.job.deadline_s
+        deadline, (slack_s, finish_s) = live.job.deadline_s, live.foreseen
         late = deadline is not None and deadline <= now_s
+        self.forecast.ended(slack_s, now_s - finish_s)
         if deadline is not None:
             self.forecast.kept(not late)
         return self._end(live.job.id, "expired" if late else "finished")

@@ -51,7 +51,9 @@ def simulate(policy: Policy, arrivals: Sequence[tuple[float, Job]], call_s: Call
     upcoming = next(coming, None)
     while upcoming is not None or admitted:
         work = policy.next(now_s)
-        until_s = now_s + call_s(work) if work is not None else upcoming[0] if upcoming is not None else now_s
+        if work is None and upcoming is None:
+            raise ValueError(f"requests {sorted(admitted)[:3]} wait, and the policy has nothing to do")
+        until_s = now_s + call_s(work) if work is not None else max(now_s, upcoming[0] if upcoming else now_s)
         while upcoming is not None and upcoming[0] <= until_s:
             at_s, job = upcoming
             decision = policy.submit(job, at_s)
@@ -60,8 +62,6 @@ def simulate(policy: Policy, arrivals: Sequence[tuple[float, Job]], call_s: Call
             else:
                 passages[job.id] = Passage(job, at_s, at_s, "rejected", None)
             upcoming = next(coming, None)
-        if work is None and until_s == now_s and upcoming is None and admitted:
-            raise ValueError(f"requests {sorted(admitted)[:3]} wait, and the policy has nothing to do")
         now_s = until_s
         if work is not None:
             end(policy.complete(work, [None] * len(work.items), now_s), now_s)

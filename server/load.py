@@ -1,135 +1,31 @@
-"""`fewstep bench load`: open-loop traffic against a running server on this machine.
+"""`fewstep bench load`: bundles side by side with other ways to serve them, or traffic to a server that runs.
 
-Arrivals are a Poisson process fixed before the first request is sent, and latency counts from the planned arrival, so a
-slow server cannot slow its own test down. Every request asks for one picture and draws its step count from `--steps`.
+With bundles it starts the servers itself (`load_compare`), each request drawn from stated workloads (`load_plan`).
+Without, it sends a Poisson process to a server on this machine that speaks OpenAI's API.
 """
 
 import argparse
 import asyncio
 import ipaddress
 import json
-import random
+import shlex
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from fewstep.runtime.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    import httpx
+from .load_plan import MAX_REQUESTS, Kind, plan_arrivals
+from .load_report import charts, markdown, summarise
+from .load_traffic import Target, send_traffic
 
-MAX_RATE_PER_S, MAX_SECONDS, MAX_REQUESTS = 1000.0, 600.0, 20_000
-PROMPTS = (
-    "a large red circle",
-    "two green triangles",
-    "a blue square above a yellow star",
-    "a purple ring on a pink background",
-)
-_EXAMPLE = "example:\n  fewstep bench load --rate 2,5 --seconds 20 --steps 1,2,4 --json load.json"
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One planned request: when it comes, in seconds from the start, and its step count."""
-
-    at_s: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one request. kind: "ok", "rejected" (429 or 503) or "failed"; latency from its planned arrival."""
-
-    steps: int
-    kind: str
-    latency_s: float
-
-
-def plan_arrivals(rate_per_s: float, seconds: float, steps: Sequence[int], seed: int) -> list[Arrival]:
-    """A Poisson process of `rate_per_s` over `seconds`, step counts drawn evenly. The same seed gives the same plan."""
-    draw = random.Random(seed)
-    arrivals: list[Arrival] = []
-    at_s = draw.expovariate(rate_per_s)
-    while at_s < seconds and len(arrivals) < MAX_REQUESTS:
-        arrivals.append(Arrival(at_s, draw.choice(steps)))
-        at_s += draw.expovariate(rate_per_s)
-    return arrivals
-
-
-def summarise(
-    outcomes: Sequence[Outcome], *, server: str, rate_per_s: float, seconds: float, deadline_s: float
-) -> list[dict[str, Any]]:
-    """One row per step count, and one for all together where there are several.
-
-    goodput counts pictures within the deadline per second of traffic; percentiles are over the pictures that came.
-    """
-    counts: list[tuple[Any, list[Outcome]]] = [
-        (steps, [o for o in outcomes if o.steps == steps]) for steps in sorted({o.steps for o in outcomes})
-    ]
-    if len(counts) != 1:
-        counts.append(("all", list(outcomes)))
-    return [_row(steps, some, server, rate_per_s, seconds, deadline_s) for steps, some in counts]
-
-
-def _row(
-    steps: Any, some: Sequence[Outcome], server: str, rate_per_s: float, seconds: float, deadline_s: float
-) -> dict[str, Any]:
-    times = sorted(o.latency_s for o in some if o.kind == "ok")
-    good = sum(t <= deadline_s for t in times)
-    return {
-        "server": server,
-        "rate_per_s": rate_per_s,
-        "steps": steps,
-        "sent": len(some),
-        "ok": len(times),
-        "rejected": sum(o.kind == "rejected" for o in some),
-        "failed": sum(o.kind == "failed" for o in some),
-        **{f"p{p}_ms": _percentile_ms(times, p) for p in (50, 95, 99)},
-        "goodput_per_s": good / seconds,
-        "deadline_missed": len(times) - good,
-    }
-
-
-def _percentile_ms(times: Sequence[float], p: int) -> float | None:
-    """Nearest rank; None without any time."""
-    return 1e3 * times[max(0, -(-p * len(times) // 100) - 1)] if times else None
-
-
-async def send_traffic(
-    url: str, arrivals: Sequence[Arrival], *, model: str | None, timeout_s: float, key: str | None
-) -> list[Outcome]:
-    """Send each request at its time, whatever became of the ones before, and wait for all of them."""
-    import httpx
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(
-        base_url=url, headers=headers, timeout=timeout_s, limits=limits, trust_env=False, follow_redirects=False
-    ) as client:
-        began_s = time.perf_counter()
-        tasks = []
-        for number, arrival in enumerate(arrivals):
-            await asyncio.sleep(max(0.0, began_s + arrival.at_s - time.perf_counter()))
-            body = {"prompt": PROMPTS[number % len(PROMPTS)], "num_inference_steps": arrival.steps, "seed": number}
-            if model is not None:
-                body["model"] = model
-            tasks.append(asyncio.create_task(_send(client, body, arrival, began_s)))
-        return list(await asyncio.gather(*tasks))
-
-
-async def _send(client: "httpx.AsyncClient", body: dict[str, Any], arrival: Arrival, began_s: float) -> Outcome:
-    import httpx
-
-    try:
-        reply = await client.post("/v1/images/generations", json=body)
-        kind = "ok" if reply.status_code == 200 else "rejected" if reply.status_code in (429, 503) else "failed"
-    except httpx.HTTPError:
-        kind = "failed"
-    return Outcome(arrival.steps, kind, time.perf_counter() - began_s - arrival.at_s)
+MAX_RATE_PER_S, MAX_SECONDS = 1000.0, 600.0
+MARKS = ("<!-- load: written by fewstep bench load -->\n", "<!-- load: end -->\n")
+_EXAMPLE = """examples:
+  fewstep bench load scenes-lcm scenes-teacher --json load.json --page docs/serving.md
+  fewstep bench load --url http://127.0.0.1:8000 --rate 2,5 --seconds 20 --steps 1,2,4"""
 
 
 def check_loopback(url: str) -> str:
@@ -149,44 +45,101 @@ def check_loopback(url: str) -> str:
 
 
 def command(argv: list[str]) -> int:
-    """Exit codes: 0 every request was answered with a picture or a refusal, 1 some failed, 2 wrong use."""
+    """Exit codes: 0 done, 1 requests to the server at --url failed, 2 wrong use."""
     parser = argparse.ArgumentParser(
         prog="fewstep bench load",
-        description="Open-loop Poisson traffic against a running server: percentiles and goodput.",
+        description="With bundles (a student, and its teacher): this server, first-come-first-served batching and "
+        "plain diffusers, side by side. Without: open-loop Poisson traffic to the server at --url.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a server on this machine (%(default)s)")
-    parser.add_argument("--rate", default="2", help="requests per second; several, with commas, run one after another")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help=f"length of each run (%(default)s, at most {MAX_SECONDS:g})"
-    )
-    parser.add_argument("--steps", default="4", help="step counts to draw from, with commas (%(default)s)")
-    parser.add_argument("--model", help="model name (the server's default)")
-    parser.add_argument(
-        "--deadline", type=float, default=2.0, help="seconds within which a picture counts as good (%(default)s)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds after which a request has failed (%(default)s)"
-    )
+    parser.add_argument("bundles", nargs="*", metavar="DIR", help="a student bundle, and a teacher for the 25-step mix")
+    parser.add_argument("--seconds", type=float, help="length of each run (10, or 8 side by side)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrival times (%(default)s)")
-    parser.add_argument("--api-key", help="sent as Bearer")
-    parser.add_argument("--server", default="fewstep", help="name written in the rows (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file")
+    beside = parser.add_argument_group("side by side")
+    beside.add_argument("--engine", default="auto", metavar="KIND", help="of every server but diffusers (%(default)s)")
+    beside.add_argument("--threads", type=int, default=1, help="CPU threads of each server's engine (%(default)s)")
+    beside.add_argument("--page", type=Path, metavar="F.md", help="write claims, tables and charts into this page")
+    beside.add_argument("--simulate", type=Path, metavar="F.json", help="on a simulated clock, with that file's costs")
+    running = parser.add_argument_group("a server that runs")
+    running.add_argument("--url", default="http://127.0.0.1:8000", help="a server on this machine (%(default)s)")
+    running.add_argument("--rate", default="2", help="requests per second; several, with commas, run in turn")
+    running.add_argument("--steps", default="4", help="step counts to draw from, with commas (%(default)s)")
+    running.add_argument("--model", help="model name (the server's default)")
+    running.add_argument("--deadline", type=float, default=2.0, help="seconds in which a picture counts (%(default)s)")
+    running.add_argument("--timeout", type=float, default=60.0, help="seconds until a request failed (%(default)s)")
+    running.add_argument("--api-key", help="sent as Bearer")
+    running.add_argument("--server", default="fewstep", help="name written in the rows (%(default)s)")
     args = parser.parse_args(argv)
-    url = check_loopback(args.url)
-    rates, counts = _numbers("rate", args.rate, float, MAX_RATE_PER_S), _numbers("steps", args.steps, int, 1000)
-    if not 0 < args.seconds <= MAX_SECONDS or max(rates) * args.seconds > MAX_REQUESTS:
-        message = (
-            f"--seconds is {args.seconds:g}; use at most {MAX_SECONDS:g}, and at most {MAX_REQUESTS} requests in all"
+    if args.bundles or args.simulate:
+        return _side_by_side(args, argv)
+    return _one_server(args)
+
+
+def _side_by_side(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    if len(args.bundles) > 2:
+        raise InvalidRequest(
+            "bundles", f"{len(args.bundles)} bundles are given; give a student, and perhaps its teacher"
         )
+    seconds = 8.0 if args.seconds is None else args.seconds
+    if not 1 <= seconds <= MAX_SECONDS:
+        raise InvalidRequest("seconds", f"--seconds is {seconds:g}; use 1 to {MAX_SECONDS:g}")
+    if args.simulate is not None:
+        from .load_simulated import simulated
+
+        report = simulated(json.loads(args.simulate.read_text()), seed=args.seed)
+    else:
+        from .load_compare import Plan, compare
+
+        report = compare(Plan(tuple(args.bundles), args.engine, args.threads, seconds, args.seed))
+    report = {"command": shlex.join(["fewstep", "bench", "load", *argv]), **report}
+    print(markdown(report))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.page:
+        write_page(args.page, report)
+    return 0
+
+
+def write_page(page: Path, report: Mapping[str, Any]) -> None:
+    """Put a report between the page's marks, and its charts into the folder of the page's name.
+
+    Errors: `InvalidRequest` where the page has no marks.
+    """
+    text = page.read_text() if page.exists() else "".join(MARKS)
+    head, begun, rest = text.partition(MARKS[0])
+    _, ended, tail = rest.partition(MARKS[1])
+    if not begun or not ended:
+        raise InvalidRequest("page", f"{page} has no place for the report; put {MARKS[0]!r} and {MARKS[1]!r} into it")
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    images = []
+    for name, svg in charts(report["rows"]).items():
+        (folder / f"{name}.svg").write_text(svg)
+        images.append(f"![{name}]({folder.name}/{name}.svg)")
+    machine = report["machine"]
+    facts = "; ".join(f"{key} {value}" for key, value in machine.items() if not isinstance(value, Mapping))
+    engines = ", ".join(f"{name} on {engine}" for name, engine in report["engines"].items())
+    origin = f"Made by `{report['command']}`: {engines}, {report['threads']} thread(s). {facts}."
+    body = "\n\n".join([origin, markdown(report).strip(), *images])
+    page.write_text(head + MARKS[0] + "\n" + body + "\n\n" + MARKS[1] + tail)
+
+
+def _one_server(args: argparse.Namespace) -> int:
+    url, seconds = check_loopback(args.url), 10.0 if args.seconds is None else args.seconds
+    rates, counts = _numbers("rate", args.rate, float, MAX_RATE_PER_S), _numbers("steps", args.steps, int, 1000)
+    if not 0 < seconds <= MAX_SECONDS or max(rates) * seconds > MAX_REQUESTS:
+        message = f"--seconds is {seconds:g}; use at most {MAX_SECONDS:g}, and at most {MAX_REQUESTS} requests in all"
         raise InvalidRequest("seconds", message)
+    target = Target(url, (args.model,), key=args.api_key, timeout_s=args.timeout)
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        arrivals = plan_arrivals(rate, args.seconds, counts, args.seed)
+        arrivals = plan_arrivals(rate, seconds, [(Kind(steps), 1.0) for steps in counts], args.seed)
         print(f"{len(arrivals)} requests at {rate:g} per second ...", file=sys.stderr, flush=True)
-        outcomes = asyncio.run(send_traffic(url, arrivals, model=args.model, timeout_s=args.timeout, key=args.api_key))
-        rows += summarise(outcomes, server=args.server, rate_per_s=rate, seconds=args.seconds, deadline_s=args.deadline)
+        outcomes = asyncio.run(send_traffic(target, arrivals))
+        rows += summarise(outcomes, server=args.server, rate_per_s=rate, seconds=seconds, deadline_s=args.deadline)
     print(_table(rows))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -111,3 +111,21 @@ def test_few_arrivals_say_nothing_of_those_to_come_and_old_ones_are_forgotten():
     for k in range(2 * ARRIVALS):
         forecast.arrived(2.0 + 0.1 * k, 5.0, 0.09)
     assert forecast.ends_in(2.0 + 0.1 * 2 * ARRIVALS, 2.0, 0.4, 0.1) == 0.5
+
+
+def test_what_passes_is_counted_as_much_as_it_turned_out_to_delay():
+    """Those that are passed end early: less is counted of what passes; late: more, and never more than all of it."""
+    forecast = Forecast()
+    for k in range(ARRIVALS):
+        forecast.arrived(0.1 * k, 0.3, 0.03)
+    now = 0.1 * ARRIVALS
+    for _ in range(20):
+        forecast.ended(0.2, -1.0)
+    assert forecast.passing == 1.0, "nothing passes those that are due sooner"
+    for _ in range(20):
+        forecast.ended(2.0, -0.1)
+    assert forecast.passing == pytest.approx(0.98**20)
+    assert forecast.ends_in(now, 2.0, 0.4, 0.1) == pytest.approx(0.5 / (1.0 - 0.3 * 0.98**20))
+    for _ in range(60):
+        forecast.ended(2.0, 0.1)
+    assert forecast.passing == 1.0

@@ -35,7 +35,7 @@ def test_several_pictures_and_json(tiny_teacher, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["files"] == [str(tmp_path / "p-1.jpg"), str(tmp_path / "p-2.jpg")]
     assert (report["seeds"], report["engine"], report["nfe"], report["notes"]) == ([5, 6], "torch", 2, [])
-    assert set(report["timings"]) == {"queue_s", "text_s", "denoise_s", "decode_s", "total_s", "encode_s"}
+    assert set(report["timings"]) == {"queue_s", "text_s", "denoise_s", "decode_s", "total_s", "predicted_s", "encode_s"}
     edge = np.repeat((np.eye(32, dtype=np.uint8) * 255)[:, :, None], 3, axis=2)
     request = GenerateRequest(
         prompt="a cat", negative_prompt="dog", steps=1, seed=5, control=Control(edge=edge, scale=0.5)

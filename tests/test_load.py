@@ -1,5 +1,7 @@
 """The load command: a plan that is Poisson, rows that add up, and traffic that stays on this machine."""
 
+import asyncio
+import itertools
 import json
 import math
 import statistics
@@ -7,23 +9,28 @@ import statistics
 import pytest
 from live import fake_server
 
-from fewstep.runtime.errors import InvalidRequest
+from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
 from fewstep.runtime.request import Limits
-from fewstep.server.load import Outcome, check_loopback, command, plan_arrivals, summarise
+from fewstep.server.load import MARKS, check_loopback, command, write_page
+from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, in_shares, plan_arrivals, prompt
+from fewstep.server.load_report import overhead_ms, summarise
+from fewstep.server.load_servers import started
+from fewstep.server.load_traffic import Outcome, Target, send_in_turn, send_traffic
 
 ROW = {"server", "rate_per_s", "steps", "sent", "ok", "rejected", "failed", "p50_ms", "p95_ms", "p99_ms"}
-ROW |= {"goodput_per_s", "deadline_missed"}
+ROW |= {"goodput_per_s", "deadline_missed", "mean_ms"}
+EVEN = [(Kind(steps), 1.0) for steps in (1, 2, 4)]
 
 
 def test_arrivals_are_a_poisson_process():
-    arrivals = plan_arrivals(50.0, 100.0, [1, 2, 4], seed=0)
+    arrivals = plan_arrivals(50.0, 100.0, EVEN, seed=0)
     times = [arrival.at_s for arrival in arrivals]
     gaps = [b - a for a, b in zip([0.0, *times], times, strict=False)]
     assert times == sorted(times) and times[-1] < 100.0
     assert abs(len(arrivals) - 5000) < 5 * math.sqrt(5000)
     assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.1)  # exponential gaps
-    assert {arrival.steps for arrival in arrivals} == {1, 2, 4}
-    assert arrivals == plan_arrivals(50.0, 100.0, [1, 2, 4], seed=0) != plan_arrivals(50.0, 100.0, [1, 2, 4], seed=1)
+    assert {arrival.kind.steps for arrival in arrivals} == {1, 2, 4}
+    assert arrivals == plan_arrivals(50.0, 100.0, EVEN, seed=0) != plan_arrivals(50.0, 100.0, EVEN, seed=1)
 
 
 def test_rows_add_up():
@@ -108,3 +115,104 @@ def test_refusals_are_counted_apart_from_failures(tmp_path):
         assert command(["--url", live.url, "--rate", "5", "--seconds", "1", "--steps", "3", "--json", str(file)]) == 1
         (row,) = json.loads(file.read_text())["rows"]
         assert row["failed"] == row["sent"] > 0 and row["p50_ms"] is None
+
+
+def test_shares_are_kept_and_spread():
+    kinds = in_shares(MIXED.mix, 9)
+    assert [kinds.count(kind) for kind in MIXED.kinds] == [3, 3, 3]
+    teachers = next(w for w in WORKLOADS if w.name == "teachers")
+    steps = [kind.steps for kind in in_shares(teachers.mix, 40)]
+    assert [steps.count(k) for k in (1, 2, 4, 25)] == [12, 12, 12, 4]
+    assert max(b - a for a, b in itertools.pairwise([k for k, s in enumerate(steps) if s == 25])) <= 12
+
+
+def test_no_prompt_comes_twice_in_a_run():
+    assert len({prompt(number) for number in range(153_760)}) == 153_760
+
+
+def test_a_server_is_told_what_is_left_of_the_deadline_and_late_answers_are_counted():
+    with fake_server(delay_s=0.03) as live:
+        target = Target(live.url, ("fake",), native=True)
+        arrivals = plan_arrivals(60.0, 0.7, EVEN, seed=3)
+        outcomes = asyncio.run(send_traffic(target, arrivals, deadline_s=0.4, patience_s=1.0))
+        seen = live.runtime.metrics()
+    kinds = {kind: sum(o.kind == kind for o in outcomes) for kind in ("ok", "rejected", "late", "failed")}
+    assert kinds["failed"] == 0 and kinds["ok"] > 0 and kinds["rejected"] + kinds["late"] > 0
+    assert len(outcomes) == len(arrivals) and seen.finished - 1 == kinds["ok"]
+    told = [o.timings for o in outcomes if o.kind == "ok"]
+    assert all(timings["predicted_s"] > 0 for timings in told)
+    (row,) = [
+        r for r in summarise(outcomes, server="s", rate_per_s=60, seconds=0.7, deadline_s=0.4) if r["steps"] == "all"
+    ]
+    assert row["deadline_missed"] == kinds["late"] + sum(o.latency_s > 0.4 for o in outcomes if o.kind == "ok")
+    assert row["prediction_error"] >= 0 and row["encode_ms"] > 0
+
+
+def test_those_still_out_when_patience_ends_are_late():
+    with fake_server(delay_s=0.5) as live:
+        target = Target(live.url, (None,))
+        outcomes = asyncio.run(send_traffic(target, plan_arrivals(20.0, 0.3, EVEN, seed=0), patience_s=0.1))
+    assert outcomes and {o.kind for o in outcomes} == {"late"}
+
+
+def test_overhead_is_what_no_stage_took():
+    timings = {"text_s": 0.001, "denoise_s": 0.004, "decode_s": 0.002, "encode_s": 0.001}
+    outcomes = [Outcome(1, "ok", 0.010, timings), Outcome(1, "ok", 0.011, timings), Outcome(1, "ok", 0.5, timings)]
+    assert overhead_ms([*outcomes, Outcome(1, "failed", 9.0)]) == pytest.approx(3.0)
+
+
+REPORT = {
+    "command": "fewstep bench load a", "machine": {"cpu": "a CPU"}, "engines": {"a": "onnx"}, "threads": 1,
+    "claims": [{"claim": "x", "found": 1.0}],
+    "rows": [
+        {"workload": "mixed", "server": "fewstep", "rate_per_s": 3.0, "steps": 1, "sent": 2, "ok": 2, "rejected": 0,
+         "p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 3.0, "mean_ms": 1.5, "goodput_per_s": 2.0, "deadline_missed": 0}
+    ],
+}  # fmt: skip
+
+
+def test_a_page_keeps_its_words_and_gets_its_figures(tmp_path):
+    page = tmp_path / "serving.md"
+    page.write_text("before\n" + MARKS[0] + "old figures\n" + MARKS[1] + "after\n")
+    write_page(page, REPORT)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old figures" not in text
+    assert "Made by `fewstep bench load a`: a on onnx, 1 thread(s). cpu a CPU." in text
+    assert "| fewstep | 1 | 2 | 2 | 0 | 1.0 | 2.0 | 3.0 | 1.5 | 2.0 | 0 | - | - | - |" in text
+    assert "(serving/mixed-p99.svg)" in text and (tmp_path / "serving" / "mixed-p99.svg").read_text().startswith("<svg")
+    before = text
+    write_page(page, REPORT)
+    assert page.read_text() == before
+    page.write_text("no marks")
+    with pytest.raises(InvalidRequest, match="no place for the report"):
+        write_page(page, REPORT)
+
+
+@pytest.mark.parametrize(("flags", "field"), [(["a", "b", "c"], "bundles"), (["a", "--seconds", "0.5"], "seconds")])
+def test_side_by_side_refuses_what_it_cannot_do(flags, field):
+    with pytest.raises(InvalidRequest) as caught:
+        command(flags)
+    assert caught.value.field == field
+
+
+def test_the_compared_servers_start_answer_and_end(tiny_lcm):
+    """Both kinds of child: the scheduler's (with a policy) and plain diffusers, from the same bundle."""
+    arguments = ["first-come", str(tiny_lcm.root), "--engine", "torch"]
+    with started("first-come", "fewstep.server.load_servers", arguments, threads=1, native=True) as server:
+        outcomes, seconds = asyncio.run(send_in_turn(server.target, [Kind(1), Kind(4)], at_once=2, first=0))
+        assert [o.kind for o in outcomes] == ["ok", "ok"] and seconds > 0
+        assert {role for _, role, _ in server.said["costs"]} >= {"text", "denoiser", "decoder"}
+        assert server.said["engines"] == {"tiny-lcm": "torch"}
+    arguments = [str(tiny_lcm.root)]
+    with started("diffusers", "fewstep.server.load_diffusers", arguments, threads=1, native=False) as server:
+        outcomes, _ = asyncio.run(send_in_turn(server.target, [Kind(1), Kind(4)], at_once=1, first=0))
+        assert [o.kind for o in outcomes] == ["ok", "ok"]
+    assert asyncio.run(send_in_turn(server.target, [Kind(1)], at_once=1, first=0))[0][0].kind == "failed", "it is gone"
+
+
+def test_a_server_that_does_not_start_says_why():
+    with (
+        pytest.raises(EngineUnavailable, match=r"the ours server did not start: .*No module named"),
+        started("ours", "fewstep.server.no_such_module", [], threads=1, native=True),
+    ):
+        pytest.fail("it started")

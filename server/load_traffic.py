@@ -1,0 +1,135 @@
+"""Sending traffic to a server on this machine, open loop or closed, and what came of every request."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .load_plan import Arrival, Kind, prompt
+
+if TYPE_CHECKING:
+    import httpx
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one request. kind: "ok", "rejected" (429 or 503), "late" (504, or still out at the end), "failed".
+
+    latency_s: from its planned arrival. timings: what the server said of its parts, where it did.
+    """
+
+    steps: int
+    kind: str
+    latency_s: float
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server: its URL, its models' names by bundle (None: its default), and the route and key to use.
+
+    native: it takes `deadline_s` and tells timings, at /v1/generate.
+    """
+
+    url: str
+    models: tuple[str | None, ...] = (None,)
+    native: bool = False
+    key: str | None = None
+    timeout_s: float = 60.0
+
+    def body(self, arrival: Arrival, left_s: float | None) -> dict[str, Any]:
+        steps = "steps" if self.native else "num_inference_steps"
+        body = {"prompt": prompt(arrival.number), steps: arrival.kind.steps, "seed": arrival.number}
+        if (model := self.models[arrival.kind.bundle]) is not None:
+            body["model"] = model
+        if self.native and left_s is not None:
+            body["deadline_s"] = left_s
+        return body
+
+
+async def send_traffic(
+    target: Target, arrivals: Sequence[Arrival], *, deadline_s: float | None = None, patience_s: float | None = None
+) -> list[Outcome]:
+    """Send each request at its time, whatever became of the ones before, and wait for all of them.
+
+    deadline_s: from the planned arrival; the server is told what is left of it. patience_s: how long after the last
+    arrival those still out are given up.
+    """
+    async with _client(target) as client:
+        began_s = time.perf_counter()
+        tasks = []
+        for arrival in arrivals:
+            await asyncio.sleep(max(0.0, began_s + arrival.at_s - time.perf_counter()))
+            tasks.append(asyncio.create_task(_send(client, target, arrival, began_s, deadline_s)))
+        if tasks and patience_s is not None:
+            await asyncio.wait(tasks, timeout=patience_s)
+        now_s = time.perf_counter() - began_s
+        for task in tasks if patience_s is not None else ():
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+    return [
+        outcome if isinstance(outcome, Outcome) else Outcome(a.kind.steps, "late", now_s - a.at_s)
+        for a, outcome in zip(arrivals, done, strict=True)
+    ]
+
+
+async def send_in_turn(
+    target: Target, kinds: Sequence[Kind], *, at_once: int, first: int
+) -> tuple[list[Outcome], float]:
+    """Closed loop: `at_once` requests are always out until all of `kinds` are answered; (outcomes, seconds).
+
+    first: the number of the first request, so that no prompt comes twice.
+    """
+    numbered: Iterator[tuple[int, Kind]] = iter(enumerate(kinds, first))
+    found: list[Outcome] = []
+
+    async def one_after_another(client: "httpx.AsyncClient") -> None:
+        for number, kind in numbered:
+            began_s = time.perf_counter()
+            found.append(await _send(client, target, Arrival(0.0, kind, number), began_s, None))
+
+    async with _client(target) as client:
+        began_s = time.perf_counter()
+        await asyncio.gather(*[one_after_another(client) for _ in range(at_once)])
+        return found, time.perf_counter() - began_s
+
+
+@asynccontextmanager
+async def _client(target: Target) -> AsyncIterator["httpx.AsyncClient"]:
+    import httpx
+
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    async with httpx.AsyncClient(
+        base_url=target.url,
+        headers=headers,
+        timeout=target.timeout_s,
+        limits=limits,
+        trust_env=False,
+        follow_redirects=False,
+    ) as client:
+        yield client
+
+
+async def _send(
+    client: "httpx.AsyncClient", target: Target, arrival: Arrival, began_s: float, deadline_s: float | None
+) -> Outcome:
+    import httpx
+
+    due_s = began_s + arrival.at_s
+    left_s = None if deadline_s is None else max(1e-3, due_s + deadline_s - time.perf_counter())
+    timings: Mapping[str, float] = {}
+    try:
+        reply = await client.post(
+            "/v1/generate" if target.native else "/v1/images/generations", json=target.body(arrival, left_s)
+        )
+        kind = {200: "ok", 429: "rejected", 503: "rejected", 504: "late"}.get(reply.status_code, "failed")
+        if kind == "failed" and deadline_s is not None and "deadline_s" in reply.text:
+            kind = "rejected"  # refused at the door: it could not be in time even alone
+        if kind == "ok" and target.native:
+            timings = reply.json()["timings"]
+    except httpx.HTTPError:
+        kind = "failed"
+    return Outcome(arrival.kind.steps, kind, time.perf_counter() - due_s, timings)
