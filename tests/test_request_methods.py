@@ -1,5 +1,8 @@
 """Every method's option is refused by name where the model, its graphs or another option makes it impossible."""
 
+import dataclasses
+import pathlib
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -155,3 +158,15 @@ def test_what_the_bundle_has_no_graph_for_is_refused(settings, field, said):
         resolve(ask(**settings), LCM, offers=NONE)
     assert caught.value.field == field and said in str(caught.value)
     assert ENCODER not in NONE.roles and set(NONE.roles) & set(DENOISERS) == {DENOISER}
+
+
+def test_the_page_of_methods_names_every_option_and_only_tests_that_are_there():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "inference.md").read_text()
+    plain = {"prompt", "negative_prompt", "steps", "seed", "guidance", "n", "width", "height", "priority", "deadline_s"}
+    plain |= {"previews", "negative_scale", "residual_delta", "helper"}
+    for field in dataclasses.fields(GenerateRequest):
+        assert field.name in plain or f"`{field.name}" in page, field.name
+    for mode in ("pull", "first", "refine"):
+        assert f'`helper.mode = "{mode}"`' in page
+    tests = set(re.findall(r"`(test_\w+)`", page))
+    assert len(tests) > 8 and all((pathlib.Path(__file__).parent / f"{name}.py").is_file() for name in tests)
