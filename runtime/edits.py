@@ -38,7 +38,8 @@ class Source:
 
 def picture_tensor(image: Any) -> Tensor:
     """[H, W, 3] uint8 -> [3, H, W] float32 in [-1, 1], as diffusers' image processor makes it."""
-    return torch.tensor(image, dtype=torch.float32).permute(2, 0, 1).contiguous() / 255.0 * 2.0 - 1.0
+    planes = torch.tensor(image).permute(2, 0, 1).contiguous().to(torch.float32)
+    return planes.div_(255.0).mul_(2.0).sub_(1.0)
 
 
 def clip_pixels(image: Any, side: int) -> Tensor:
