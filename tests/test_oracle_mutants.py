@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
+from mutants_flow import FLOW_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
 from fewstep.runtime import samplers
@@ -189,65 +190,73 @@ def even_times(original):
 
 LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
 FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
-MUTANTS = CONSISTENCY_MUTANTS | {
-    "guidance: sign flipped": Mutant(
-        transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")
-    ),
-    "guidance: off by one, c + w (c - u)": Mutant(
-        transitions, "guide", lambda g: lambda u, c, w: c + expand(w, c) * (c - u), ("lcm", "lcm-lora", "dmd2")
-    ),
-    "guidance: halves swapped": Mutant(transitions, "guide", lambda g: lambda u, c, w: g(c, u, w), PD),
-    "prediction: eps taken for x0": Mutant(Denoiser, "x0", eps_for_x0, ("lcm", "dmd2", "progressive", "bk-sdm")),
-    "time: network told t / 1000": Mutant(Denoiser, "raw", scaled_time, ("lcm", "dmd2", "progressive", "bk-sdm")),
-    "time: boundary scalings on t / 1000": Mutant(LcmJump, "__call__", unscaled_jump, ("lcm", "dmd2")),
-    "time: grid index off by one": Mutant(training_times, "grid", late_index, ("lcm", "bk-sdm", "slim")),
-    "time: one-step times as rare as any": Mutant(GridTimes, "draw", even_times, ("edgefusion", "slim")),
-    "time: t and s swapped in the pair": Mutant(GridPairs, "draw", swapped_pairs, ("lcm", "lcm-lora")),
-    "time: t and s swapped in the solver": Mutant(
-        steps,
-        "ddim_chain",
-        lambda g: lambda d, x, ts, c: g(d, x, ts[::-1], c),
-        (*LCM, "tcd", "mlcm", "std", "direct-cm"),
-    ),
-    "time: mid and s swapped": Mutant(HalvingPairs, "draw", swapped_triples, PD),
-    "time: t and s swapped in the inverse": Mutant(
-        progressive, "inverse_ddim", lambda g: lambda p, x_s, x_t, t, s: g(p, x_s, x_t, s, t), PD
-    ),
-    "solver: fresh noise in the teacher's step": Mutant(
-        steps, "ddim_chain", noisy_chain, (*LCM, "pcm", "hyper-sd", "tdd")
-    ),
-    "solver: fresh noise in the teacher's two steps": Mutant(Denoiser, "jump", noisy_jump, PD),
-    "target: dropout masks of its own": Mutant(Turn, "share_dropout", lambda g: lambda self: None, LCM),
-    "source: signal and noise swapped": Mutant(
-        transitions, "noised", lambda g: lambda p, x0, t, noise: g(p, noise, t, x0), ("lcm", "progressive")
-    ),
-    "features: not in proportion to their size": Mutant(distillation, "feature_loss", unscaled_features, FEATURES),
-    "stages: fed by each other": Mutant(
-        oracle_distillation, "lead", lambda g: lambda *networks: None, ("a-sdm", "ppcl")
-    ),
-    "stages: always fed by the teacher": Mutant(oracle_distillation, "lead", never_off, ("ppcl",)),
-    "reflow: noises mixed without keeping their size": Mutant(Annealing, "noise", unsized_noise, ("slim",)),
-    "reflow: noise stays independent": Mutant(
-        Annealing, "noise", lambda g: lambda s, z, turn: turn.noise(z), ("slim",)
-    ),
-    "reflow: from the pairs to independent noise": Mutant(
-        Annealing, "beta", lambda g: lambda self, turn: 1.0 - g(self, turn), ("slim",)
-    ),
-    "reflow: x_t of the pair's own noise": Mutant(reflow.AnnealingReflow, "loss", unannealed, ("slim",)),
-    "pairs: fresh noise on the way": Mutant(pairs, "ddim_chain", noisy_chain, ("slim",)),
-    "pairs: one noise for all": Mutant(Turn, "noise", lambda g: lambda self, x: g(self, x[:1]).expand_as(x), ("slim",)),
-    "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
-    "scores: real and fake swapped": Mutant(
-        distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD
-    ),
-    "fake: trained on the noise": Mutant(distribution, "denoising_loss", noise_target, DMD),
-    "critic: data called fake": Mutant(distribution, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD),
-    "critic: student pushed down": Mutant(distribution, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
-    "rollout: noise kept where it should be fresh": Mutant(rollout, "noised", old_noise, DMD),
-    "players: the student acts every step": Mutant(Player, "acts", lambda g: lambda self, step: True, DMD),
-    "players: averages step with the loop": Mutant(loop, "_play", averaging_every_step, DMD),
-    "players: gradients reach everybody": Mutant(Player, "gradients", lambda g: lambda self, wanted: None, DMD),
-}
+MUTANTS = (
+    CONSISTENCY_MUTANTS
+    | FLOW_MUTANTS
+    | {
+        "guidance: sign flipped": Mutant(
+            transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")
+        ),
+        "guidance: off by one, c + w (c - u)": Mutant(
+            transitions, "guide", lambda g: lambda u, c, w: c + expand(w, c) * (c - u), ("lcm", "lcm-lora", "dmd2")
+        ),
+        "guidance: halves swapped": Mutant(transitions, "guide", lambda g: lambda u, c, w: g(c, u, w), PD),
+        "prediction: eps taken for x0": Mutant(Denoiser, "x0", eps_for_x0, ("lcm", "dmd2", "progressive", "bk-sdm")),
+        "time: network told t / 1000": Mutant(Denoiser, "raw", scaled_time, ("lcm", "dmd2", "progressive", "bk-sdm")),
+        "time: boundary scalings on t / 1000": Mutant(LcmJump, "__call__", unscaled_jump, ("lcm", "dmd2")),
+        "time: grid index off by one": Mutant(training_times, "grid", late_index, ("lcm", "bk-sdm", "slim")),
+        "time: one-step times as rare as any": Mutant(GridTimes, "draw", even_times, ("edgefusion", "slim")),
+        "time: t and s swapped in the pair": Mutant(GridPairs, "draw", swapped_pairs, ("lcm", "lcm-lora")),
+        "time: t and s swapped in the solver": Mutant(
+            steps,
+            "ddim_chain",
+            lambda g: lambda d, x, ts, c: g(d, x, ts[::-1], c),
+            (*LCM, "tcd", "mlcm", "std", "direct-cm"),
+        ),
+        "time: mid and s swapped": Mutant(HalvingPairs, "draw", swapped_triples, PD),
+        "time: t and s swapped in the inverse": Mutant(
+            progressive, "inverse_ddim", lambda g: lambda p, x_s, x_t, t, s: g(p, x_s, x_t, s, t), PD
+        ),
+        "solver: fresh noise in the teacher's step": Mutant(
+            steps, "ddim_chain", noisy_chain, (*LCM, "pcm", "hyper-sd", "tdd")
+        ),
+        "solver: fresh noise in the teacher's two steps": Mutant(Denoiser, "jump", noisy_jump, PD),
+        "target: dropout masks of its own": Mutant(Turn, "share_dropout", lambda g: lambda self: None, LCM),
+        "source: signal and noise swapped": Mutant(
+            transitions, "noised", lambda g: lambda p, x0, t, noise: g(p, noise, t, x0), ("lcm", "progressive")
+        ),
+        "features: not in proportion to their size": Mutant(distillation, "feature_loss", unscaled_features, FEATURES),
+        "stages: fed by each other": Mutant(
+            oracle_distillation, "lead", lambda g: lambda *networks: None, ("a-sdm", "ppcl")
+        ),
+        "stages: always fed by the teacher": Mutant(oracle_distillation, "lead", never_off, ("ppcl",)),
+        "reflow: noises mixed without keeping their size": Mutant(Annealing, "noise", unsized_noise, ("slim",)),
+        "reflow: noise stays independent": Mutant(
+            Annealing, "noise", lambda g: lambda s, z, turn: turn.noise(z), ("slim",)
+        ),
+        "reflow: from the pairs to independent noise": Mutant(
+            Annealing, "beta", lambda g: lambda self, turn: 1.0 - g(self, turn), ("slim",)
+        ),
+        "reflow: x_t of the pair's own noise": Mutant(reflow.AnnealingReflow, "loss", unannealed, ("slim",)),
+        "pairs: fresh noise on the way": Mutant(pairs, "ddim_chain", noisy_chain, ("slim",)),
+        "pairs: one noise for all": Mutant(
+            Turn, "noise", lambda g: lambda self, x: g(self, x[:1]).expand_as(x), ("slim",)
+        ),
+        "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
+        "scores: real and fake swapped": Mutant(
+            distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD
+        ),
+        "fake: trained on the noise": Mutant(distribution, "denoising_loss", noise_target, DMD),
+        "critic: data called fake": Mutant(
+            distribution, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD
+        ),
+        "critic: student pushed down": Mutant(distribution, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
+        "rollout: noise kept where it should be fresh": Mutant(rollout, "noised", old_noise, DMD),
+        "players: the student acts every step": Mutant(Player, "acts", lambda g: lambda self, step: True, DMD),
+        "players: averages step with the loop": Mutant(loop, "_play", averaging_every_step, DMD),
+        "players: gradients reach everybody": Mutant(Player, "gradients", lambda g: lambda self, wanted: None, DMD),
+    }
+)
 SAMPLER_MUTANTS = {
     "ddim: fresh noise": ("ddim", with_noise),
     "euler: fresh noise": ("euler", with_noise),

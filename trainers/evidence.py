@@ -18,12 +18,13 @@ SOURCES = {
     "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
     "runtime": ("samplers",),
     "trainers": (
-        "compression", "consistency", "curricula", "discriminator", "distances", "distillation", "distribution", "ends",
-        "jumps", "laws", "lcm", "loop", "objective", "oracle", "oracle_consistency", "oracle_distillation",
-        "oracle_distribution", "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow",
-        "oracle_samplers", "oracle_steps", "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms",
-        "recipes", "recipes_consistency", "recipes_trajectory", "reflow", "rollout", "scores", "steps", "times",
-        "transitions", "watch",
+        "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",
+        "distribution", "ends", "flow_map", "from_noise", "jumps", "laws", "lcm", "loop", "objective", "oracle",
+        "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution", "oracle_flow",
+        "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow", "oracle_samplers", "oracle_steps",
+        "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms", "recipes", "recipes_consistency",
+        "recipes_continuous", "recipes_flow", "recipes_trajectory", "reflow", "rollout", "scores", "steps", "tangent",
+        "times", "transitions", "u_shape", "watch",
     ),
 }  # fmt: skip
 """The files that decide what a recipe computes, and those that check it."""

@@ -14,16 +14,21 @@ from typing import Any
 
 from . import (
     oracle_consistency,
+    oracle_continuous,
     oracle_distillation,
     oracle_distribution,
+    oracle_flow,
     oracle_players,
     oracle_progressive,
     oracle_reflow,
 )
 from .consistency import Consistency
+from .continuous import ContinuousConsistency
 from .distillation import KnowledgeDistillation
 from .distribution import DistributionMatching
 from .evidence import write_evidence
+from .flow_map import FlowMap
+from .from_noise import FromNoise
 from .oracle_samplers import all_sampler_checks, sampling_checks
 from .oracle_world import Check, holds
 from .progressive import ProgressiveHalving
@@ -34,7 +39,10 @@ from .reflow import AnnealingReflow
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     AnnealingReflow: oracle_reflow.checks,
     Consistency: oracle_consistency.checks,
+    ContinuousConsistency: oracle_continuous.checks,
     DistributionMatching: oracle_distribution.checks,
+    FlowMap: oracle_flow.checks,
+    FromNoise: oracle_flow.noise_checks,
     KnowledgeDistillation: oracle_distillation.checks,
     ProgressiveHalving: oracle_progressive.checks,
 }

@@ -4,7 +4,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,7 +55,8 @@ class Samples:
     stage: World
 
     def batch(self, step: int) -> Batch:
-        return self.stage.batch(16, step)
+        found = self.stage.batch(16, step)
+        return replace(found, noise=found.x0.flip(0))  # any, for stages that learn from pairs
 
 
 def checks(recipe: Recipe) -> Iterator[Check]:

@@ -27,16 +27,26 @@ from .pairs import Pairs, draw_pairs
 from .recipe import Recipe
 from .reflow import AnnealingReflow
 from .times import UniformScale
+from .u_shape import UShaped
 
 MEAN, STD = 0.5, 0.8
 TOTAL = 1000
 
 
 def checks(recipe: Recipe, objective: AnnealingReflow) -> Iterator[Check]:
-    yield from _schedule(objective)
+    annealed = objective.anneal.share > 0.0
+    if annealed:
+        yield from _schedule(objective)
+    else:
+        z = torch.randn(64, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        kept = [objective.anneal.noise(z, _turn(step)) - z for step in (0, TOTAL)]
+        yield below("noise: the pair's own from first to last", torch.cat(kept), 1e-12)
+    if isinstance(objective.times, UShaped):
+        yield from _u_shape(objective.times)
     for path, prediction in ((VP(), "v"), (RectifiedFlow(), "flow")):
         yield from _ends(path, prediction, objective)
-        yield from _start(path, prediction, objective)
+        if annealed:
+            yield from _start(path, prediction, objective)
         yield from _end(path, prediction, objective)
         yield from _drawn(path, prediction)
     yield from time_checks(recipe, objective.times)
@@ -76,7 +86,8 @@ def _ends(path: Path, prediction: str, objective: AnnealingReflow) -> Iterator[C
     batch = _pairs(64)
     assert batch.noise is not None
     teacher = exact(gaussian(torch.zeros(2, 3, dtype=torch.float64), 1.0), path, prediction)  # of other data: not zero
-    for label, step in (("first step: independent noise", 0), ("last step: the pairs", TOTAL)):
+    steps = (("first step: independent noise", 0), ("last step: the pairs", TOTAL))
+    for label, step in steps if objective.anneal.share else steps[1:]:
         found = objective.loss("student", Cast({"student": teacher}), batch, _turn(step))[0]
         draws = _turn(step)
         t = objective.times.draw(path, 64, draws)
@@ -84,9 +95,19 @@ def _ends(path: Path, prediction: str, objective: AnnealingReflow) -> Iterator[C
         noise = fresh if step == 0 else batch.noise
         x_t = expand(path.alpha(t), noise) * batch.x0 + expand(path.sigma(t), noise) * noise
         x_t = torch.where(expand((t >= path.start).double(), noise) > 0, noise, x_t)
-        gap = (teacher.x0(x_t, t, {}) - batch.x0).square().flatten(1).mean(1)
+        gap = objective.distance(teacher.x0(x_t, t, {}), batch.x0)
         wanted = (gap * objective.weight(path, t)).mean()
         yield below(f"{path.kind}: {label}", (found - wanted) / wanted, 1e-6)
+
+
+def _u_shape(times: UShaped) -> Iterator[Check]:
+    """A histogram of the times against `slope (e^(slope t) + e^(slope (1 - t))) / 2 (e^slope - 1)`."""
+    path, edges = RectifiedFlow(), torch.linspace(0.0, 1.0, 6, dtype=torch.float64)
+    t = times.draw(path, 65536, _turn(0))
+    mass = (torch.exp(times.slope * edges) - torch.exp(times.slope * (1.0 - edges))) / (2 * math.expm1(times.slope))
+    for k in range(5):
+        share = ((t >= edges[k]) & (t < edges[k + 1])).double().mean()
+        yield between(f"times: share in fifth {k}", share - (mass[k + 1] - mass[k]), -0.01, 0.01)
 
 
 class _Fixed:
@@ -143,7 +164,11 @@ def _end(path: Path, prediction: str, objective: AnnealingReflow) -> Iterator[Ch
     batch, student = _pairs(256), straight(path, prediction)
     assert batch.noise is not None
     losses = [objective.loss("student", Cast({"student": student}), batch, _turn(step))[0] for step in (0, TOTAL)]
-    yield between(f"{path.kind}: loss of the straight network at the first step", losses[0], 1e-2, 1e9)
+    if objective.anneal.share:
+        yield between(f"{path.kind}: loss of the straight network at the first step", losses[0], 1e-2, 1e9)
+    other = replace(batch, noise=batch.noise.flip(0))
+    wrong = objective.loss("student", Cast({"student": student}), other, _turn(TOTAL))[0]
+    yield between(f"{path.kind}: its loss with another's noise", wrong, 1e-2, 1e9)
     yield below(f"{path.kind}: loss of the straight network at the last step", losses[1], 1e-9)
     t = torch.full((256,), path.start, dtype=torch.float64)
     yield below(f"{path.kind}: one step of it lands on the pairs", student.x0(batch.noise, t, {}) - batch.x0, 1e-6)

@@ -18,6 +18,8 @@ from .player import PlayerSettings
 from .progressive import ProgressiveHalving
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 from .recipes_consistency import CONSISTENCY
+from .recipes_continuous import CONTINUOUS
+from .recipes_flow import FLOWS
 from .recipes_trajectory import TRAJECTORY
 from .rollout import BackwardSimulation
 from .student import Student
@@ -117,6 +119,8 @@ RECIPES: dict[str, RecipeFunction] = {
     "progressive": progressive,
     **CONSISTENCY,
     **TRAJECTORY,
+    **CONTINUOUS,
+    **FLOWS,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,
     "a-sdm": a_sdm,

@@ -1,0 +1,80 @@
+"""Continuous-time consistency as recipes: sCM and its relatives, on a student of any path.
+
+Papers count in data of deviation 0.5; latents and the plane have 1. Guidance scales follow u + w (c - u).
+"""
+
+from dataclasses import replace
+
+from .continuous import ContinuousConsistency
+from .distances import Squared
+from .laws import LogNormal
+from .recipe import Needs, Recipe, RecipeFunction, Sampling
+from .recipe_forms import learn, multistep, single
+from .student import Student
+from .tangent import TeacherField, tangent_of
+from .times import LcmGrids, UniformScale
+from .transitions import NoisedData, TeacherWalk
+
+
+def scm(
+    *, steps: int = 3000, lr: float = 2e-4, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
+) -> Recipe:  # fmt: skip
+    """sCM / sCD, Lu & Song 2024 (arXiv 2410.11081): tangent regression, normalised, with tangent warm-up.
+
+    ln level ~ N(mean, std^2); those given are SANA-Sprint's for latents (the paper: -1 and 1.4 of data of deviation
+    0.5). The paper's learned weight is left out: it divides the loss at each time by its size, which the normalisation
+    makes nearly 1, and cancels the prior weight beside it. floor: beside the root mean square of the tangent; the
+    paper's 0.1 is beside its norm over all elements. difference: step of central differences, 0 for an exact
+    derivative. The paper: lr 7e-5, warm-up over 10,000 steps, 400,000 in all.
+    """
+    objective = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
+    paper = "Lu & Song 2024, Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, arXiv:2410.11081"
+    return single("scm", paper, objective, learn(lr), steps, multistep(), family="continuous")
+
+
+def sana_sprint(
+    *, steps: int = 3000, lr: float = 2e-4, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    floor: float = 1.0, difference: float = 0.0, guidance_low: float = 1.5, guidance_high: float = 6.0,
+    guidance_default: float = 3.0, guidance_width: int = 256,
+) -> Recipe:  # fmt: skip
+    """SANA-Sprint's trajectory part, Chen et al. 2025 (arXiv 2503.09641): sCM with the guidance scale as an input.
+
+    Its adversarial part is left out, as is the short change of the teacher's time embedding. The paper: w of 4, 4.5
+    and 5, warm-up over 4000 steps, lr 2e-6.
+    """
+    objective = _objective(mean, std, warmup, floor, difference, UniformScale(guidance_low, guidance_high))
+    sampling = Sampling(
+        sampler="lcm", grids=LcmGrids((1, 2, 4, 8)), stochastic=True, guidance_mode="embedded",
+        guidance_default=guidance_default, guidance_range=(guidance_low, guidance_high),
+    )  # fmt: skip
+    paper = "Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, arXiv:2503.09641"
+    student = Student(guidance_width=guidance_width)
+    return single("sana-sprint", paper, objective, learn(lr), steps, sampling, student, family="continuous")
+
+
+def tbcm(
+    *, steps: int = 3000, lr: float = 2e-4, walk: int = 6, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
+) -> Recipe:  # fmt: skip
+    """TBCM, 2025 (hustvl/TBCM): sCM's loss at states of the teacher's own walks from noise, with no data.
+
+    Each state has a walk of `walk` even steps of its own, where the paper takes all of one walk of 16. Its filter of
+    black pictures is left out. Unverified: the paper's calming of the tangent late in the run, which is left out.
+    """
+    base = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
+    objective = replace(base, source=TeacherWalk(walk))
+    paper = "TBCM 2025, Trajectory-Backward Consistency Model (hustvl/TBCM)"
+    return single("tbcm", paper, objective, learn(lr), steps, multistep(), needs=Needs(data=False), family="continuous")
+
+
+def _objective(
+    mean: float, std: float, warmup: float, floor: float, difference: float, scale: UniformScale
+) -> ContinuousConsistency:
+    return ContinuousConsistency(
+        times=LogNormal(mean, std), source=NoisedData(), field=TeacherField(), tangent=tangent_of(difference),
+        distance=Squared(), guidance=scale, cfg=True, warmup=warmup, floor=floor,
+    )  # fmt: skip
+
+
+CONTINUOUS: dict[str, RecipeFunction] = {"scm": scm, "sana-sprint": sana_sprint, "tbcm": tbcm}
