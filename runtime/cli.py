@@ -23,7 +23,7 @@ SUMMARIES = {
     "bench-pictures": "what encoding a finished picture takes",
     "bench-gpu": "full-size shapes on one GPU, and how far from its limits",
     "bench-report": "the page of measured performance, from result files",
-    "bench-load": "open-loop traffic against a running server",
+    "bench-load": "this server beside others under load, or traffic to a running one",
     "distill-tiny-decoder": "give a bundle a small decoder that draws what its own draws",
     "bench-compression": "size, operations, time and quality of compressed students",
     "bench-recipes": "every training recipe on one small teacher with one budget",

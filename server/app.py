@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fewstep.runtime.local import Runtime
 
-from . import errors, live, routes_a1111, routes_native, routes_openai
+from . import errors, live, routes_a1111, routes_models, routes_native, routes_openai
 from .account import Account
 from .gate import Gate
 from .health import Health
@@ -90,7 +90,7 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-fewstep-seed", "retry-after"],
         )
-    for routes in (router, routes_openai.router, routes_a1111.router, routes_native.router):
+    for routes in (router, *(api.router for api in (routes_openai, routes_models, routes_a1111, routes_native))):
         app.include_router(routes)
     meters.add(live.install(app, settings))
     app.mount("/page", StaticFiles(directory=PAGE))

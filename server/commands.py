@@ -52,6 +52,7 @@ def serve(argv: list[str]) -> int:
     except ImportError as error:
         print(f"fewstep serve: {error.name} is not installed; run: pip install 'fewstep[serve]'", file=sys.stderr)
         return 2
+    from fewstep.runtime.config import RuntimeConfig
     from fewstep.runtime.local import Runtime
     from fewstep.runtime.request import Limits
 
@@ -65,7 +66,10 @@ def serve(argv: list[str]) -> int:
     with listen(settings.host, settings.port) as listener:
         limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
         unproven = settings.allow_unproven
-        with Runtime(args.bundles, engine=settings.engine, allow_unproven=unproven, limits=limits) as runtime:
+        config = RuntimeConfig(memory_budget_bytes=settings.memory_bytes or None)
+        with Runtime(
+            args.bundles, engine=settings.engine, allow_unproven=unproven, limits=limits, config=config
+        ) as runtime:
             return asyncio.run(run(create_app(runtime, settings), settings, listener))
 
 
@@ -111,12 +115,23 @@ async def run(app: Any, settings: "Settings", listener: socket.socket) -> int:
         await asyncio.sleep(0.01)
     loop = asyncio.get_running_loop()
 
+    leaving: list[asyncio.Task[None]] = []
+
+    async def leave(delay_s: float) -> None:
+        """Serve on for a while, let live sessions end what they draw, then close the port and wait for what runs."""
+        await asyncio.sleep(delay_s)
+        service.health.leaving.set()
+        end_s = loop.time() + settings.drain_s
+        while app.state.lobby.open and loop.time() < end_s:
+            await asyncio.sleep(0.02)
+        server.should_exit = True
+
     def stop(delay_s: float) -> None:
-        """Say no at /ready, serve on for a while, then close the port and wait for what runs. Twice: end at once."""
+        """Say no at /ready and leave. Twice: end at once."""
         if service.health.state == "draining":
             server.force_exit = server.should_exit = True
         service.health.drain()
-        loop.call_later(delay_s, setattr, server, "should_exit", True)
+        leaving.append(asyncio.create_task(leave(delay_s)))
 
     loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_delay_s)
     loop.add_signal_handler(signal.SIGINT, stop, 0.0)

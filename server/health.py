@@ -1,5 +1,6 @@
 """Live, ready, draining: a server is ready once each model has made a picture, until it is told to stop."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -19,6 +20,8 @@ class Health:
     def __init__(self) -> None:
         self.state = "warming"
         self.reason = "the models are warming up; come back in a moment"
+        self.leaving = asyncio.Event()
+        """Set when live sessions are to end what they draw and close."""
 
     def check(self) -> dict[str, Any]:
         """The body of /ready.

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
@@ -18,19 +18,22 @@ from prometheus_client.registry import Collector
 from starlette.websockets import WebSocketDisconnected
 
 from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.events import Event, Progress
+from fewstep.runtime.local import Model
 
 from .errors import Refused, answer
-from .live_frame import BadMessage, Frame, Hello, frame_job, read_message, write_message
-from .pictures import account
+from .live_frame import BadMessage, Frame, Hello, Repeats, frame_job, read_message, write_message
+from .pictures import account, preview_bytes
 from .service import Service
 from .settings import Settings
 from .streaming import events, last
 from .visit import current
+from .wire import Job
 
 _log = logging.getLogger("fewstep.server")
 KEY_WAIT_S = 10.0
 """How long a caller may take to send its key."""
-POLICY, TRY_LATER = 1008, 1013
+POLICY, GOING_AWAY, TRY_LATER = 1008, 1012, 1013
 """Close codes of RFC 6455 and its registry."""
 router = APIRouter()
 
@@ -40,7 +43,7 @@ class Lobby(Collector):
 
     def __init__(self, most: int) -> None:
         self.most, self.open = most, 0
-        self.frames: Counter[str] = Counter(made=0, dropped=0, failed=0)
+        self.frames: Counter[str] = Counter(made=0, dropped=0, skipped=0, failed=0)
 
     @contextlib.contextmanager
     def seat(self) -> Iterator[None]:
@@ -94,17 +97,25 @@ class Session:
         self.inbox = Inbox()
         self.answering: asyncio.Task[None] | None = None
         self.dropped = 0
+        self.repeats = Repeats()
 
     async def run(self) -> None:
-        """Until the caller closes the socket, which ends what is being made for it."""
-        making = asyncio.create_task(self._make())
+        """Until the caller closes the socket, which ends what is being made for it; or until the server shuts down,
+        with the frame that is being made as the last."""
+        making, leaving = asyncio.create_task(self._make()), asyncio.create_task(self._leave())
         try:
             await self._read()
         finally:
-            tasks = [task for task in (making, self.answering) if task is not None]
+            tasks = [task for task in (making, leaving, self.answering) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _leave(self) -> None:
+        await self.service.health.leaving.wait()
+        if self.answering is not None:
+            await asyncio.wait({self.answering}, timeout=self.service.settings.drain_s)
+        await self.socket.close(GOING_AWAY, "the server is shutting down")
 
     async def _read(self) -> None:
         while True:
@@ -127,24 +138,32 @@ class Session:
 
     async def _answer(self, frame: Frame) -> None:
         number = frame.number.frame
+        standing = False
         try:
             await self._picture(frame)
+            standing = True
         except (WebSocketDisconnect, WebSocketDisconnected):
             return
         except Exception as error:
             if not isinstance(error, FewstepError | Refused | BadMessage):
                 _log.exception("a live frame failed")
             await self._fail(error, number)
+        finally:
+            if not standing:  # a new one: a thread may still be busy with the old one
+                self.repeats = Repeats()
 
     async def _picture(self, frame: Frame) -> None:
         service, number = self.service, frame.number.frame
-        loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(service.pool, frame_job, frame, service.runtime.models)
+        job, skipped = await service.aside(_read, frame, service.runtime.models, self.repeats)
+        if skipped:
+            self.lobby.frames["skipped"] += 1
+            await self._say({"type": "skipped", "frame": number, "dropped": self.dropped})
+            return
         ticket = service.submit(job)
         try:
             ahead = service.runtime.metrics().live - 1
             await self._say({"type": "started", "frame": number, "ahead": max(0, ahead), "dropped": self.dropped})
-            result = await last(events(service.runtime, ticket))
+            result = await last(self._previewed(events(service.runtime, ticket), frame, job))
         finally:
             service.runtime.cancel(ticket.id)  # nothing where it has ended
         files = await service.encode(result, job)
@@ -154,6 +173,17 @@ class Session:
         await self.socket.send_bytes(write_message(header, files.files[0]))
         self.lobby.frames["made"] += 1
 
+    async def _previewed(self, stream: AsyncIterator[Event], frame: Frame, job: Job) -> AsyncIterator[Event]:
+        """A stream of events; those with a preview are told on the way."""
+        async for event in stream:
+            if isinstance(event, Progress) and event.preview is not None:
+                file = await self.service.aside(preview_bytes, event.preview, job.format)
+                height, width = event.preview.shape[:2]
+                header = {"type": "partial", "frame": frame.number.frame, "step": event.step, "steps": event.steps}
+                header |= {"format": job.format, "width": width, "height": height, "dropped": self.dropped}
+                await self.socket.send_bytes(write_message(header, file))
+            yield event
+
     async def _fail(self, error: Exception, frame: int | None) -> None:
         self.lobby.frames["failed"] += 1
         body = error.envelope if isinstance(error, BadMessage) else answer(error)[1]
@@ -162,6 +192,12 @@ class Session:
 
     async def _say(self, message: dict[str, Any]) -> None:
         await self.socket.send_json(message)
+
+
+def _read(frame: Frame, models: Mapping[str, Model], repeats: Repeats) -> tuple[Job, bool]:
+    """(a frame's job, whether it is skipped); for a thread, since pictures are unpacked."""
+    job = frame_job(frame, models)
+    return job, repeats.skips(frame, job)
 
 
 def install(app: FastAPI, settings: Settings) -> Lobby:

@@ -65,6 +65,12 @@ class Meters(Collector):
         stages = {**now.stage_s, "encode": self._encode_s.value()}
         yield _histograms("fewstep_stage_seconds", "Seconds per engine call, or per encoded request.", stages, "stage")
         yield _histograms("fewstep_batch_size", "Rows per engine call of each stage.", now.batch_size, "stage")
+        about = "Requests that share an engine call."
+        yield _histograms("fewstep_requests_per_call", about, now.requests_per_call, "stage")
+        about = "Denoiser calls whose rows differ in this: the request, the step, whether a picture steers them."
+        yield _counters("fewstep_mixed_calls", about, now.mixed, "by")
+        about = "|predicted / actual - 1| of the time that finished requests took."
+        yield _histograms("fewstep_forecast_error", about, {"": now.forecast_error})
         https = {route: tally.value() for route, tally in self._http_s.items()}
         yield _histograms("fewstep_http_seconds", "HTTP call until its end, by route.", https, "route")
         about = "Seconds of a call that made pictures outside the runtime and the encoder."
@@ -81,6 +87,17 @@ class Meters(Collector):
         outcomes = {"Finished": now.finished, **now.failed}
         yield _counters("fewstep_requests", "Ended requests by outcome.", outcomes, "outcome")
         yield _counters("fewstep_rejected", "Requests refused at the door.", now.rejected, "reason")
+        about = "Requests let in, and those refused by the scheduler, with the reason."
+        yield _counters("fewstep_admissions", about, {"accepted": now.accepted, **now.rejected}, "decision")
+        missed = now.failed.get("DeadlineExceeded", 0)
+        yield CounterMetricFamily("fewstep_deadline_misses", "Requests let in that were too late.", value=missed)
+        yield _histograms("fewstep_model_load_seconds", "Until a model was there.", {"": now.load_s})
+        yield CounterMetricFamily("fewstep_models_put_out", "Models that left memory for others.", value=now.put_out)
+        yield GaugeMetricFamily("fewstep_models_bytes", "Weights in memory.", value=now.memory_bytes)
+        inside = GaugeMetricFamily("fewstep_model_in_memory", "1 while a model is in memory.", labels=["model"])
+        for name, there in now.in_memory.items():
+            inside.add_metric([name], there)
+        yield inside
         cache = {"hit": now.text_cache_hits, "miss": now.text_cache_misses}
         yield _counters("fewstep_text_cache", "Prompt embeddings found and not found.", cache, "result")
         yield CounterMetricFamily("fewstep_pictures", "Pictures made.", value=now.pictures)

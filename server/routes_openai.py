@@ -38,16 +38,16 @@ _FILE = {"type": "string", "format": "binary"}
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     service = service_of(request)
-    return {"object": "list", "data": [_model_card(service, name) for name in service.runtime.models]}
+    return {"object": "list", "data": [model_card(service, name) for name in service.runtime.models]}
 
 
 @router.get("/v1/models/{name}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     service = service_of(request)
-    return _model_card(service, find_model(name, service.runtime.models))
+    return model_card(service, find_model(name, service.runtime.models))
 
 
-def _model_card(service: Service, name: str) -> dict[str, Any]:
+def model_card(service: Service, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": service.started_unix_s, "owned_by": "fewstep"}
 
 

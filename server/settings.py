@@ -22,11 +22,12 @@ class Settings:
 
     api_keys: comma-separated; key_file: keys made by `fewstep keys`, with limits each. With either, every call but
     health, metrics and the page needs `Authorization: Bearer KEY`. origins: pages elsewhere that may call from a
-    browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". stored_bytes and
-    stored_s bound the pictures kept for `response_format: "url"`. drain_delay_s: how long /ready says no before the
-    port closes, so that a load balancer notices; drain_s: how long running requests may then take. max_live: live
-    sessions open at once. c2pa_chain, c2pa_key: PEM files that sign each picture (`server/provenance.py`); the time of
-    signing is attested by c2pa_timestamp_url, where one is given.
+    browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". models_dir: the folder
+    whose bundles an admin key may load by name. memory_bytes: what the models in memory may take together, as their
+    weights are counted; 0 is no bound. stored_bytes and stored_s bound the pictures kept for `response_format: "url"`.
+    drain_delay_s: how long /ready says no before the port closes, so that a load balancer notices; drain_s: how long
+    running requests may then take. max_live: live sessions open at once. c2pa_chain, c2pa_key: PEM files that sign each
+    picture (`server/provenance.py`); the time of signing is attested by c2pa_timestamp_url, where one is given.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +41,8 @@ class Settings:
     origins: tuple[str, ...] = ()
     log: str = "quiet"
     traces: str = "off"
+    models_dir: str = ""
+    memory_bytes: int = 0
     max_body_bytes: int = 4 * 2**20
     encode_threads: int = 2
     max_live: int = 64
@@ -87,6 +90,7 @@ _RANGES = (
     ("port", 0, 65535),
     ("max_queue", 1, 1_000_000),
     ("max_n", 1, 1000),
+    ("memory_bytes", 0, 2**50),
     ("max_body_bytes", 1024, 2**30),
     ("encode_threads", 1, 64),
     ("max_live", 0, 100_000),

@@ -1,0 +1,58 @@
+"""Shutting down with live sessions open: the frame that is drawn arrives, then the socket closes, then the server."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+import websocket
+
+from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.local import Runtime
+from fewstep.server.app import create_app
+
+SERVE = """
+import asyncio, sys
+from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.local import Runtime
+from fewstep.server.app import create_app
+from fewstep.server.commands import listen, run
+from fewstep.server.settings import Settings
+
+settings = Settings(drain_delay_s=0.1, drain_s=10.0)
+with listen("127.0.0.1", 0) as listener, Runtime([fake_bundle()], engines={"fake": FakeEngine(delay_s=0.1)}) as runtime:
+    sys.exit(asyncio.run(run(create_app(runtime, settings), settings, listener)))
+"""
+
+
+def test_a_session_gets_its_last_picture_and_is_told_to_come_back():
+    with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[4]
+            assert process.stdout.readline().startswith("ready")
+            address = url.replace("http", "ws") + "/v1/live"
+            with contextlib.closing(websocket.create_connection(address, timeout=20)) as socket:
+                assert json.loads(socket.recv())["type"] == "ready"
+                socket.send(json.dumps({"frame": 1, "prompt": "a", "seed": 0, "steps": 8}))
+                assert json.loads(socket.recv())["type"] == "started"
+                process.send_signal(signal.SIGTERM)
+                picture = socket.recv()
+                assert json.loads(picture.split(b"\n")[0])["type"] == "picture"
+                code, frame = socket.recv_data_frame(control_frame=True)
+                assert code == websocket.ABNF.OPCODE_CLOSE and int.from_bytes(frame.data[:2]) == 1012
+                socket.shutdown()  # `close` leaves a socket open that the server has closed
+            assert process.wait(20) == 0
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/health", trust_env=False)
+        finally:
+            process.kill()
+
+
+def test_the_event_is_there_before_any_loop_runs():
+    """`create_app` is called outside of a loop, and what it makes is used within one."""
+    with Runtime([fake_bundle()], engines={"fake": FakeEngine()}) as runtime:
+        health = create_app(runtime).state.service.health
+        assert not health.leaving.is_set()
