@@ -11,7 +11,7 @@ from .errors import InvalidRequest
 
 if TYPE_CHECKING:
     from .events import Result
-    from .request import Control
+    from .request import Control, GenerateRequest
 
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -47,7 +47,7 @@ def generate(argv: list[str]) -> int:
     finally:
         engine.close()
     start = time.monotonic()
-    files = _write(result, asked.out, format, asked.prompt)
+    files = _write(result, request, bundle.spec.sampler, asked.out, format)
     report = _report(result, engine.name, files, encode_s=time.monotonic() - start)
     print(json.dumps(report, indent=1) if asked.json else _text(report))
     return 0
@@ -106,15 +106,15 @@ def _control(asked: argparse.Namespace) -> "Control | None":
     return Control(edge=decode(data, field="control"), scale=scale, kind=asked.control_kind)
 
 
-def _write(result: "Result", out: Path, format: str, prompt: str) -> list[Path]:
+def _write(result: "Result", request: "GenerateRequest", sampler: str, out: Path, format: str) -> list[Path]:
     """Write the pictures, each with what makes it again."""
     from .images import encode
+    from .infotext import picture_metadata
 
-    about = {"prompt": prompt, "model": result.model, "steps": str(result.steps), "guidance": f"{result.guidance:g}"}
     files = []
     for number, (picture, seed) in enumerate(zip(result.pictures, result.seeds, strict=True), start=1):
         path = out if len(result.pictures) == 1 else out.with_stem(f"{out.stem}-{number}")
-        path.write_bytes(encode(picture, format, metadata={**about, "seed": str(seed)}))
+        path.write_bytes(encode(picture, format, metadata=picture_metadata(result, request, seed, sampler)))
         files.append(path)
     return files
 

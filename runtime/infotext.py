@@ -5,14 +5,38 @@ Negative prompt: the negative prompt, if there is one
 Steps: 4, Sampler: lcm, CFG scale: 3, Seed: 7, Size: 64x64, Model: "a name, with a comma"
 """
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping
 
+from .events import Result
+from .images import PARAMETERS
+from .request import GenerateRequest
+
+VERSION = importlib.metadata.version("fewstep")
 _NEGATIVE = "Negative prompt: "
 _SETTING = re.compile(r'\s*([^\s:,"][^:,"]*):\s*("(?:\\.|[^\\"])*"|[^,]*)\s*(?:,|$)')
 _LEAST_SETTINGS = 3
 """A last line with fewer is prompt, for every reader of this form."""
+
+
+def picture_metadata(result: Result, request: GenerateRequest, seed: int, sampler: str) -> dict[str, str]:
+    """What a picture's file says of its making, for `images.encode`: a text per setting, and `infotext` of them all.
+
+    seed: this picture's, of `result.seeds`. sampler: the model's.
+    """
+    height, width = result.pictures[0].shape[:2]
+    guidance, steps = f"{result.guidance:g}", str(result.steps)
+    about = {"prompt": request.prompt, "model": result.model, "steps": steps, "guidance": guidance, "seed": str(seed)}
+    if request.negative_prompt:
+        about["negative_prompt"] = request.negative_prompt
+    settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": str(seed)}
+    settings |= {"Size": f"{width}x{height}", "Model": result.model}
+    if request.edit is not None:
+        settings["Denoising strength"] = f"{request.edit.strength:g}"
+    text = infotext(request.prompt, request.negative_prompt, {**settings, "Version": f"fewstep {VERSION}"})
+    return {**about, PARAMETERS: text}
 
 
 def infotext(prompt: str, negative_prompt: str | None, settings: Mapping[str, str]) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fewstep.runtime.errors import InvalidRequest
+from fewstep.runtime.live import SimilarityFilter
 from fewstep.runtime.local import Model
 
 from .errors import described
@@ -31,10 +32,12 @@ class Hello(Body):
 
 class Number(Body):
     """What a frame's header says beside the fields of `GenerateBody`: the caller's number for it, which comes back with
-    the answer; and whether the frame in the making is to end rather than be waited for."""
+    the answer; whether the frame in the making is to end rather than be waited for; and the cosine between its picture
+    and the last one from which it may be skipped."""
 
     frame: int
     replace: bool = False
+    similar: float | None = Field(None, ge=0.0, lt=1.0)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,38 @@ def read_message(message: str | bytes) -> Hello | Frame:
 
 def write_message(header: Mapping[str, Any], picture: bytes) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode() + b"\n" + picture
+
+
+class Repeats:
+    """What one session's frames repeat: StreamDiffusion's similarity filter, for frames of the same settings.
+
+    The picture of the last frame that passed must still stand; begin anew where it was not made.
+    """
+
+    def __init__(self) -> None:
+        self._settings: Any = None
+        self._filter = SimilarityFilter()
+
+    def skips(self, frame: Frame, job: Job) -> bool:
+        """Whether a frame, and its job, is to be answered by the picture that stands.
+
+        Errors: `InvalidRequest` where it has no picture to compare.
+        """
+        eta, edit, control = frame.number.similar, job.request.edit, job.request.control
+        if eta is None:
+            self._settings = None
+            return False
+        if edit is not None:
+            name, image = "edit", edit.image
+        elif control is not None:
+            name, image = "control", control.edge
+        else:
+            raise InvalidRequest("similar", f"similar is {eta}, but the frame has no picture: send one or leave it out")
+        placed = _placed(frame)
+        settings = {**placed, "similar": eta, name: {**placed[name], "image_b64": None}}
+        if settings != self._settings:
+            self._settings, self._filter = settings, SimilarityFilter(eta)
+        return not self._filter.passes(image)
 
 
 def frame_job(frame: Frame, models: Mapping[str, Model]) -> Job:

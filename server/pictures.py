@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import importlib.metadata
 import secrets
 import time
 from collections import OrderedDict
@@ -15,14 +14,13 @@ import numpy as np
 from PIL import Image
 
 from fewstep.runtime.events import Picture, Result
-from fewstep.runtime.images import PARAMETERS, encode
-from fewstep.runtime.infotext import infotext
+from fewstep.runtime.images import encode
+from fewstep.runtime.infotext import picture_metadata
 
 from .errors import Refused
 from .provenance import Signatory, statement
 from .wire import Format, Job
 
-VERSION = importlib.metadata.version("fewstep")
 PREVIEW_QUALITY = 70
 
 
@@ -62,18 +60,8 @@ def _file(number: int, result: Result, job: Job, signatory: Signatory | None) ->
 
 
 def metadata(result: Result, job: Job, seed: int) -> dict[str, str]:
-    """What a picture's file says of its making: a text per setting, and all of them as web UIs write them."""
-    request, (height, width) = job.request, result.pictures[0].shape[:2]
-    guidance, steps = f"{result.guidance:g}", str(result.steps)
-    about = {"prompt": request.prompt, "model": result.model, "steps": steps, "guidance": guidance, "seed": str(seed)}
-    if request.negative_prompt:
-        about["negative_prompt"] = request.negative_prompt
-    settings = {"Steps": steps, "Sampler": job.sampler, "CFG scale": guidance, "Seed": str(seed)}
-    settings |= {"Size": f"{width}x{height}", "Model": result.model}
-    if request.edit is not None:
-        settings["Denoising strength"] = f"{request.edit.strength:g}"
-    text = infotext(request.prompt, request.negative_prompt, {**settings, "Version": f"fewstep {VERSION}"})
-    return {**about, PARAMETERS: text}
+    """What the file of a job's picture says of its making."""
+    return picture_metadata(result, job.request, seed, job.sampler)
 
 
 def preview_file(preview: Picture, form: Format, size: tuple[int, int] | None = None) -> str:
@@ -81,8 +69,12 @@ def preview_file(preview: Picture, form: Format, size: tuple[int, int] | None = 
     image = Image.fromarray(preview)
     if size not in (None, image.size):
         image = image.resize(size, Image.Resampling.BICUBIC)
-    file = encode(np.asarray(image), form, quality=None if form == "png" else PREVIEW_QUALITY)
-    return base64.b64encode(file).decode("ascii")
+    return base64.b64encode(preview_bytes(np.asarray(image), form)).decode("ascii")
+
+
+def preview_bytes(preview: Picture, form: Format) -> bytes:
+    """A preview as a file, as small as it is."""
+    return encode(preview, form, quality=None if form == "png" else PREVIEW_QUALITY)
 
 
 def account(result: Result, files: Encoded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from fewstep.runtime.commands import generate
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
+from fewstep.runtime.infotext import read_infotext
 from fewstep.runtime.loop import run_request
 from fewstep.runtime.request import Control, GenerateRequest
 from fewstep.runtime.torch_engine import TorchEngine
@@ -22,7 +23,13 @@ def test_it_writes_the_dull_loops_picture_and_says_what_it_did(tiny_lcm, tmp_pat
     )
     image = Image.open(out)
     assert np.array_equal(np.array(image), expected.pictures[0])
+    text = image.text.pop("parameters")
     assert image.text == {"prompt": "a cat", "model": "tiny-lcm", "steps": "2", "guidance": "2", "seed": "3"}
+    found = read_infotext(text)
+    assert {name: found[name] for name in ("Prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")} == {
+        "Prompt": "a cat", "Steps": "2", "Sampler": "lcm", "CFG scale": "2", "Seed": "3", "Size": "32x32",
+        "Model": "tiny-lcm",
+    }  # fmt: skip
     said = capsys.readouterr().out
     assert "cat.png  seed 3" in said and "tiny-lcm on torch: 2 steps, guidance 2" in said and " ms (text " in said
 
@@ -35,7 +42,15 @@ def test_several_pictures_and_json(tiny_teacher, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["files"] == [str(tmp_path / "p-1.jpg"), str(tmp_path / "p-2.jpg")]
     assert (report["seeds"], report["engine"], report["nfe"], report["notes"]) == ([5, 6], "torch", 2, [])
-    assert set(report["timings"]) == {"queue_s", "text_s", "denoise_s", "decode_s", "total_s", "predicted_s", "encode_s"}
+    assert set(report["timings"]) == {
+        "queue_s",
+        "text_s",
+        "denoise_s",
+        "decode_s",
+        "total_s",
+        "predicted_s",
+        "encode_s",
+    }
     edge = np.repeat((np.eye(32, dtype=np.uint8) * 255)[:, :, None], 3, axis=2)
     request = GenerateRequest(
         prompt="a cat", negative_prompt="dog", steps=1, seed=5, control=Control(edge=edge, scale=0.5)

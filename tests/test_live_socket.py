@@ -170,6 +170,8 @@ def test_a_closed_socket_ends_its_work():
         (frame(picture=drawing(size=(640, 640)), control={}), "control.image_b64", "at most 4096 pixels"),
         (frame(picture=drawing(), control={"scale": 3.0}), "control.scale", "use 0 to 2"),
         (frame(picture=drawing(), control={"scal": 1.0}), "control.scal", "did you mean scale?"),
+        (frame(similar=0.98), "similar", "the frame has no picture"),
+        (frame(similar=1.0, picture=drawing(), edit={}), "similar", "less than 1"),
         (b"x" * 50_001, None, "above 50000 bytes"),
     ],
 )  # fmt: skip
@@ -180,6 +182,55 @@ def test_a_bad_frame_is_answered_in_words_and_the_session_goes_on(live: Live, me
         assert (error["param"], error["type"]) == (param, "invalid_request_error") and said in error["message"]
         socket.send_binary(frame(1, steps=1))
         assert heard(socket, "picture")[0]["frame"] == 1
+
+
+def test_frames_that_show_nothing_new_are_skipped_only_where_asked_and_only_while_the_picture_stands():
+    with fake_server() as live, opened(live) as socket:
+
+        def kind(number: int, level: int, **fields) -> str:
+            socket.send_binary(frame(number, drawing(level), **{"edit": {"strength": 0.5}, "steps": 4, **fields}))
+            while True:
+                message = socket.recv()
+                header = json.loads(message.partition(b"\n")[0] if isinstance(message, bytes) else message)
+                assert header["frame"] == number
+                if header["type"] != "started":
+                    return header["type"]
+
+        same = {"similar": 0.98}
+        assert [kind(n, 200) for n in range(3)] == ["picture"] * 3  # off by default
+        assert [kind(n, 200, **same) for n in range(12)] == ["picture", *["skipped"] * 10, "picture"]
+        assert kind(12, 200, **same) == "skipped"
+        assert kind(13, 200, **same, prompt="a blue square") == "picture"  # other words, the same drawing
+        assert kind(14, 200, **same, prompt="a blue square", edit={"strength": 0.9}) == "picture"
+        assert kind(15, 0, **same, prompt="a blue square", edit={"strength": 0.9}) == "picture"  # nothing alike
+        assert kind(16, 200, **same) == "picture"
+        assert kind(17, 200) == "picture"
+        assert kind(18, 200, **same) == "picture"  # what stands is the one before
+        assert kind(19, 200, **same, steps=3) == "failed"
+        assert kind(20, 200, **same) == "picture"  # and what failed left nothing
+        assert kind(21, 200, similar=0.98, edit=None, control={"scale": 1.0}) == "picture"
+        assert kind(22, 200, similar=0.98, edit=None, control={"scale": 1.0}) == "skipped"
+        text = live.http.get("/metrics").text
+        assert 'outcome="skipped"} 12.0' in text and 'outcome="made"} 13.0' in text
+
+
+def test_previews_come_as_partial_pictures_before_the_whole():
+    with fake_server() as live, opened(live) as socket:
+        socket.send_binary(frame(0, steps=4, previews=True, format="webp"))
+        seen = []
+        while not seen or seen[-1][0]["type"] != "picture":
+            message = socket.recv()
+            if isinstance(message, bytes):
+                header, _, file = message.partition(b"\n")
+                seen.append((json.loads(header), file))
+    *partial, whole = seen
+    assert whole[0]["frame"] == 0 and len(partial) >= 3
+    assert [header["type"] for header, _ in partial] == ["partial"] * len(partial)
+    steps = [header["step"] for header, _ in partial]
+    assert steps == sorted(set(steps)) and {header["steps"] for header, _ in partial} == {4}
+    for header, file in partial:
+        image = Image.open(io.BytesIO(file))
+        assert image.size == (header["width"], header["height"]) and image.format == "WEBP" and header["frame"] == 0
 
 
 def test_a_failing_engine_is_answered_and_the_session_goes_on():
