@@ -93,8 +93,8 @@ def _latency(report: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     if "components" in report:
         peak = ", ".join(f"{name} {speed:g} GFLOP/s" for name, speed in report["peak_gflop_per_s"].items())
         parts += [
-            f"Each network alone. Matrix peak measured in the same run: {peak}. It is that of torch's own product: "
-            "where an engine has a faster one for this processor, its fraction is above 100%.",
+            f"Each network alone. Matrix peak measured in the same run, on a CPU the faster of torch's and OpenVINO's "
+            f"product: {peak}.",
             markdown(component_table(report)),
         ]
     notes = [f"{name}: {note}" for name, found in report["peer_notes"].items() for note in found]
