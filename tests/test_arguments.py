@@ -11,6 +11,7 @@ def test_what_is_read():
     assert read_count("12") == 12 and read_counts("4,1,4") == (4, 1)
     assert read_names("text,,decoder") == ("text", "decoder")
 
+
 def test_an_empty_list_of_names_names_nothing():
     with pytest.raises(argparse.ArgumentTypeError, match="',' names nothing"):
         read_names(",")

@@ -94,7 +94,7 @@ def test_a_scale_of_nothing_is_the_plain_picture_to_the_bit(both):
 def test_negative_prompts_go_to_the_attention_of_the_bundles_method(tiny_dmd2, tmp_path, method):
     bundle = adopted(tiny_dmd2, tmp_path / method, lambda root: adopt_negative(root, Negative(method=method)))
     engine = TorchEngine(bundle)
-    with pytest.raises(InvalidRequest, match="negative_mode is .* has"):
+    with pytest.raises(InvalidRequest, match=r"negative_mode is .* has"):
         run_request(engine, bundle, ask(negative_prompt="blue", negative_mode={"nag": "nasa", "nasa": "nag"}[method]))
     found = run_request(engine, bundle, ask(steps=1, negative_prompt="blue", negative_mode=method, negative_scale=0.5))
     assert found.nfe == 1, "no second evaluation"

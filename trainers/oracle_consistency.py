@@ -209,9 +209,7 @@ def _compared(objective: Consistency) -> Iterator[Check]:
     if isinstance(objective.compare, AsEstimates):
         rough = Bent(stage.teacher(), 0.3, 0.1).denoiser()
         found = objective.compare(rough, rough.jump(x, t, end, cond), x, t, end, cond)
-        yield below(
-            "compare: a landing as its estimate", (found - rough.x0(x, t, cond)).detach(), 1e-9
-        )
+        yield below("compare: a landing as its estimate", (found - rough.x0(x, t, cond)).detach(), 1e-9)
     if isinstance(objective.compare, CarriedToClean):
         told = stage.jumper(lambda t, cond: cond["s"])
         data = stage.data.moved(cond["ctx"][0])
