@@ -152,6 +152,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         wanted = f"{claim['wanted']:g}" if "wanted" in claim else ""
         verdict = {True: "met", False: "missed", None: ""}[claim.get("ok")]
         lines.append(f"| {claim['claim']} | {wanted} | {claim['found']:.3g} | {verdict} |")
+    if "speed_kept" in report:
+        lines += ["", f"Capacity at the end of the run over that at its start: {report['speed_kept']:.2f}. Far from 1,"]
+        lines += ["the machine was not this run's alone, and its figures say little."]
     for workload in WORKLOADS:
         rows = [row for row in report["rows"] if row["workload"] == workload.name]
         if rows:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import statistics
+import time
 
 import pytest
 from live import fake_server
@@ -12,9 +13,10 @@ from live import fake_server
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
 from fewstep.runtime.request import Limits
 from fewstep.server.load import MARKS, check_loopback, command, write_page
+from fewstep.server.load_compare import Plan, _capacity
 from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, in_shares, plan_arrivals, prompt
-from fewstep.server.load_report import overhead_ms, summarise
-from fewstep.server.load_servers import started
+from fewstep.server.load_report import markdown, overhead_ms, summarise
+from fewstep.server.load_servers import Server, started
 from fewstep.server.load_traffic import Outcome, Target, send_in_turn, send_traffic
 
 ROW = {"server", "rate_per_s", "steps", "sent", "ok", "rejected", "failed", "p50_ms", "p95_ms", "p99_ms"}
@@ -216,3 +218,17 @@ def test_a_server_that_does_not_start_says_why():
         started("ours", "fewstep.server.no_such_module", [], threads=1, native=True),
     ):
         pytest.fail("it started")
+
+
+def test_a_run_says_whether_the_machine_was_its_own():
+    assert "over that at its start: 0.61." in markdown({**REPORT, "speed_kept": 0.61})
+    assert "over that at its start" not in markdown(REPORT)
+
+
+def test_capacity_is_measured_over_a_long_enough_time():
+    with fake_server(delay_s=0.002) as live:
+        server = Server("s", Target(live.url, ("fake",), native=True), {})
+        began = time.perf_counter()
+        per_s = _capacity(Plan(("fake",), seconds=1.0), MIXED, server)
+        assert time.perf_counter() - began >= 1.0 / 3
+        assert 5.0 < per_s < 500.0, "a request is 3 to 6 calls of 2 ms, and calls are shared"
