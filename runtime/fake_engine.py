@@ -64,6 +64,7 @@ class FakeEngine:
         spec: SamplerSpec | None = None,
         *,
         control: bool = True,
+        edit: bool = True,
         takes_w: bool | None = None,
         max_batch: int = 8,
         batch_sizes: tuple[int, ...] = (),
@@ -72,7 +73,7 @@ class FakeEngine:
         before: Callable[[Call], None] | None = None,
     ) -> None:
         self.spec = spec or fake_spec()
-        roles = {TEXT, DENOISER, DECODER, ENCODER}
+        roles = {TEXT, DENOISER, DECODER} | ({ENCODER} if edit else set())
         if control:
             roles |= {CONTROLNET, DENOISER_CONTROL}
         self.name = "fake"

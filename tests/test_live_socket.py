@@ -145,7 +145,8 @@ def test_a_closed_socket_ends_its_work():
         gate.set()
         until(lambda: live.runtime.metrics().live == 0)
         assert live.runtime.metrics().failed["Cancelled"] == 1
-        assert sum(call.role == "denoiser" for call in live.engine.calls) == 5
+        calls = sum(call.role == "denoiser" for call in live.engine.calls)
+        assert calls in (4, 5), "four to warm the engine, and one at most of eight: it may have ended before its first"
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,13 @@ def test_controls_follow_the_model(browser):
         guidance=Guidance(mode="cfg", default=4.0, range=(1.0, 9.0)),
     )  # fmt: skip
     specs = {"student": fake_spec(guidance=Guidance(mode="none")), "teacher": teacher}
-    engines = {name: FakeEngine(spec, control=name == "teacher") for name, spec in specs.items()}
+    engines = {name: FakeEngine(spec, control=name == "teacher", edit=False) for name, spec in specs.items()}
     bundles = [fake_bundle(name, spec) for name, spec in specs.items()]
     with Runtime(bundles, engines=engines) as runtime, serving(runtime) as live:
         open_page(browser, live.url)
         assert not at(browser, "guidance").is_displayed() and not at(browser, "negative").is_displayed()
         at(browser, "draw").click()  # a model that follows drawings is taken
-        assert at(browser, "model").get_attribute("value") == "teacher" and at(browser, "scale").is_displayed()
+        until(lambda: at(browser, "model").get_attribute("value") == "teacher" and at(browser, "scale").is_displayed())
         assert at(browser, "negative").is_displayed() and at(browser, "guidance-value").text == "4.0"
         assert at(browser, "steps-value").text == "8" and at(browser, "steps").get_attribute("max") == "29"
         at(browser, "draw").click()

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 from browser import all_of, at, chromium, drawn, open_page, pixels, say, stroke
@@ -31,9 +32,17 @@ def page(browser, live):
 
 
 def settled(browser) -> str:
-    """The picture once nothing is on its way any more."""
-    until(lambda: drawn(browser))
-    return pixels(browser)
+    """The picture once nothing is on its way any more, and it is the same a moment later: a pen's last frame may not
+    have been asked for yet."""
+    seen = [pixels(browser)]
+
+    def stays() -> bool:
+        time.sleep(0.25)
+        seen.append(pixels(browser))
+        return seen[-1] == seen[-2]
+
+    until(stays)
+    return seen[-1]
 
 
 def test_the_picture_follows_the_pen(page):
