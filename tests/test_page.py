@@ -5,6 +5,7 @@ import re
 import pytest
 from browser import all_of, at, chromium, drawn, open_page, pixels, prefer, say, size
 from live import fake_server, serving, until
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from fewstep.models.spec import Guidance, Spacing
@@ -31,7 +32,7 @@ def about(browser) -> str:
 
 def press(browser, keys: str) -> None:
     """Keys to whatever has the focus."""
-    browser.switch_to.active_element.send_keys(keys)
+    ActionChains(browser).send_keys(keys).perform()  # an element that is leaving may still be the active one
 
 
 def test_the_picture_follows_the_words(browser, live):
