@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.arguments import read_count, read_output
+from fewstep.models.files import write_whole
 
 from .errors import EngineUnavailable
 from .gpu_plan import MODES, PLAN, PRECISIONS, SHAPES, TINY_PLAN, Case, Shape
@@ -287,9 +288,7 @@ def command(argv: Sequence[str]) -> int:
     def save(report: dict[str, Any]) -> None:
         report["command"] = said
         if args.json is not None:
-            beside = args.json.with_name(args.json.name + ".part")
-            beside.write_text(json.dumps(report, indent=1) + "\n")
-            beside.replace(args.json)
+            write_whole(args.json, (json.dumps(report, indent=1) + "\n").encode())
 
     report = bench_gpu(plan, device=args.device, budget_s=args.budget_s, repeats=args.repeats, save=save)
     print(table(report))

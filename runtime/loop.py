@@ -14,17 +14,16 @@ from fewstep.models.bundle import Bundle
 from fewstep.models.spec import SamplerSpec
 
 from .edits import Source, clip_pixels, latent_mask, picture_tensor
-from .engine import ENCODER, Engine
+from .engine import Engine
 from .events import Result, Timings
 from .inflight import Canvas, Live, Part
-from .jobs import ENCODE
 from .plan import Plan
 from .request import GenerateRequest, Limits, resolve
 from .request_methods import is_plain
 from .rng import NoiseStream
 from .served import Served, serve
 from .text import Bare, Prompts
-from .work import decode_rows, encode_pictures, encode_prompts, encode_texts, step_rows
+from .work import PREPARE, decode_rows, step_rows
 
 
 def admit(
@@ -137,10 +136,7 @@ def run_request(
     live = admit(model, request, begun_s=time.monotonic(), models={**(models or {}), model.name: model})
     live.started_s = time.monotonic()
     for work in live.before:
-        encode: Callable[..., Any] = encode_texts
-        if work.kind == ENCODE:
-            encode = encode_pictures if work.role == ENCODER else encode_prompts
-        _timed(live, work.kind, lambda w=work, e=encode: e(live.parts[w.model].model, [live]))  # type: ignore[misc]
+        _timed(live, work.kind, lambda w=work: PREPARE[w.role](live.parts[w.model].model, [live]))  # type: ignore[misc]
     for number, canvas in enumerate(live.canvases):
         _timed(live, "denoise", lambda n=number, c=canvas: _run_rows(live, c, n, watch))  # type: ignore[misc]
         (error,) = _timed(live, "decode", lambda c=canvas: decode_rows(model, [(live, c)]))  # type: ignore[misc]

@@ -4,7 +4,7 @@ Both loops are made of these: the dull one (`runtime.loop`) gives them one pictu
 (`runtime.local`) whatever the scheduler put together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,14 @@ def encode_prompts(model: Served, lives: Sequence[Live]) -> None:
     _refuse_spoiled(model.engine, tokens, "embedding of a picture prompt")
     for source, found in zip(sources, tokens, strict=True):
         source.tokens = found.clone()
+
+
+PREPARE: dict[str, Callable[[Served, Sequence[Live]], int | None]] = {
+    TEXT: encode_texts,
+    ENCODER: encode_pictures,
+    IMAGE_PROMPT: encode_prompts,
+}
+"""What each role does for requests before their rows."""
 
 
 def _refuse_spoiled(engine: Engine, out: Tensor, what: str) -> None:
@@ -210,12 +218,8 @@ def execute(work: Work, lives: Sequence[Live]) -> tuple[list[FewstepError | None
 def _attempt(
     model: Served, work: Work, items: Sequence[Item], lives: Sequence[Live]
 ) -> tuple[list[FewstepError | None], int]:
-    if work.kind == TEXT:
-        return [None] * len(items), encode_texts(model, lives)
-    if work.kind == ENCODE:
-        encode = encode_prompts if work.role == IMAGE_PROMPT else encode_pictures
-        encode(model, lives)
-        return [None] * len(items), 0
+    if work.kind in (TEXT, ENCODE):
+        return [None] * len(items), PREPARE[work.role](model, lives) or 0
     rows = [(live, live.canvases[item.picture]) for item, live in zip(items, lives, strict=True)]
     run = paint_rows if picture_steps(work.role) else step_rows if work.kind == DENOISE else decode_rows
     return list(run(model, rows)), 0

@@ -55,20 +55,22 @@ def page(tmp_path_factory):
         yield browser
 
 
-def shoot(browser, path: Path) -> None:
+def shoot(browser, path: Path) -> tuple[int, int]:
+    """Keep a screenshot; its number of colours and its bytes."""
     until(lambda: drawn(browser))
     browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     picture.save(path, optimize=True)
-    assert len(picture.getcolors(2**24)) > 100 and 4_000 < path.stat().st_size < 200_000
+    return len(picture.getcolors(2**24)), path.stat().st_size
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words(page, folder, scheme: str):
     size(page, 1280, 800)
     prefer(page, prefers_color_scheme=scheme)
-    shoot(page, folder / f"page-{scheme}.png")
+    colours, size_bytes = shoot(page, folder / f"page-{scheme}.png")
+    assert colours > 100 and 4_000 < size_bytes < 200_000
 
 
 def test_drawing(page, folder):
@@ -78,10 +80,12 @@ def test_drawing(page, folder):
     at(page, "draw").click()
     for line in (CIRCLE, SQUARE):
         stroke(page, *line)
-    shoot(page, folder / "page-drawing.png")
+    colours, size_bytes = shoot(page, folder / "page-drawing.png")
+    assert colours > 100 and 4_000 < size_bytes < 200_000
 
 
 def test_mobile(page, folder):
     size(page, 390, 844)
     prefer(page, prefers_color_scheme="dark")
-    shoot(page, folder / "page-mobile.png")
+    colours, size_bytes = shoot(page, folder / "page-mobile.png")
+    assert colours > 100 and 4_000 < size_bytes < 200_000

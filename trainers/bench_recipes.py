@@ -19,6 +19,7 @@ from typing import Any
 
 from fewstep.models.arguments import read_count
 from fewstep.models.errors import FewstepError
+from fewstep.models.files import write_whole
 from fewstep.runtime.measurement import machine_facts
 
 from .plane_run import PlaneBudget
@@ -200,32 +201,28 @@ def _start(setup: Setup, folder: Path) -> Any:
 
     budget = setup.budget
     file = folder / f"start-{budget.start_steps}-{budget.batch}-{budget.seed}.safetensors"
-    from safetensors.torch import load_model, save_model
+    from safetensors.torch import load_model, save
 
     if file.is_file():
         net = PlaneNet(VP())
         load_model(net, file)
         return net
     net = fit_start(plane(), budget)
-    beside = file.with_suffix(".writing")
-    save_model(net, str(beside))
-    beside.replace(file)
+    write_whole(file, save(net.state_dict()))
     return net
 
 
 def _reference(setup: Setup, w: float, folder: Path) -> Any:
     """Points to compare with, kept as they take seconds to draw."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     from .plane import CLASSES, plane, reference_points
 
     file = folder / f"reference-{w:g}-{setup.points}-{setup.seed}.safetensors"
     if not file.is_file():
         labels = torch.arange(CLASSES).repeat_interleave(setup.points)
-        beside = file.with_suffix(".writing")
-        save_file({"points": reference_points(plane(), labels, w, seed=setup.seed + 1)}, beside)
-        beside.replace(file)
+        write_whole(file, save({"points": reference_points(plane(), labels, w, seed=setup.seed + 1)}))
     return load_file(file)["points"]
 
 
@@ -239,9 +236,7 @@ def _read(file: Path, key: str) -> dict[str, Any] | None:
 
 def _write(file: Path, row: dict[str, Any]) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".writing")
-    beside.write_text(json.dumps(row))
-    beside.replace(file)
+    write_whole(file, json.dumps(row).encode())
     return row
 
 

@@ -8,8 +8,8 @@ from fewstep.models.spec import Boundary
 from .consistency import Consistency
 from .distances import PseudoHuber, unweighted
 from .jumps import LcmJump
-from .player import PlayerSettings
-from .recipe import Needs, Recipe, Sampling, Stage
+from .recipe import Recipe, Sampling
+from .recipe_forms import learn, multistep, single
 from .student import Student
 from .times import GridPairs, LcmGrids, UniformScale
 from .transitions import NoisedData
@@ -25,28 +25,17 @@ def lcm(
     w is drawn per sample and embedded. The paper: omega in [5, 15], lr 1e-4 (8e-6 for SD), target average 0.95,
     huber c 0.001.
     """
-    objective = Consistency(
-        pairs=GridPairs(points),
-        source=NoisedData(pure_at_start=True),
-        jump=LcmJump(),
-        distance=PseudoHuber(huber_c),
-        weight=unweighted,
-        guidance=UniformScale(guidance_low, guidance_high),
-        cfg=True,
-        target="target",
-    )
-    learn = PlayerSettings(lr=lr, warmup=50, cooldown=0.4, ema={"target": target_ema, "kept": 0.99})
-    return Recipe(
-        name="lcm",
-        family="consistency",
-        paper="Luo et al. 2023, Latent Consistency Models, arXiv:2310.04378",
-        needs=Needs(),
-        student=Student(guidance_width=guidance_width),
-        stages=(Stage(name="lcm", objective=objective, player_settings={"student": learn}, steps=steps),),
-        sampling=Sampling(
+    return single(
+        "lcm",
+        "Luo et al. 2023, Latent Consistency Models, arXiv:2310.04378",
+        latent_consistency(points, huber_c, UniformScale(guidance_low, guidance_high), "target"),
+        learn(lr, target=target_ema),
+        steps,
+        Sampling(
             sampler="lcm", grids=LcmGrids((1, 2, 4, 8), points), stochastic=True, boundary=Boundary(),
             guidance_mode="embedded", guidance_default=guidance_default, guidance_range=(guidance_low, guidance_high),
         ),
+        Student(guidance_width=guidance_width),
     )  # fmt: skip
 
 
@@ -58,26 +47,26 @@ def lcm_lora(
 
     The update is merged when saved, and kept beside as `pytorch_lora_weights.safetensors`. The paper: rank 64.
     """
-    objective = Consistency(
+    return single(
+        "lcm-lora",
+        "Luo et al. 2023, LCM-LoRA, arXiv:2311.05556",
+        latent_consistency(points, huber_c, UniformScale(guidance, guidance), "student"),
+        learn(lr),
+        steps,
+        multistep(Boundary(), points),
+        Student(lora_rank=rank),
+    )
+
+
+def latent_consistency(points: int, huber_c: float, guidance: UniformScale, target: str) -> Consistency:
+    """The loss of both: pairs of a grid of `points`, DDIM under guidance between them, LCM's scalings, Huber."""
+    return Consistency(
         pairs=GridPairs(points),
         source=NoisedData(pure_at_start=True),
         jump=LcmJump(),
         distance=PseudoHuber(huber_c),
         weight=unweighted,
-        guidance=UniformScale(guidance, guidance),
+        guidance=guidance,
         cfg=True,
-        target="student",
+        target=target,
     )
-    learn = PlayerSettings(lr=lr, warmup=50, cooldown=0.4, ema={"kept": 0.99})
-    return Recipe(
-        name="lcm-lora",
-        family="consistency",
-        paper="Luo et al. 2023, LCM-LoRA, arXiv:2311.05556",
-        needs=Needs(),
-        student=Student(lora_rank=rank),
-        stages=(Stage(name="lcm-lora", objective=objective, player_settings={"student": learn}, steps=steps),),
-        sampling=Sampling(
-            sampler="lcm", grids=LcmGrids((1, 2, 4, 8), points), stochastic=True, boundary=Boundary(),
-            guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
-        ),
-    )  # fmt: skip

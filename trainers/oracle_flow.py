@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.models.paths import EDM, VP, Path, RectifiedFlow, TrigFlow
+from fewstep.models.paths import VP, Path, RectifiedFlow
 
 from .flow_map import Derivative, FlowMap, FlowPairs
 from .from_noise import Bootstrapped, Displaced, FromNoise
 from .objective import Cast, Turn
-from .oracle_continuous import Spread, hub_checks, tangent_checks
+from .oracle_continuous import COUNT, WORLDS, Spread, hub_checks, tangent_checks
 from .oracle_parts import guidance_checks, source_checks
 from .oracle_world import (
     Bent,
@@ -30,9 +30,6 @@ from .oracle_world import (
 from .recipe import Recipe
 from .tangent import FLOW, DataField, Difference, Jvp, TeacherField
 from .times import UniformScale, clean
-
-WORLDS = ((VP(), "v"), (VP(), "eps"), (RectifiedFlow(), "flow"), (TrigFlow(), "trig"), (EDM(sigma_max=5.0), "x0"))
-COUNT = 256
 
 
 @dataclass(frozen=True)

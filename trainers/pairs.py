@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.models.denoiser import Denoiser, times
+from fewstep.models.files import write_whole
 
 from .errors import DataError
 from .objective import Batch, Turn, derive
@@ -95,12 +96,10 @@ def draw_pairs(teacher: Denoiser, by_cfg: bool, plan: Pairs, conditions: Conditi
 
 def save_pairs(path: Path, drawn: Drawn) -> None:
     """The file appears only when whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".writing")
-    save_file({name: getattr(drawn, name).contiguous() for name in ("noise", "made", "w", "chosen")}, beside)
-    beside.replace(path)
+    write_whole(path, save({name: getattr(drawn, name).contiguous() for name in ("noise", "made", "w", "chosen")}))
 
 
 def load_pairs(path: Path) -> Drawn:

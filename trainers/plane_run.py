@@ -23,9 +23,10 @@ from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
 from fewstep.runtime.samplers import start_scale, time_pairs, updates
 
+from .distill import Assembled
 from .errors import RecipeError
 from .loop import LoopSettings, train
-from .objective import Batch, Cast, Metrics, Objective, Turn
+from .objective import Cast, Turn
 from .pairs import PairSource, draw_pairs
 from .plane import PREDICTIONS, Plane, PlaneSource
 from .plane_net import PlaneFake, PlaneNet, plane_student
@@ -72,16 +73,6 @@ class Trained:
     w: float
     seconds: float
     count: Count = field(compare=False)
-
-
-@dataclass(frozen=True)
-class _Method:
-    objective: Objective
-    cast: Cast
-    players: tuple[Player, ...]
-
-    def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        return self.objective.loss(player, self.cast, batch, turn)
 
 
 def fit_start(data: Plane, budget: PlaneBudget) -> PlaneNet:
@@ -200,7 +191,7 @@ def landing(spec: SamplerSpec, t: float, to: float | None) -> float:
 
 def _assemble(
     recipe: Recipe, stage: Stage, net: PlaneNet, previous: Any, data: Plane, budget: PlaneBudget, count: Count
-) -> _Method:
+) -> Assembled:
     """The stage's cast: the closed-form teacher or the stage before, the student, its averages, a fake and a critic."""
     path = recipe_path(recipe)
 
@@ -227,10 +218,10 @@ def _assemble(
         roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    return _Method(stage.objective, Cast(roles, critic), tuple(players))
+    return Assembled(stage.objective, Cast(roles, critic), tuple(players))
 
 
-def _train(recipe: Recipe, stage: Stage, method: _Method, steps: int, data: Plane, budget: PlaneBudget) -> float:
+def _train(recipe: Recipe, stage: Stage, method: Assembled, steps: int, data: Plane, budget: PlaneBudget) -> float:
     """Seconds of training, drawing of pairs included."""
     begun = time.perf_counter()
     source: Any = PlaneSource(data, budget.batch, seed=budget.seed)
