@@ -24,6 +24,9 @@ def with_processors(unet: Any, make: Callable[[int], nn.Module]) -> Any:
     """
     clone = sharing_copy(unet)
     processors = dict(clone.attn_processors)
+    if own := [name for name in cross_attentions(unet) if isinstance(processors[name], nn.Module)]:
+        kind = type(processors[own[0]]).__name__
+        raise BundleError(f"{own[0]} of this U-Net is a {kind} already, and one attention cannot be two of them")
     for k, name in enumerate(cross_attentions(unet)):
         attention = clone.get_submodule(name.removesuffix(".processor"))
         special = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .errors import BundleError
+from .guidance_adapter import FIELD as GUIDANCE_ADAPTER
 from .networks import Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
 from .pipeline_folder import read_config, read_index
 from .roles import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, TEXT
@@ -80,7 +81,7 @@ def _unet(unet: Any, control: bool) -> nn.Module:
 
 
 def _unet_takes_w(config: Mapping[str, Any]) -> bool:
-    return config.get("time_cond_proj_dim") is not None
+    return config.get("time_cond_proj_dim") is not None or GUIDANCE_ADAPTER in config
 
 
 def _unet_stride(config: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Condition, Network, expand
+from .guidance_adapter import FIELD as GUIDANCE_ADAPTER
 
 
 class DenoiserNet(nn.Module):
@@ -27,7 +28,8 @@ class DenoiserNet(nn.Module):
     def __init__(self, unet: Any, *, control: bool = False) -> None:
         super().__init__()
         self.unet = unet
-        self.takes_w = unet.config.time_cond_proj_dim is not None
+        self.adapted = GUIDANCE_ADAPTER in unet.config
+        self.takes_w = self.adapted or unet.config.time_cond_proj_dim is not None
         count = residual_count(unet) if control else 0
         self.inputs = (
             "x", "t", "ctx", *size_inputs(unet), *(("w",) if self.takes_w else ()),
@@ -49,7 +51,9 @@ class DenoiserNet(nn.Module):
 
     def run(self, given: Mapping[str, Tensor], ctx: Any, **settings: Any) -> Tensor:
         """The U-Net's call. ctx: what its cross-attentions read; settings: further arguments of its `forward`."""
-        if self.takes_w:
+        if self.adapted:
+            ctx = (ctx, self.unet.guidance_tokens(given["w"], given["t"], ctx))
+        elif self.takes_w:
             embedded = guidance_embedding(given["w"], self.unet.config.time_cond_proj_dim)
             settings["timestep_cond"] = embedded.to(given["x"].dtype)
         settings |= size_settings(given)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fewstep.trainers import bench_recipes, plane_run
-from fewstep.trainers.bench_recipes import QUICK, SHORT, Setup, command, compare, key_of, listed, on_plane
+from fewstep.trainers.bench_recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane_run import PlaneBudget, plane_spec, sampling_scale
 from fewstep.trainers.recipes import RECIPES
@@ -58,7 +58,7 @@ def test_guidance_is_that_of_the_benchmark():
 
 def test_what_does_not_fit_is_said():
     chosen, left_out = listed([])
-    assert set(SHORT) <= set(chosen) and set(chosen) | set(left_out) == set(RECIPES)
+    assert set(FEW) <= set(chosen) and set(chosen) | set(left_out) == set(RECIPES)
     assert "no blocks to change" in left_out["bk-sdm"]
     with pytest.raises(RecipeError, match="no blocks to change"):
         listed(["bk-sdm"])
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_said():
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_recipes, "QUICK", TINY)
-    assert command(["progressive", "--short", "--budget", "8", "--out", str(tmp_path)]) == 0
+    assert command(["progressive", "--quick", "--budget", "8", "--out", str(tmp_path)]) == 0
     assert "| progressive | progressive | 1 |" in capsys.readouterr().out
     report = json.loads((tmp_path / "recipes.json").read_text())
     assert report["setup"]["budget"]["steps"] == 8 and "points" not in report["rows"][0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
 from mutants_flow import FLOW_MUTANTS
+from mutants_guidance import GUIDANCE_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
 from fewstep.runtime import samplers
@@ -193,6 +194,7 @@ FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = (
     CONSISTENCY_MUTANTS
     | FLOW_MUTANTS
+    | GUIDANCE_MUTANTS
     | {
         "guidance: sign flipped": Mutant(
             transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")

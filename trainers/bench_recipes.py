@@ -1,9 +1,10 @@
 """`fewstep bench recipes`: every recipe on one two-dimensional teacher, with one budget, at 1, 2 and 4 steps.
 
 A recipe is the same value as for pictures (`trainers.plane_run`). Its student is compared with what it aims at: the
-data, or for recipes of guidance the guided data; beside it stands the teacher's own ODE at the same step count and at
-100. Each recipe's result is kept in the folder under a digest of its description and the budget, so a run that was
-cut goes on where it was, and a changed recipe alone is trained anew.
+data, or for recipes of guidance the guided data; beside it stands the teacher's own ODE, at as many network evaluations
+(under guidance each of its steps costs two) and at 100 steps. Each recipe's result is kept in the folder under a digest
+of its description and the budget, so a run that was cut goes on where it was, and a changed recipe alone is trained
+anew.
 """
 
 import argparse
@@ -26,10 +27,13 @@ from .plane_run import PlaneBudget
 from .recipe import Recipe, configure, describe
 
 STEPS = (1, 2, 4)
+EVALUATIONS = (2, 4, 8, 20)
+"""Step counts, and so network evaluations, of students whose guidance alone is distilled; their teacher takes half."""
 MANY = 100
 """Steps of the teacher's ODE that few-step students are held against."""
 NEAR = 1.2
-SHORT = ("lcm", "progressive")
+FEW = ("lcm", "progressive", "w-embedding")
+"""What `--quick` trains where no recipes are named: one of each way of being sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,11 @@ def on_plane(name: str, setup: Setup) -> Recipe:
     known = inspect.signature(function).parameters
     wanted = {key: setup.guidance for key in ("guidance", "guidance_low", "guidance_default") if key in known}
     return configure(function, wanted)
+
+
+def counts_of(recipe: Recipe) -> tuple[int, ...]:
+    """The step counts at which a recipe is measured, where its student has them."""
+    return EVALUATIONS if recipe.family == "guidance" else STEPS
 
 
 def listed(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -103,12 +112,13 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
     w = sampling_scale(recipe)
     aim = _reference(setup, w, folder)
     scores, shown = {}, {}
-    for steps in (n for n in STEPS if n in trained.spec.grids):
+    for steps in (n for n in counts_of(recipe) if n in trained.spec.grids):
         points = sample_points(trained, cond, uncond, steps, seed=setup.seed + 5)
         scores[str(steps)] = asdict(score(data, points, aim, labels))
         shown[str(steps)] = points[:: max(1, setup.points // 150)].float().tolist()
     row = {
         "key": key, "recipe": name, "family": recipe.family, "paper": recipe.paper, "guidance": w,
+        "evaluations_per_step": per_step(w) if trained.spec.guidance.mode == "cfg" else 1,
         "seconds": round(trained.seconds, 1), "student_evaluations": trained.count.student,
         "teacher_evaluations": trained.count.teacher, "steps": scores, "points": shown,
     }  # fmt: skip
@@ -116,20 +126,21 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
 
 
 def teacher_row(w: float, setup: Setup, folder: Path) -> dict[str, Any]:
-    """The teacher's own ODE at the same step counts and at many, and two draws of what is aimed at."""
+    """The teacher's own ODE at few step counts and at many, and two draws of what is aimed at."""
     import torch
 
     from .plane import CLASSES, plane, reference_points, teacher_points
     from .plane_scores import score
 
-    key = hashlib.sha256(json.dumps([describe(setup), w]).encode()).hexdigest()
+    counts = sorted({*STEPS, *(n // per_step(w) for n in EVALUATIONS), MANY})
+    key = hashlib.sha256(json.dumps([describe(setup), w, counts]).encode()).hexdigest()
     file = folder / f"teacher-{w:g}.json"
     if (kept := _read(file, key)) is not None:
         return kept
     data, labels = plane(), torch.arange(CLASSES).repeat_interleave(setup.points)
     aim = _reference(setup, w, folder)
     scores, shown = {}, {}
-    for steps in (*STEPS, MANY):
+    for steps in counts:
         points = teacher_points(data, labels, w, steps, seed=setup.seed + 5)
         scores[str(steps)] = asdict(score(data, points, aim, labels))
         shown[str(steps)] = points[:: max(1, setup.points // 150)].float().tolist()
@@ -172,12 +183,18 @@ def _each(chosen: Sequence[str], setup: Setup, folder: Path, jobs: int) -> Any:
         yield from pool.map(measure, chosen, [setup] * len(chosen), [folder] * len(chosen))
 
 
+def per_step(w: float) -> int:
+    """Network evaluations of one step of a teacher guided at w."""
+    return 1 if w == 1.0 else 2
+
+
 def _against(row: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, dict[str, float | bool]]:
-    """Per step count: the distance over the teacher's at the same count, and over its distance at many steps."""
+    """Per step count: the distance over the teacher's at as many evaluations, and over its distance at many steps."""
     many = teacher["steps"][str(MANY)]["swd"]
     found = {}
     for steps, scores in row["steps"].items():
-        same = scores["swd"] / teacher["steps"][steps]["swd"]
+        as_many = max(1, int(steps) * row["evaluations_per_step"] // per_step(row["guidance"]))
+        same = scores["swd"] / teacher["steps"][str(as_many)]["swd"]
         found[steps] = {
             "of_same": round(same, 4), "of_many": round(scores["swd"] / many, 4), "better": same < 1.0,
             "near": scores["swd"] <= NEAR * many,
@@ -251,7 +268,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--out", default="build/recipes", help="folder of results, table and picture (%(default)s)")
     parser.add_argument("--budget", type=read_count, metavar="STEPS", help="optimiser steps of each recipe")
     parser.add_argument(
-        "--short", action="store_true", help="a small budget, and only a few recipes where none are named"
+        "--quick", action="store_true", help="a small budget, and only a few recipes where none are named"
     )
     parser.add_argument("--jobs", type=read_count, default=1, help="recipes trained at a time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
@@ -261,11 +278,11 @@ def command(argv: list[str]) -> int:
 
     from .recipes_report import draw_samples, markdown
 
-    setup = QUICK if args.short else FULL
+    setup = QUICK if args.quick else FULL
     if args.budget is not None:
         setup = replace(setup, budget=replace(setup.budget, steps=args.budget))
     folder = Path(args.out)
-    report = compare(args.names or (SHORT if args.short else ()), setup, folder, jobs=args.jobs)
+    report = compare(args.names or (FEW if args.quick else ()), setup, folder, jobs=args.jobs)
     draw_samples(report, folder / "recipes.png")
     plain = {**report, "rows": [{k: v for k, v in row.items() if k not in ("points", "key")} for row in report["rows"]]}
     plain["teacher"] = {w: {"steps": row["steps"]} for w, row in report["teacher"].items()}

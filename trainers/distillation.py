@@ -17,7 +17,7 @@ from fewstep.models.paths import Path
 from .distances import Distance, Weight
 from .objective import Batch, Cast, Metrics, Turn
 from .times import UniformScale
-from .transitions import NoisedData, guided, with_scale
+from .transitions import NoisedData, with_scale
 
 
 class Times(Protocol):
@@ -41,7 +41,7 @@ class KnowledgeDistillation:
     task must be 0 where the teacher is a few-step student: its estimate is not the mean of the data. guidance: the
     scale both networks are told, where they have an input for it; None leaves the batch's own. alone: share of the
     steps, evenly spread, in which stages are fed the teacher's inputs, so that only features can teach (A-SDM: all;
-    PPCL: every second). cfg: the teacher is guided by two evaluations, which the student takes in (Meng et al. 2022).
+    PPCL: every second).
     """
 
     times: Times
@@ -53,7 +53,6 @@ class KnowledgeDistillation:
     output: float = 1.0
     feature: float = 1.0
     alone: float = 0.0
-    cfg: bool = False
 
     players = ("student",)
     roles = ("student", "teacher")
@@ -63,8 +62,6 @@ class KnowledgeDistillation:
         count = batch.x0.shape[0]
         t = self.times.draw(student.path, count, turn)
         cond = batch.cond if self.guidance is None else with_scale(batch.cond, self.guidance.draw(count, turn))
-        if self.cfg:
-            teacher = guided(teacher, batch.uncond, cond["w"])
         x_t = self.source.draw(student.path, batch, t, turn)
         if cast.led is not None:
             cast.led.on = math.floor((turn.step + 1) * self.alone) > math.floor(turn.step * self.alone)

@@ -19,12 +19,13 @@ SOURCES = {
     "runtime": ("samplers",),
     "trainers": (
         "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",
-        "distribution", "ends", "flow_map", "from_noise", "jumps", "laws", "lcm", "loop", "objective", "oracle",
-        "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution", "oracle_flow",
-        "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow", "oracle_samplers", "oracle_steps",
-        "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms", "recipes", "recipes_consistency",
-        "recipes_continuous", "recipes_flow", "recipes_trajectory", "reflow", "rollout", "scores", "steps", "tangent",
-        "times", "transitions", "u_shape", "watch",
+        "distribution", "ends", "flow_map", "from_noise", "guidance", "jumps", "laws", "lcm", "loop", "objective",
+        "oracle", "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution",
+        "oracle_flow", "oracle_guidance", "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow",
+        "oracle_samplers", "oracle_steps", "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms",
+        "recipes", "recipes_consistency", "recipes_continuous", "recipes_flow", "recipes_guidance",
+        "recipes_trajectory", "reflow", "rollout", "scores", "steps", "tangent", "times", "transitions", "u_shape",
+        "watch",
     ),
 }  # fmt: skip
 """The files that decide what a recipe computes, and those that check it."""

@@ -18,6 +18,7 @@ from . import (
     oracle_distillation,
     oracle_distribution,
     oracle_flow,
+    oracle_guidance,
     oracle_players,
     oracle_progressive,
     oracle_reflow,
@@ -29,6 +30,7 @@ from .distribution import DistributionMatching
 from .evidence import write_evidence
 from .flow_map import FlowMap
 from .from_noise import FromNoise
+from .guidance import GuidanceDistillation
 from .oracle_samplers import all_sampler_checks, sampling_checks
 from .oracle_world import Check, holds
 from .progressive import ProgressiveHalving
@@ -43,6 +45,7 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     DistributionMatching: oracle_distribution.checks,
     FlowMap: oracle_flow.checks,
     FromNoise: oracle_flow.noise_checks,
+    GuidanceDistillation: oracle_guidance.checks,
     KnowledgeDistillation: oracle_distillation.checks,
     ProgressiveHalving: oracle_progressive.checks,
 }

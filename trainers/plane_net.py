@@ -18,7 +18,7 @@ from .errors import RecipeError
 from .plane import CLASSES, PREDICTIONS
 from .student import Student
 
-WIDTH, BLOCKS, WAVES = 96, 3, 6
+WIDTH, BLOCKS, WAVES, SCALES = 96, 3, 6, 3
 LOWEST = math.log(1e-3)
 """Of the log of sigma / alpha that time features look at; clean data counts as this."""
 
@@ -26,18 +26,25 @@ LOWEST = math.log(1e-3)
 class PlaneNet(nn.Module):
     """F [B, 2] of x [B, 2], t [B], `label` [B, 4], and where it takes them `w` [B] and a second time `s` [B].
 
-    A fresh input of w or s changes nothing at first: its projection starts at zero.
+    A fresh input of w or s changes nothing at first: its projection starts at zero. adapter_width: of parts beside each
+    block that know w, the time and the label, as pictures' networks have beside each cross-attention.
     """
 
-    def __init__(self, path: Path, *, width: int = WIDTH, takes_w: bool = False, takes_s: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, width: int = WIDTH, takes_w: bool = False, takes_s: bool = False,
+        adapter_width: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.path, self.width = path, width
         features = 4 * WAVES + 1
         self.enter = nn.Linear(2 + CLASSES, width)
         self.time = nn.Linear(features, width)
-        self.scale = _silent(3, width) if takes_w else None
+        self.scale = _silent(SCALES, width) if takes_w else None
         self.second = _silent(features, width) if takes_s else None
         self.blocks = nn.ModuleList(_Block(width) for _ in range(BLOCKS))
+        told = SCALES + features + CLASSES
+        each = range(BLOCKS if adapter_width else 0)
+        self.adapters = nn.ModuleList(_Adapter(width, told, adapter_width or 0) for _ in each)
         self.leave = nn.Linear(width, 2)
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -55,12 +62,14 @@ class PlaneNet(nn.Module):
         """[B, width] before the last layer; u [B, 2] is the point on the unit path."""
         h = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(_waves(*self._coefficients(t)))
         if self.scale is not None:
-            w = cond["w"].float()[:, None] if "w" in cond else torch.ones_like(u[:, :1])
-            h = h + self.scale(torch.cat([w / 4.0, w.clamp(min=0.1).log(), (w / 4.0) ** 2], 1))
+            h = h + self.scale(_scale_features(u, cond))
         if self.second is not None:
             h = h + self.second(_waves(*self._coefficients(cond.get("s", t))))
-        for block in self.blocks:
+        for k, block in enumerate(self.blocks):
             h = block(h)
+            if self.adapters:
+                told = [_scale_features(u, cond), _waves(*self._coefficients(t)), cond["label"].float()]
+                h = h + self.adapters[k](h, torch.cat(told, 1))
         return h
 
     def denoiser(self) -> Denoiser:
@@ -97,10 +106,15 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
     if asked or plan.attention != "softmax":
         raise RecipeError(f"the plane's network has no blocks to change; it cannot follow {asked or ['attention']}")
     torch.manual_seed(seed)
-    takes_w = plan.guidance_width is not None
-    net = PlaneNet(path, width=start.width, takes_w=takes_w, takes_s=plan.second_time)
+    net = PlaneNet(
+        path, width=start.width, takes_w=plan.guidance_width is not None, takes_s=plan.second_time,
+        adapter_width=plan.adapter_width,
+    )  # fmt: skip
     if not fresh:
         net.load_state_dict(start.state_dict(), strict=False)
+    if plan.adapter_width is not None:
+        net.requires_grad_(False)
+        net.adapters.requires_grad_(True)
     if plan.lora_rank is not None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -118,6 +132,25 @@ class _Block(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         out: Tensor = h + self.body(h)
         return out
+
+
+class _Adapter(nn.Module):
+    """What a hidden state and what it is told say together; nothing at first."""
+
+    def __init__(self, width: int, told: int, inner: int) -> None:
+        super().__init__()
+        self.told, self.body = nn.Linear(told, inner), nn.Linear(width, inner)
+        self.leave = _silent(inner, width)
+
+    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+        out: Tensor = self.leave(nn.functional.silu(self.body(h) + self.told(told)))
+        return out
+
+
+def _scale_features(like: Tensor, cond: Condition) -> Tensor:
+    """Features [B, SCALES] of the guidance scale, 1 where none is told."""
+    w = cond["w"].float()[:, None] if "w" in cond else torch.ones_like(like[:, :1])
+    return torch.cat([w / 4.0, w.clamp(min=0.1).log(), (w / 4.0) ** 2], 1)
 
 
 def _silent(inputs: int, width: int) -> nn.Linear:

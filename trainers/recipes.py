@@ -20,6 +20,7 @@ from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
 from .recipes_flow import FLOWS
+from .recipes_guidance import GUIDANCE
 from .recipes_trajectory import TRAJECTORY
 from .rollout import BackwardSimulation
 from .student import Student
@@ -121,6 +122,7 @@ RECIPES: dict[str, RecipeFunction] = {
     **TRAJECTORY,
     **CONTINUOUS,
     **FLOWS,
+    **GUIDANCE,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,
     "a-sdm": a_sdm,

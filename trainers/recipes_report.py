@@ -1,11 +1,13 @@
 """The report of `fewstep bench recipes` as a markdown table, and as one picture of all samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .bench_recipes import EVALUATIONS, STEPS, per_step
 
 SIDE, REACH, DOT = 120, 2.6, 1
 """Pixels of a panel's side, how far from 0 it shows (deviations of the data), half the width of a point."""
@@ -13,29 +15,52 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """One row per recipe: distance, modes covered and error of their weights at each step count, and cost."""
-    counts = ("1", "2", "4")
-    head = ["recipe", "family", "w", *(f"{n} step{'s' * (n != '1')}" for n in counts), "near at", "seconds"]
-    head += ["student evaluations", "teacher evaluations"]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for w, teacher in report["teacher"].items():
-        cells = [_cell(teacher["steps"].get(n)) for n in counts]
-        lines.append(_line(["teacher's ODE", "", w, *cells, "", "", "", ""]))
-        lines.append(_line(["teacher's ODE, 100 steps", "", w, _cell(teacher["steps"]["100"]), *[""] * 6]))
-        lines.append(_line(["another draw of the aim", "", w, _cell(teacher["steps"]["reference"]), *[""] * 6]))
-    for row in report["rows"]:
-        cells = [_cell(row["steps"].get(n), row["against"].get(n)) for n in counts]
-        near = " ".join(n for n in counts if row["against"].get(n, {}).get("near"))
-        cost = [f"{row['seconds']:g}", _millions(row["student_evaluations"]), _millions(row["teacher_evaluations"])]
-        lines.append(_line([row["recipe"], row["family"], f"{row['guidance']:g}", *cells, near, *cost]))
+    """Few-step recipes at 1, 2 and 4 steps, then those of guidance alone beside the guided teacher, per evaluation.
+
+    A row: distance, modes covered and error of their weights at each count, and cost.
+    """
+    few = [row for row in report["rows"] if row["family"] != "guidance"]
+    guided = [row for row in report["rows"] if row["family"] == "guidance"]
+    lines = _table(report, few, STEPS, "step", lambda w: 1) if few else []
+    if guided:
+        lines += [
+            "",
+            "Guidance distilled alone: a step costs the guided teacher two network evaluations, a student one.",
+            "",
+        ]
+        lines += _table(report, guided, EVALUATIONS, "evaluation", per_step)
     notes = [
         "",
         "A cell: sliced Wasserstein distance (modes covered, error of their weights); `worse` where the teacher's own "
-        "ODE at as many steps is nearer. `near at`: step counts within 1.2 of the teacher's 100-step distance.",
+        "ODE at as many evaluations is nearer. `near at`: counts within 1.2 of the teacher's 100-step distance.",
         *(f"Not on the plane: {name} ({why})." for name, why in report["left_out"].items()),
         "",
     ]
     return "\n".join([*lines, *notes])
+
+
+def _table(
+    report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], counts: Sequence[int], unit: str,
+    cost: Callable[[float], int],
+) -> list[str]:  # fmt: skip
+    """Lines of one table, the teachers of its rows first. cost: a teacher's of one step, in the columns' unit."""
+    names = [str(n) for n in counts]
+    head = ["recipe", "family", "w", *(f"{n} {unit}{'s' * (n != '1')}" for n in names), "near at", "seconds"]
+    head += ["student evaluations", "teacher evaluations"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    rest = [""] * (len(head) - 4)
+    for w in sorted({row["guidance"] for row in rows}):
+        steps = report["teacher"][f"{w:g}"]["steps"]
+        cells = [_cell(steps.get(str(n // cost(w)))) for n in counts]
+        lines.append(_line(["teacher's ODE", "", f"{w:g}", *cells, *[""] * 4]))
+        lines.append(_line(["teacher's ODE, 100 steps", "", f"{w:g}", _cell(steps["100"]), *rest]))
+        lines.append(_line(["another draw of the aim", "", f"{w:g}", _cell(steps["reference"]), *rest]))
+    for row in rows:
+        cells = [_cell(row["steps"].get(n), row["against"].get(n)) for n in names]
+        near = " ".join(n for n in names if row["against"].get(n, {}).get("near"))
+        spent = [f"{row['seconds']:g}", _millions(row["student_evaluations"]), _millions(row["teacher_evaluations"])]
+        lines.append(_line([row["recipe"], row["family"], f"{row['guidance']:g}", *cells, near, *spent]))
+    return lines
 
 
 def draw_samples(report: Mapping[str, Any], path: Path) -> None:

@@ -32,7 +32,8 @@ class Student:
     """What a recipe asks of its student.
 
     guidance_width: size of the guidance embedding, None for no input. second_time: whether it also takes the time where
-    a jump lands, as `s` of its condition. cut: blocks it keeps (`trainers.surgery`).
+    a jump lands, as `s` of its condition. adapter_width: size of guidance adapters beside a frozen network
+    (`models.guidance_adapter`), None for none. cut: blocks it keeps (`trainers.surgery`).
     remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
     as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
     replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
@@ -40,6 +41,7 @@ class Student:
 
     guidance_width: int | None = None
     second_time: bool = False
+    adapter_width: int | None = None
     lora_rank: int | None = None
     cut: Cut | None = None
     remove: int | None = None
@@ -51,7 +53,7 @@ class Student:
     @property
     def unet_only(self) -> bool:
         """Whether it asks for what is done to U-Nets alone."""
-        changes = (self.guidance_width, self.cut, self.remove, self.width)
+        changes = (self.guidance_width, self.adapter_width, self.cut, self.remove, self.width)
         return any(change is not None for change in changes) or self.attention != "softmax"
 
 
