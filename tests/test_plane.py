@@ -1,16 +1,19 @@
 """The plane: its teacher is exact on every path, its network starts alike on all, its scores tell right from wrong."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fewstep.models.analytic import posterior
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, PlaneSource, conditions, plane, reference_points, teacher_points
 from fewstep.trainers.plane_net import PlaneNet, plane_student
 from fewstep.trainers.plane_scores import score, sliced_distance
 from fewstep.trainers.student import Student
+from fewstep.trainers.transitions import guided
 
 PATHS = (VP(), EDM(), RectifiedFlow(), TrigFlow())
 DATA = plane()
@@ -39,6 +42,29 @@ def test_the_teacher_answers_the_mean_of_the_data_given_a_noisy_point(path):
         weight = torch.softmax(-0.5 * apart.square().sum(1), 0)
         wanted = (weight[:, None] * points).sum(0)
         assert (DATA.teacher(path).x0(x, t, side)[0] - wanted).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+def test_the_teacher_is_the_mixture_s_own_posterior(path):
+    """Its arithmetic is laid out for speed; what it answers is `models.analytic`'s."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % CLASSES
+    t = path.end + (path.start - path.end) * torch.rand(400, generator=rng, dtype=torch.float64)
+    x = path.alpha(t)[:, None] * DATA.draw(labels, rng) + path.sigma(t)[:, None] * torch.randn(400, 2, generator=rng)
+    for side in conditions(labels):
+        wanted = posterior(DATA.of(side["label"]), x, path.alpha(t), path.sigma(t))
+        found = DATA.posterior(side["label"], x, path.alpha(t), path.sigma(t))
+        assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_teacher_whose_scales_are_all_1_is_asked_once():
+    asked = []
+    teacher = DATA.teacher(VP())
+    watched = replace(teacher, net=lambda x, t, cond: asked.append(len(x)) or teacher.net(x, t, cond))
+    cond, uncond = conditions(torch.tensor([0, 1]))
+    x, t = torch.zeros(2, 2), torch.full((2,), 500.0, dtype=torch.float64)
+    plain, other = (guided(watched, uncond, torch.tensor(w)).raw(x, t, cond) for w in ([1.0, 1.0], [1.0, 2.0]))
+    assert asked == [2, 4] and torch.equal(plain, teacher.raw(x, t, cond)) and torch.allclose(plain[0], other[0])
 
 
 def test_batches_depend_on_seed_and_step_alone():

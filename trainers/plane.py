@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.models.analytic import Mixture, mixture, posterior
+from fewstep.models.analytic import Mixture, mixture
 from fewstep.models.denoiser import Condition, Denoiser, times
 from fewstep.models.paths import VP, Path
 from fewstep.models.predictions import target
@@ -68,12 +68,29 @@ class Plane:
             found.append(self.data.means[chosen] + self.data.stds[chosen] * noise)
         return torch.cat(found)
 
+    def posterior(self, label: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(E[x0 | x], E[eps | x]), each [B, 2] float64: `models.analytic.posterior` of each row's class, twice as fast,
+        since axes lead in its tables [2, B, K]."""
+        a, s = alpha.double()[:, None], sigma.double()[:, None]
+        means, square = self._axes
+        apart = x.double().T[:, :, None] - a * means
+        var = a**2 * square + s**2
+        pull = apart / var
+        share = torch.softmax(self.of(label).weights.log() - 0.5 * ((pull * apart).sum(0) + (var[0] * var[1]).log()), 1)
+        pull = share * pull
+        return share @ self.data.means + a * (pull * square).sum(2).T, s * pull.sum(2).T
+
+    @cached_property
+    def _axes(self) -> tuple[Tensor, Tensor]:
+        """Means and variances of the modes, axes first: [2, 1, K]."""
+        return self.data.means.T[:, None].contiguous(), (self.data.stds.T[:, None] ** 2).contiguous()
+
     def teacher(self, path: Path) -> Denoiser:
         """The perfect denoiser. It is asked at the class of each row, or at none."""
         prediction = PREDICTIONS[path.kind]
 
         def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-            x0, eps = posterior(self.of(cond["label"]), x, path.alpha(t), path.sigma(t))
+            x0, eps = self.posterior(cond["label"], x, path.alpha(t), path.sigma(t))
             f: Tensor = target(prediction, path, t.double()[:, None], x0, eps)
             return f.to(x.dtype)
 
