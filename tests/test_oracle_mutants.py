@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
+from mutants_coupled import COUPLED_MUTANTS
 from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 
@@ -193,6 +194,7 @@ LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
 FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = (
     CONSISTENCY_MUTANTS
+    | COUPLED_MUTANTS
     | FLOW_MUTANTS
     | GUIDANCE_MUTANTS
     | {

@@ -95,6 +95,14 @@ def consistency_residual(
     return jump(student, x_t, t, end, cond), aim.detach()
 
 
+class Slopes(Protocol):
+    """A further term [B] of both landings, from x_t and from x_s at one end."""
+
+    def __call__(
+        self, path: Path, guess: Tensor, aim: Tensor, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor, end: Tensor
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoising:
     """A denoising term beside (CTM's, sLCT's): `weight |x0_theta(x_t, t) - x0|`, at levels below `below` alone."""
@@ -119,6 +127,7 @@ class Consistency:
     takes the scale as an input or not at all. target: the role that answers at s, "target" (an average) or "student".
     empty_share: of the rows whose condition is emptied on both sides, so that the student keeps one to be guided from.
     per_gap: power of 1 / (level(t) - level(s)) in the weight (iCT: 1). coupling: the noise's own order, None as drawn.
+    slopes: compares the lines to both landings beside the landings (Consistency-FM).
     """
 
     pairs: Pairs
@@ -136,6 +145,7 @@ class Consistency:
     per_gap: float = 0.0
     coupling: Coupling | None = None
     aside: Denoising | None = None
+    slopes: Slopes | None = None
 
     players = ("student",)
 
@@ -152,15 +162,18 @@ class Consistency:
         cond = with_scale(self.some_emptied(batch, turn), w)
         teacher = guided(cast["teacher"], batch.uncond, w) if self.cfg else cast["teacher"]
         noise = self.coupled(batch, turn.noise(batch.x0), turn)
-        with torch.no_grad():
+        with torch.set_grad_enabled(noise.requires_grad):  # a learned coupling learns through x_t
             x_t = self.source.at(teacher, batch, t, noise, cond)
-            here = At(x_t, t, batch.x0, noise, cond, self.source.mixing)
+        here = At(x_t, t, batch.x0, noise, cond, self.source.mixing)
+        with torch.no_grad():
             x_s = self.step(teacher, here, s, turn)
         guess, aim = consistency_residual(student, target, self.jump, x_t, t, x_s, s, end, cond, turn)
+        lines = None if self.slopes is None else self.slopes(path, guess, aim, x_t, t, x_s, s, end)
         guess = self.compare(target, guess, x_t, t, end, cond)
         with torch.no_grad():
             aim = self.compare(target, aim, x_t, t, end, cond)
         each = self.distance(guess, aim) * (self.weight(path, t) * self.gap_weight(path, t, s)).to(guess)
+        each = each if lines is None else each + lines
         loss = each.mean()
         metrics = {"residual": float((guess.detach() - aim).square().mean().sqrt())}
         if self.aside is not None:

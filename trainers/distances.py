@@ -30,6 +30,14 @@ class Squared:
 
 
 @dataclass(frozen=True)
+class Absolute:
+    """Mean absolute difference."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.float() - b.float()).flatten(1).abs().mean(1)
+
+
+@dataclass(frozen=True)
 class PseudoHuber:
     """`sqrt(d^2 + c^2) - c`, per element and then averaged (LCM, c = 0.001)."""
 

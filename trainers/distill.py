@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from .errors import CheckpointError, RecipeError
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
+from .partners import picture_partner
 from .player import Player
 from .preview import sample, save_grid
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 from .settling import settled, training_data
-from .student import again, build_student, is_unet, load_denoiser, merged, unlearned
+from .student import Student, again, build_student, is_unet, load_denoiser, merged, unlearned
 from .student_bundle import check_contract, student_spec, write_student
 from .watch import Twin, lead, stage_pairs, watch_both
 
@@ -56,7 +57,8 @@ def distill(
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     out = Path(out)
     run = out.with_name(out.name + ".run")
-    _check_out(out, run, teacher)
+    for place in (out, *(beside_of(out, name) for name in recipe.beside)):
+        _check_out(place, run, teacher)
     check_contract(recipe, teacher)
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,7 +73,23 @@ def distill(
     for stage in recipe.stages:
         seconds = None if max_seconds is None else max_seconds * stage.steps / total
         previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, where)
+    _sell_beside(recipe, teacher, run, out)
     return write_student(recipe, teacher, previous.cpu(), out)
+
+
+def beside_of(out: Path, name: str) -> Path:
+    """The folder of a further player's bundle."""
+    return out.with_name(f"{out.name}-{name}")
+
+
+def _sell_beside(recipe: Recipe, teacher: Bundle, run: Path, out: Path) -> None:
+    """The other players that a recipe sells, as the last stage left them, each in a bundle of its own."""
+    from safetensors.torch import load_model
+
+    for name, sampling in recipe.beside.items():
+        network = picture_partner(name, recipe.name, teacher)
+        load_model(network, run / recipe.stages[-1].name / f"{name}.safetensors")
+        write_student(replace(recipe, sampling=sampling, student=Student()), teacher, network, beside_of(out, name))
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,11 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
     led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
     roles = {"student": denoiser(learner), "teacher": denoiser(frozen.requires_grad_(False).eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
+    for name in stage.objective.players:
+        if name not in ("student", "fake"):
+            partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
+            players.append(Player(name, partner, stage.player_settings[name]))
+            roles[name] = denoiser(partner)
     critic = None
     if "fake" in stage.objective.players:
         if not is_unet(teacher):
@@ -165,6 +188,10 @@ def _run_stage(
     show(stage.steps)
     from safetensors.torch import save_model
 
+    for player in method.players:
+        if player.name in recipe.beside:
+            made = player.averages.get(stage.average or "", player.module)
+            save_model(made, str(folder / f"{player.name}.safetensors"))
     save_model(kept, str(done))
     return kept
 

@@ -18,6 +18,8 @@ SOURCES = {
     "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
     "runtime": ("samplers",),
     "trainers": (
+        "backward", "invertible", "oracle_backward", "oracle_invertible", "oracle_variational", "recipes_coupled",
+        "variational",
         "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",
         "distribution", "ends", "flow_map", "from_noise", "guidance", "jumps", "laws", "lcm", "loop", "objective",
         "oracle", "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution",

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import (
+    oracle_backward,
     oracle_consistency,
     oracle_continuous,
     oracle_distillation,
     oracle_distribution,
     oracle_flow,
+    oracle_invertible,
     oracle_guidance,
     oracle_players,
     oracle_progressive,
     oracle_reflow,
+    oracle_variational,
 )
+from .backward import BackwardDistillation
 from .consistency import Consistency
 from .continuous import ContinuousConsistency
 from .distillation import KnowledgeDistillation
@@ -30,6 +34,7 @@ from .distribution import DistributionMatching
 from .evidence import write_evidence
 from .flow_map import FlowMap
 from .from_noise import FromNoise
+from .invertible import Invertible
 from .guidance import GuidanceDistillation
 from .oracle_samplers import all_sampler_checks, sampling_checks
 from .oracle_world import Check, holds
@@ -37,17 +42,21 @@ from .progressive import ProgressiveHalving
 from .recipe import Recipe, RecipeFunction
 from .recipes import RECIPES
 from .reflow import AnnealingReflow
+from .variational import VariationalCoupling
 
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     AnnealingReflow: oracle_reflow.checks,
+    BackwardDistillation: oracle_backward.checks,
     Consistency: oracle_consistency.checks,
     ContinuousConsistency: oracle_continuous.checks,
     DistributionMatching: oracle_distribution.checks,
     FlowMap: oracle_flow.checks,
     FromNoise: oracle_flow.noise_checks,
+    Invertible: oracle_invertible.checks,
     GuidanceDistillation: oracle_guidance.checks,
     KnowledgeDistillation: oracle_distillation.checks,
     ProgressiveHalving: oracle_progressive.checks,
+    VariationalCoupling: oracle_variational.checks,
 }
 
 

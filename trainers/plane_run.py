@@ -28,6 +28,7 @@ from .errors import RecipeError
 from .loop import LoopSettings, train
 from .objective import Cast, Turn
 from .pairs import PairSource, draw_pairs
+from .partners import plane_partner
 from .plane import PREDICTIONS, Plane, PlaneSource
 from .plane_net import PlaneFake, PlaneNet, plane_student
 from .player import Player, PlayerSettings
@@ -208,6 +209,11 @@ def _assemble(
         roles["teacher"] = count.watch(deepcopy(previous).requires_grad_(False).denoiser(), "student")
     else:
         roles["teacher"] = count.watch(data.teacher(path), "teacher")
+    for name in stage.objective.players:
+        if name not in ("student", "fake"):
+            partner = plane_partner(name, net, path=path, seed=budget.seed)
+            players.append(Player(name, partner.train(), settings(name)))
+            roles[name] = count.watch(partner.denoiser(), "student")
     critic = None
     if "fake" in stage.objective.players:
         base = plane_student(

@@ -97,7 +97,8 @@ class Run:
 class Recipe:
     """A whole configuration. `stages` run in order; most methods have one. `sampling` None: sampled as its teacher.
 
-    path: what its student lives on, None for whatever its teacher does.
+    path: what its student lives on, None for whatever its teacher does. beside: further players that are sold, each in
+    a bundle of its own beside the student's, and how they are sampled.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     sampling: Sampling | None
     path: Path | None = None
+    beside: Mapping[str, Sampling] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
 
     @property

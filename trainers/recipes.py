@@ -19,6 +19,7 @@ from .progressive import ProgressiveHalving
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
+from .recipes_coupled import COUPLED
 from .recipes_flow import FLOWS
 from .recipes_guidance import GUIDANCE
 from .recipes_trajectory import TRAJECTORY
@@ -122,6 +123,7 @@ RECIPES: dict[str, RecipeFunction] = {
     **TRAJECTORY,
     **CONTINUOUS,
     **FLOWS,
+    **COUPLED,
     **GUIDANCE,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,

@@ -1,0 +1,68 @@
+"""Networks of the players that learn beside a student: an encoder of its noise, an inverse of it.
+
+Each for pictures and for the plane; the fake score and its critic are `trainers.discriminator`'s.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.models.bundle import Bundle
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.paths import Path
+
+from .errors import RecipeError
+from .plane_net import PlaneNet, plane_student
+from .recipe_forms import PLAIN
+from .student import build_student, is_unet
+
+
+def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
+    """The network of the player `name`, from the teacher's weights: trainable, of the family's own class.
+
+    Errors: `RecipeError` for a player that is not known or that this family has no network for.
+    """
+    if name == "inverse":
+        return build_student(teacher, PLAIN, fold_scale=1.0)
+    if name != "encoder":
+        raise RecipeError(f"recipe {recipe!r} has a player {name!r}, and no network is known for it")
+    if not is_unet(teacher):
+        kind = teacher.config(teacher.family.folder)["_class_name"]
+        raise RecipeError(
+            f"recipe {recipe!r} has an encoder with twice a U-Net's outputs, and {teacher.name!r} is a {kind}; use ect"
+        )
+    return encoder_of(build_student(teacher, PLAIN, fold_scale=1.0))
+
+
+def encoder_of(unet: Any) -> Any:
+    """A U-Net made to answer twice its channels, all zero at first: the mean and deviation of a sample's noise."""
+    last = unet.conv_out
+    unet.conv_out = nn.Conv2d(last.in_channels, 2 * last.out_channels, last.kernel_size, padding=last.padding)
+    for weight in (unet.conv_out.weight, unet.conv_out.bias):
+        nn.init.zeros_(weight)
+    return unet
+
+
+class PlaneEncoder(nn.Module):
+    """The plane's network with four outputs, all zero at first."""
+
+    def __init__(self, net: PlaneNet) -> None:
+        super().__init__()
+        self.net, self.leave = net, nn.Linear(net.width, 4)
+        for weight in (self.leave.weight, self.leave.bias):
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        out: Tensor = self.leave(self.net.hidden(x.float(), t, cond)).to(x.dtype)
+        return out
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self, self.net.path, self.net.denoiser().prediction)
+
+
+def plane_partner(name: str, start: PlaneNet, *, path: Path, seed: int) -> PlaneEncoder | PlaneNet:
+    """The plane's network of the player `name`, from the weights of `start`. Errors: `RecipeError` as above."""
+    if name not in ("encoder", "inverse"):
+        raise RecipeError(f"the plane has no network for a player {name!r}")
+    net = plane_student(start, PLAIN, path=path, seed=seed)
+    return PlaneEncoder(net) if name == "encoder" else net
