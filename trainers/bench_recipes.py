@@ -284,7 +284,7 @@ def command(argv: list[str]) -> int:
     folder = Path(args.out)
     report = compare(args.names or (FEW if args.quick else ()), setup, folder, jobs=args.jobs)
     draw_samples(report, folder / "recipes.png")
-    plain = {**report, "rows": [{k: v for k, v in row.items() if k not in ("points", "key")} for row in report["rows"]]}
+    plain = {**report, "rows": [{k: v for k, v in row.items() if k != "points"} for row in report["rows"]]}
     plain["teacher"] = {w: {"steps": row["steps"]} for w, row in report["teacher"].items()}
     (folder / "recipes.json").write_text(json.dumps(plain, indent=1) + "\n")
     table = markdown(plain)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -56,14 +57,21 @@ UNBOUNDED_STEPS = 1_000_000
 
 
 def recipes(argv: list[str]) -> int:
-    """`fewstep recipes [--json]`."""
+    """`fewstep recipes [--json | --methods FILE]`."""
     parser = argparse.ArgumentParser(
         prog="fewstep recipes",
         description="List every recipe: family, paper, needs, step counts, oracle status and measured quality.",
         epilog="example: fewstep recipes --json",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--methods", metavar="FILE", help="write the page of all methods to this file instead")
     args = parser.parse_args(argv)
+    if args.methods is not None:
+        from .methods_page import methods_page
+
+        Path(args.methods).write_text(methods_page())
+        print(f"wrote {args.methods}")
+        return 0
     rows = recipe_rows()
     if args.json:
         json.dump(rows, sys.stdout, indent=1)
@@ -81,10 +89,10 @@ def recipe_rows() -> list[dict[str, Any]]:
     """What `fewstep recipes --json` prints."""
     from dataclasses import asdict
 
-    from .evidence import read_evidence
+    from .methods_page import evidence_of, unverified
     from .recipes import RECIPES
 
-    proven = (read_evidence("oracle") or {}).get("recipes", {})
+    found = evidence_of(RECIPES)
     rows = []
     for name, function in RECIPES.items():
         recipe = function()
@@ -95,8 +103,10 @@ def recipe_rows() -> list[dict[str, Any]]:
                 "paper": recipe.paper,
                 "needs": asdict(recipe.needs),
                 "steps": list(recipe.steps),
-                "oracle": proven.get(name, {}).get("status", "none"),
-                "quality": shipped_quality(name),
+                "oracle": found[name]["oracle"],
+                "plane": found[name]["plane"],
+                "quality": found[name]["scenes"],
+                "unverified": unverified(function),
             }
         )
     return rows

@@ -72,8 +72,8 @@ def a_sdm(
     """A-SDM's model assembly, Zhu et al. 2024 (arXiv 2406.00210): pruned stages learn apart, then together, then LCM.
 
     In the first `share` of the steps each stage is fed what the whole network's stage is fed and learns its output; in
-    the next `joint` the assembled network is distilled. Shares, weights and layer lists are ours: the paper's were not
-    at hand. With `init` a few-step student, `task=0`.
+    the next `joint` the assembled network is distilled. With `init` a few-step student, `task=0`. Unverified: shares,
+    weights and layer lists; decided: ours.
     """
     apart = _distillation("apart", round(share * steps), lr, LCM_SCALES, task=0.0, output=0.0, alone=1.0)
     together = _distillation("kd", round(joint * steps), lr, LCM_SCALES, task=task, start_share=start_share)

@@ -78,7 +78,7 @@ def ect(*, steps: int = 3000, lr: float = 3e-4, q: float = 2.0, stages: int = 8)
 def sct(*, steps: int = 3000, lr: float = 3e-4, q: float = 2.0, stages: int = 8) -> Recipe:
     """Stable consistency tuning, Wang et al. 2024 (arXiv 2410.18958): ECT whose x_r follows the batch's mean given x_t.
 
-    Unverified: the paper's smoother map of gaps (ECT's is used) and its edge skipping (left out).
+    Unverified: the paper's smoother map of gaps, its edge skipping; decided: ECT's map, no skipping.
     """
     paper = "Wang et al. 2024, Stable Consistency Tuning, arXiv:2410.18958"
     return single("sct", paper, tuned(q, stages, ReferenceBatch()), learn(lr), steps, multistep(), needs=FROM_DATA)
@@ -98,8 +98,9 @@ def slct(
 ) -> Recipe:  # fmt: skip
     """Improved training of latent consistency models, Dao et al. 2025 (arXiv 2502.01441): iCT against outliers.
 
-    Cauchy's distance, noise paired with samples by optimal transport, and denoising at small noise. Unverified: the
-    paper's c falls with the number of steps (here it is fixed), the share of denoising; its norm layers are left out.
+    Cauchy's distance, noise paired with samples by optimal transport, and denoising at small noise. Its
+    norm layers are left out. Unverified: how the paper's c falls with the number of steps, and the share of denoising;
+    decided: c fixed, an equal share.
     """
     objective = Consistency(
         pairs=KarrasPairs(Doubling(first, last), std=2.0), source=NoisedData(), jump=ToClean(), distance=Cauchy(c),
@@ -148,7 +149,7 @@ def scott(
     """SCott, Liu et al. 2024 (arXiv 2403.01505): LCM's loss with an SDE solver, `parts` noisy DDIM steps.
 
     They go 25 of 1000 down; the paper: 24. The scale is taken in at one value; the paper embeds it, and adds a GAN,
-    which is left out. Unverified: lambda(t), eta.
+    which is left out. Unverified: lambda(t), eta; decided: no weight, 0.2.
     """
     objective = Consistency(
         pairs=GridPairs(points), source=NoisedData(), jump=LcmJump(), distance=Squared(), weight=unweighted,

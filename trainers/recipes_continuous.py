@@ -60,11 +60,11 @@ def tbcm(
     """TBCM, 2025 (hustvl/TBCM): sCM's loss at states of the teacher's own walks from noise, with no data.
 
     Each state has a walk of `walk` even steps of its own, where the paper takes all of one walk of 16. Its filter of
-    black pictures is left out. Unverified: the paper's calming of the tangent late in the run, which is left out.
+    black pictures is left out. Unverified: the paper's calming of the tangent late in the run; decided: none.
     """
     base = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
     objective = replace(base, source=TeacherWalk(walk))
-    paper = "TBCM 2025, Trajectory-Backward Consistency Model (hustvl/TBCM)"
+    paper = "TBCM 2025, Image-Free Timestep Distillation via Continuous-Time Consistency (github.com/hustvl/TBCM)"
     return single("tbcm", paper, objective, learn(lr), steps, multistep(), needs=Needs(data=False), family="continuous")
 
 

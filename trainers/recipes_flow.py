@@ -52,7 +52,7 @@ def anyflow(
         aim=Derivative(tangent_of(difference)), distance=Adaptive(1.0, 0.01), cfg=True,
         guidance=UniformScale(guidance, guidance),
     )  # fmt: skip
-    paper = "AnyFlow 2025, Any-Step Flow Map Distillation (NVlabs/AnyFlow)"
+    paper = "Gu et al. 2026, AnyFlow: Any-Step Video Diffusion with On-Policy Flow Map Distillation, arXiv:2605.13724"
     return single("anyflow", paper, objective, learn(lr), steps, chain((1, 2, 4, 8)), TWO_TIMES, family="flow-map")
 
 
@@ -76,11 +76,12 @@ def shortcut(*, steps: int = 3000, lr: float = 3e-4, equal: float = 0.5, target_
 def freeflow(*, steps: int = 3000, lr: float = 3e-4, difference: float = 0.0, guidance: float = 3.0) -> Recipe:
     """FreeFlow, 2025: a flow map from noise alone, with no data: `u + (T - s) d_s of it` is the teacher's velocity.
 
-    Only its prediction loss; the correction, distribution matching, is left out. Unverified: learning rate.
+    Only its prediction loss; the correction, distribution matching, is left out. Unverified: learning rate;
+    decided: that of the other flow maps.
     """
     return _from_noise(
         "freeflow",
-        "FreeFlow 2025, Flow Map Distillation Without Data",
+        "Tong et al. 2025, Flow Map Distillation Without Data, arXiv:2511.19428",
         Displaced(tangent_of(difference)),
         steps,
         lr,
@@ -92,7 +93,7 @@ def boot(*, steps: int = 3000, lr: float = 3e-4, gap: float = 0.05, guidance: fl
     """BOOT, Gu et al. 2023 (arXiv 2306.05544): from noise alone, the state at s - gap is the teacher's step from s.
 
     The boundary at the noise is the same rule, as a jump of no length stays. Unverified: gap, weights, and whether a
-    perceptual distance is used.
+    perceptual distance is used; decided: the defaults here, equal weights, squares.
     """
     if not 0.0 < gap <= 0.5:
         raise RecipeError(f"boot: gap is {gap}; it is a step of flow time, above 0 and up to 0.5")
