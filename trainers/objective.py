@@ -100,8 +100,14 @@ class Turn:
         return torch.multinomial(weights.to(self.rng.device), count, replacement=True, generator=self.rng)
 
     def share_dropout(self) -> None:
-        """Begin the turn's dropout stream anew: two forwards that both call this first get the same masks."""
-        torch.manual_seed(self.dropout_seed)
+        """Begin the turn's dropout stream anew: two forwards that both call this first get the same masks.
+
+        Only the generators that masks are drawn from: `torch.manual_seed` also leaves word, with a formatted stack, for
+        every kind of device that is not there, which is a millisecond.
+        """
+        torch.default_generator.manual_seed(self.dropout_seed)
+        if self.rng.device.type == "cuda":
+            torch.cuda.manual_seed(self.dropout_seed)
 
 
 class Objective(Protocol):

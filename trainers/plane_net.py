@@ -52,7 +52,7 @@ class PlaneNet(nn.Module):
         size = (alpha**2 + sigma**2).sqrt()
         cos, sin = alpha / size, sigma / size
         u = x.double() / size
-        v = self.leave(self.hidden(u.float(), t, cond)).double()
+        v = self.leave(self._body(u.float(), alpha, sigma, cond)).double()
         f: Tensor = target(
             PREDICTIONS[self.path.kind], self.path, t.double()[:, None], cos * u - sin * v, sin * u + cos * v
         )
@@ -60,11 +60,15 @@ class PlaneNet(nn.Module):
 
     def hidden(self, u: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """[B, width] before the last layer; u [B, 2] is the point on the unit path."""
-        h = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(_waves(*self._coefficients(t)))
+        return self._body(u, *self._coefficients(t), cond)
+
+    def _body(self, u: Tensor, alpha: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        waves = _waves(alpha, sigma)
+        h = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(waves)
         if self.scale is not None:
             h = h + self.scale(_scale_features(u, cond))
         if self.second is not None:
-            h = h + self.second(_waves(*self._coefficients(cond.get("s", t))))
+            h = h + self.second(_waves(*self._coefficients(cond["s"])) if "s" in cond else waves)
         for k, block in enumerate(self.blocks):
             h = block(h)
             if self.adapters:
@@ -161,8 +165,8 @@ def _silent(inputs: int, width: int) -> nn.Linear:
 
 def _waves(alpha: Tensor, sigma: Tensor) -> Tensor:
     """Features [B, 4 WAVES + 1] of a time: waves of the noise's angle, and of the log of sigma / alpha."""
-    angle = torch.atan2(sigma, alpha)
-    level = ((sigma.clamp(min=1e-30).log() - alpha.clamp(min=1e-30).log()).clamp(LOWEST, -LOWEST)) / -LOWEST
-    order = torch.arange(1, WAVES + 1, dtype=torch.float64)
-    parts = [(order * angle).cos(), (order * angle).sin(), (order * level * 2.0).cos(), (order * level * 2.0).sin()]
-    return torch.cat([*parts, level], 1).float()
+    angle = torch.atan2(sigma, alpha).float()
+    level = ((sigma.clamp(min=1e-30).log() - alpha.clamp(min=1e-30).log()).clamp(LOWEST, -LOWEST) / -LOWEST).float()
+    order = torch.arange(1, WAVES + 1, dtype=torch.float32)
+    by_angle, by_level = order * angle, order * level * 2.0
+    return torch.cat([by_angle.cos(), by_angle.sin(), by_level.cos(), by_level.sin(), level], 1)
