@@ -32,7 +32,7 @@ class FirstCome:
         self._waiting: dict[str, Job] = {}  # in arrival order
         self._batch: dict[str, Job] = {}
         self._alone_s: dict[str, float] = {}  # what each of both costs where nothing is shared
-        self._inside = Scheduler(lanes, costs, max_queue=max_queue)
+        self._inside = Scheduler(lanes, costs, max_queue=max_queue, calls=0)
 
     @property
     def live(self) -> int:

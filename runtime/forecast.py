@@ -1,9 +1,10 @@
-"""When a request will end: what is in front of it, how fast shared calls do that, and who is likely to pass it.
+"""When a request will end: what becomes of a schedule that is left alone once others come and pass, and what is learnt.
 
-Pure: seconds come in as numbers. All costs are those of requests served alone.
+Pure: seconds come in as numbers.
 """
 
 import bisect
+import math
 from collections import deque
 
 ARRIVALS = 64
@@ -15,7 +16,9 @@ NEARLY = 0.9
 MISSES = 0.005
 """Share of promised deadlines that may be broken."""
 CAUTION_STEP, MOST_CAUTION = 0.1, 4.0
-PASSING_STEP, LEAST_PASSING = 0.02, 0.1
+DRIFT_STEP, LEAST_DRIFT, MOST_DRIFT = 0.02, 0.25, 4.0
+KINDS_PER_OCTAVE = 2
+"""Requests are alike whose slack differs by less than a factor of the root of two."""
 MEMORY_S = 2.0
 """Call seconds over which the speed is averaged."""
 
@@ -23,11 +26,11 @@ MEMORY_S = 2.0
 class Forecast:
     """Learns from calls (`ran`) and arrivals (`arrived`); answers `ends_in`."""
 
-    def __init__(self) -> None:
-        self.speed = 1.0
+    def __init__(self, speed: float = 1.0) -> None:
+        self.speed = speed
+        """How much work, as served alone, a second of calls does."""
         self.caution = 1.0
-        self.passing = 1.0
-        """How much of its cost a request that passes another delays it by; less than all where they share calls."""
+        self._drift: dict[int, float] = {}  # by kind: how much longer requests took of late than was predicted
         self._latest: deque[tuple[float, float, float]] = deque()  # (arrival, slack, cost), oldest first
         self._by_slack: list[tuple[float, float, float]] = []  # (slack, arrival, cost)
 
@@ -44,11 +47,15 @@ class Forecast:
         self.caution = min(MOST_CAUTION, max(1.0, self.caution + CAUTION_STEP * step))
 
     def ended(self, slack_s: float, late_s: float) -> None:
-        """A request with this slack ended so much later than was predicted; below 0, earlier. `passing` follows, so
-        that of those which can be passed as many end late as early."""
-        if self._passers(slack_s):
-            share = self.passing * (1.0 + (PASSING_STEP if late_s > 0.0 else -PASSING_STEP))
-            self.passing = min(1.0, max(LEAST_PASSING, share))
+        """A request with this slack ended so much later than was predicted; below 0, earlier. What is predicted of its
+        kind follows, so that as many end late as early: calls have costs that no table knows, and what passes a
+        request delays it by less than its cost where they share calls."""
+        factor = self.drift(slack_s) * (1.0 + (DRIFT_STEP if late_s > 0.0 else -DRIFT_STEP))
+        self._drift[_kind(slack_s)] = min(MOST_DRIFT, max(LEAST_DRIFT, factor))
+
+    def drift(self, slack_s: float) -> float:
+        """How many times as long as `ends_in` says requests with this slack took of late."""
+        return self._drift.get(_kind(slack_s), 1.0)
 
     def arrived(self, now_s: float, slack_s: float, cost_s: float) -> None:
         """A request came that costs `cost_s` and is due `slack_s` after its arrival."""
@@ -58,24 +65,27 @@ class Forecast:
         self._latest.append((now_s, slack_s, cost_s))
         bisect.insort(self._by_slack, (slack_s, now_s, cost_s))
 
-    def ends_in(self, now_s: float, slack_s: float, ahead_s: float, own_s: float) -> float:
-        """Seconds until a request ends that costs `own_s` with `ahead_s` due before it.
+    def ends_in(self, now_s: float, slack_s: float, undisturbed_s: float) -> float:
+        """Seconds until a request ends that would take `undisturbed_s` if no other came.
 
         Requests go on arriving as they did of late; one with slack s passes this one if it comes within the next
         `slack_s - s` seconds, while this one is still here.
         """
-        base = max(own_s, (ahead_s + own_s) / self.speed)
         passers = self._passers(slack_s)
         if not passers or now_s <= self._latest[0][0]:
-            return base
+            return undisturbed_s
         seen_s = now_s - self._latest[0][0]
-        return _with_passers(base, slack_s, passers, self.passing / (seen_s * self.speed))
+        return _with_passers(undisturbed_s, slack_s, passers, 1.0 / (seen_s * self.speed))
 
     def _passers(self, slack_s: float) -> list[tuple[float, float, float]]:
         """The latest arrivals that would pass a request with this slack, by rising slack."""
         if len(self._latest) < FEWEST:
             return []
         return self._by_slack[: bisect.bisect_left(self._by_slack, (NEARLY * slack_s,))]
+
+
+def _kind(slack_s: float) -> int:
+    return round(KINDS_PER_OCTAVE * math.log2(max(1e-6, slack_s)))
 
 
 def _with_passers(base_s: float, slack_s: float, passers: list[tuple[float, float, float]], per_s: float) -> float:

@@ -10,36 +10,26 @@ none waits for ever, since later arrivals have later due times.
 """
 
 import bisect
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
-from .costs import CONSIDERED, Batches, Costs
-from .engine import DENOISER
+from .costs import Costs
 from .forecast import Forecast
 from .jobs import DECODE, DENOISE, KINDS, Accepted, Ended, Item, Job, Lane, Paused, Rejected, Stepped, Work, mixed
 from .pricing import Price, Pricing
+from .rehearsal import rehearse
+from .sharing import Entry, Key, share
 
 STRETCH, DEADLINE_STRETCH = 20.0, 10.0
 """A request's waiting time is in proportion when it takes this many times its own cost. With 10 for those without a
 deadline, long ones that wait in a burst come due ahead of short ones (`tests/test_load_claims.py`)."""
 
+CALLS, REQUESTS = 16, 64
+"""How far the schedule is run ahead for a prediction: so many calls, and only where no more requests are here."""
+
 Change = Stepped | Paused | Ended
-Key = tuple[str, str, str]
-"""(model, kind of work, role): what a queue is for."""
-
-
-class _Entry(NamedTuple):
-    """An item that waits. Entries sort by the request's due time, then arrival; within it decodes go first."""
-
-    due_s: float
-    arrival: int
-    rank: int
-    number: int
-    item: Item
-    size: int
-    alone_s: float
 
 
 @dataclass(slots=True)
@@ -68,20 +58,28 @@ class _Live:
     queued: dict[tuple[int, int], Key] = field(default_factory=dict)
     foreseen: tuple[float, float] = (0.0, 0.0)
 
+    def copy(self) -> "_Live":
+        units = {number: _Unit(unit.number, unit.count, unit.step) for number, unit in self.units.items()}
+        return replace(self, units=units, queued=dict(self.queued))
+
 
 class Scheduler:
-    """See the module text. `costs` is read here and filled by whoever measures."""
+    """See the module text. `costs` is read here and filled by whoever measures.
 
-    def __init__(self, lanes: Mapping[str, Lane], costs: Costs, *, max_queue: int) -> None:
+    calls: how many calls are run ahead to predict when a request ends; 0 to go by what is in front of it alone.
+    """
+
+    def __init__(self, lanes: Mapping[str, Lane], costs: Costs, *, max_queue: int, calls: int = CALLS) -> None:
         self._lanes = dict(lanes)
         self._pricing = Pricing(self._lanes, costs)
         self._max_queue = max_queue
+        self._calls = calls
         self._live: dict[str, _Live] = {}
         self._order: list[tuple[float, int, str]] = []  # (due, arrival number, id), earliest first
         self._left: list[float] = []  # what each of `_order` still costs
         self._deadlines: list[tuple[float, str]] = []
-        self._queues: dict[Key, list[_Entry]] = {}
-        self._running: dict[int, tuple[float, Sequence[_Entry]]] = {}  # (predicted end, what is in the call) by id
+        self._queues: dict[Key, list[Entry]] = {}
+        self._running: dict[int, tuple[float, Work]] = {}  # (predicted end, the call) by its id
         self._held: set[str] = set()
         self._users: Counter[str] = Counter()
         self._arrivals = 0
@@ -140,14 +138,16 @@ class Scheduler:
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
         place = bisect.bisect_left(self._order, (due, self._arrivals))
         ahead = sum(self._left[:place])
-        running_s, counted_s = self._running_s(due, now_s)
-        predicted = running_s + self.forecast.ends_in(now_s, due - now_s, ahead - counted_s, own)
+        undisturbed = self._undisturbed_s(job, price, due, place, now_s)
+        passed = self.forecast.ends_in(now_s, due - now_s, undisturbed)
+        predicted = passed * self.forecast.drift(due - now_s)
         if len(self._live) >= self._max_queue:
             return Rejected("queue", sum(self._left) / 2 / self.forecast.speed, predicted)  # every caller comes back
         if job.deadline_s is not None and self._pricing.measured(job):
             if now_s + own > job.deadline_s:
                 return Rejected("hopeless", 0.0, own)
-            if now_s + predicted * self.forecast.caution > job.deadline_s or self._harms(place, own, now_s):
+            promised = max(passed, predicted) * self.forecast.caution  # a promise does not count on luck
+            if now_s + promised > job.deadline_s or self._harms(place, own, now_s):
                 return Rejected("deadline", max(ahead, own) / self.forecast.speed, predicted)
         self.forecast.arrived(now_s, due - now_s, own)
         self._enter(job, price, due, place)
@@ -166,8 +166,11 @@ class Scheduler:
         """End every request whose deadline has passed."""
         ends = []
         while self._deadlines and self._deadlines[0][0] <= now_s:
+            request_id = self._deadlines[0][1]
+            slack_s, finish_s = self._live[request_id].foreseen
+            self.forecast.ended(slack_s, now_s - finish_s)
             self.forecast.kept(False)
-            ends.append(self._end(self._deadlines[0][1], "expired"))
+            ends.append(self._end(request_id, "expired"))
         return ends
 
     def close(self) -> list[Ended]:
@@ -198,7 +201,7 @@ class Scheduler:
         for key, queue in self._queues.items():
             if (first is None or queue[0] < first) and key[0] not in self._held:
                 wanted, first = key, queue[0]
-        return None if wanted is None else self._take(*self._choose(wanted), now_s)
+        return None if wanted is None else self._take(*share(self._queues, wanted, self._pricing), now_s)
 
     def complete(self, work: Work, errors: Sequence[object | None], now_s: float) -> list[Change]:
         """Take back a call: one error (or None) per item, in order. Items of requests that have ended are dropped."""
@@ -281,7 +284,7 @@ class Scheduler:
 
     def _push(self, live: _Live, key: Key, rank: int, item: Item, size: int, alone_s: float) -> None:
         number = item.step if key[1] in KINDS[:2] else item.picture
-        entry = _Entry(live.due_s, live.arrival, rank, number, item, size, alone_s)
+        entry = Entry(live.due_s, live.arrival, rank, number, item, size, alone_s)
         bisect.insort(self._queues.setdefault(key, []), entry)
         live.queued[rank, number] = key
 
@@ -292,49 +295,7 @@ class Scheduler:
         if not queue:
             del self._queues[key]
 
-    def _choose(self, wanted: Key) -> tuple[Key, list[_Entry], bool]:
-        """(queue, entries of the next call, whether rows that need no steering are among those that do).
-
-        Rows that no picture steers can share a call with those of one steered role, with zeros for what steers them.
-        They do where serving all together ends earlier in the mean than serving each kind in calls of its own.
-        """
-        model, kind, role = wanted
-        own = self._queues[wanted][:CONSIDERED]
-        other = self._partner(wanted) if kind == DENOISE and len(self._queues) > 1 else None
-        if other is None and len(own) == 1:
-            return wanted, own, False
-        alone = self._batches(model, role, own)
-        if other is None:
-            return wanted, own[: alone.size], False
-        theirs = self._queues[other][: CONSIDERED - len(own)]
-        steered = other if role == DENOISER else wanted
-        apart = self._batches(model, other[2], theirs)
-        both = sorted(own + theirs)
-        together = self._batches(model, mixed(steered[2]), both)
-        found = both[: together.size]
-        mine = len(set(found) & set(own))
-        apart_s = alone.total_s + len(theirs) * alone.span_s + apart.total_s
-        if mine == len(found) or together.total_s >= apart_s * (1 - 1e-9):
-            return wanted, own[: alone.size], False
-        return steered, found, True
-
-    def _partner(self, wanted: Key) -> Key | None:
-        """The queue whose rows may share a call with those of `wanted`, if what that costs was measured."""
-        model, _, role = wanted
-        if role != DENOISER:
-            other = (model, DENOISE, DENOISER)
-            return other if other in self._queues and self._pricing.known(model, mixed(role)) else None
-        steered = [
-            (queue[0], key)
-            for key, queue in self._queues.items()
-            if key[:2] == wanted[:2] and key != wanted and self._pricing.known(model, mixed(key[2]))
-        ]
-        return min(steered)[1] if steered else None
-
-    def _batches(self, model: str, role: str, entries: Sequence[_Entry]) -> Batches:
-        return self._pricing.batches(model, role, [entry.size for entry in entries])
-
-    def _take(self, key: Key, entries: Sequence[_Entry], mixes: bool, now_s: float | None) -> Work:
+    def _take(self, key: Key, entries: Sequence[Entry], mixes: bool, now_s: float | None) -> Work:
         model, kind, role = key
         size, alone_s = 0, 0.0
         for entry in entries:
@@ -346,16 +307,39 @@ class Scheduler:
         self.forecast.ran(alone_s, call_s)
         work = Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
         if now_s is not None:
-            self._running[id(work)] = now_s + call_s, entries
+            self._running[id(work)] = now_s + call_s, work
         return work
 
-    def _running_s(self, due_s: float, now_s: float) -> tuple[float, float]:
-        """(seconds until the calls that run are done, what they do of requests due before `due_s`, each alone)."""
-        until, counted = 0.0, 0.0
-        for end_s, entries in self._running.values():
-            until = max(until, end_s - now_s)
-            counted += sum([entry.alone_s for entry in entries if entry.due_s <= due_s and entry.item.id in self._live])
-        return until, counted
+    def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, now_s: float) -> float:
+        """Seconds until a request would end that enters now, if no other came: the schedule itself, run ahead."""
+        if not self._live:
+            return price.total_s
+        if not self._calls or len(self._live) >= REQUESTS:
+            return max(price.total_s, (sum(self._left[:place]) + price.total_s) / self.forecast.speed)
+        ahead = self.copy()
+        ahead._enter(job, price, due_s, place)
+        return rehearse(ahead, job, now_s, self._calls)
+
+    def copy(self) -> "Scheduler":
+        """A scheduler in the same state with requests of its own, to be run ahead. What it learns is its own."""
+        other = copy.copy(self)
+        other.forecast = Forecast(self.forecast.speed)
+        other._live = {request_id: live.copy() for request_id, live in self._live.items()}
+        other._queues = {key: list(queue) for key, queue in self._queues.items()}
+        other._order, other._left, other._running = list(self._order), list(self._left), dict(self._running)
+        other._users, other._deadlines = Counter(self._users), list(self._deadlines)
+        return other
+
+    @property
+    def running(self) -> list[tuple[float, Work]]:
+        """The calls that are out, with their predicted ends in seconds."""
+        return list(self._running.values())
+
+    def left_s(self, request_id: str) -> float:
+        """Seconds that a request and all that is due before it still take, at the pace of late."""
+        live = self._live[request_id]
+        place = bisect.bisect_left(self._order, (live.due_s, live.arrival))
+        return max(live.left_s, sum(self._left[: place + 1]) / self.forecast.speed)
 
     def _end(self, request_id: str, reason: str, error: object = None) -> Ended:
         live = self._live.pop(request_id)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from .events import Event, Failed, Finished, Progress, Result
 
@@ -16,6 +17,8 @@ class Ticket:
         self.id = ticket_id
         self._events: list[Event] = []
         self._listeners: list[Callable[[Event], None]] = []
+        self._at_end: list[Callable[[Finished | Failed], None]] = []
+        self._final: Finished | Failed | None = None
         self._changed = threading.Condition(threading.RLock())
         self._ended = threading.Event()  # of its own, so that a step does not wake those who wait for the end
 
@@ -42,11 +45,8 @@ class Ticket:
         """
         if not self._ended.wait(timeout_s):
             raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s")
-        last = self._events[-1]
-        if isinstance(last, Failed):
-            raise last.error
-        assert isinstance(last, Finished)
-        return last.result
+        assert self._final is not None
+        return outcome(self._final)
 
     def listen(self, callback: Callable[[Event], None]) -> None:
         """Call back for every event in order: past ones at once, then from the runtime's thread. Be quick there."""
@@ -55,6 +55,16 @@ class Ticket:
             for event in tuple(self._events):
                 _call(callback, event)
 
+    def at_end(self, callback: Callable[[Finished | Failed], None]) -> None:
+        """Call back for the final event only, as `listen` does.
+
+        Who has no use for the steps should hear of none: waking another thread at each costs as much as a small call.
+        """
+        with self._changed:
+            self._at_end.append(callback)
+            if self._final is not None:
+                _call(callback, self._final)
+
     def publish(self, event: Event) -> None:
         """For the runtime. Whatever comes after a final event is dropped."""
         with self._changed:
@@ -62,13 +72,27 @@ class Ticket:
                 return
             self._events.append(event)
             if not isinstance(event, Progress):
+                self._final = event
                 self._ended.set()
             self._changed.notify_all()
             for callback in tuple(self._listeners):
                 _call(callback, event)
+            if not isinstance(event, Progress):
+                for at_end in tuple(self._at_end):
+                    _call(at_end, event)
 
 
-def _call(callback: Callable[[Event], None], event: Event) -> None:
+def outcome(event: Finished | Failed) -> Result:
+    """What a final event brings.
+
+    Errors: what the request failed with.
+    """
+    if isinstance(event, Failed):
+        raise event.error
+    return event.result
+
+
+def _call(callback: Callable[[Any], None], event: Event) -> None:
     try:
         callback(event)
     except Exception:

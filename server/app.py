@@ -90,8 +90,9 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-fewstep-seed", "retry-after"],
         )
-    for routes in (router, *(api.router for api in (routes_openai, routes_models, routes_a1111, routes_native))):
-        app.include_router(routes)
+    for api in (routes_native, routes_openai, routes_a1111, routes_models):
+        app.router.routes.extend(api.router.routes)
+    app.router.routes.extend(router.routes)  # not `include_router`: routes inside one are looked for twice per call
     meters.add(live.install(app, settings))
     app.mount("/page", StaticFiles(directory=PAGE))
     errors.install(app)

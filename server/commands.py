@@ -6,11 +6,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .settings import Settings
+
+T = TypeVar("T")
 
 _EXAMPLE = """example:
   fewstep serve scenes-lcm scenes-teacher --port 8000
@@ -70,7 +73,7 @@ def serve(argv: list[str]) -> int:
         with Runtime(
             args.bundles, engine=settings.engine, allow_unproven=unproven, limits=limits, config=config
         ) as runtime:
-            return asyncio.run(run(create_app(runtime, settings), settings, listener))
+            return run_async(run(create_app(runtime, settings), settings, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -93,6 +96,14 @@ def listen(host: str, port: int) -> socket.socket:
         reason = error.strerror or error
         raise BadSetting(f"cannot listen at {host}:{port}: {reason}; choose another --host or --port") from error
     return listener
+
+
+def run_async(served: Coroutine[Any, Any, T]) -> T:
+    """Run a server to its end on the event loop that uvicorn prefers: uvloop, or asyncio's where there is none."""
+    import uvicorn
+
+    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+        return runner.run(served)
 
 
 async def run(app: Any, settings: "Settings", listener: socket.socket) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from .load_plan import MIXED, OVERLOAD, STEADY, WORKLOADS, Kind, Workload, in_shares, plan_arrivals
 from .load_report import DIFFUSERS, FIRST_COME, OURS, claims, overhead_ms, summarise
 from .load_servers import Server, started
-from .load_traffic import Outcome, send_in_turn, send_traffic
+from .load_traffic import Outcome, send_alone, send_in_turn, send_traffic
 
 AT_ONCE = 24
 """Requests that are always out while capacity is measured."""
@@ -89,8 +89,7 @@ def _alone(server: Server) -> tuple[dict[int, float], float]:
     _say("one request at a time")
     found: dict[int, list[Outcome]] = {}
     for number, kind in enumerate(MIXED.kinds):
-        outcomes, _ = asyncio.run(send_in_turn(server.target, [kind] * 25, at_once=1, first=20_000 + 100 * number))
-        found[kind.steps] = outcomes[5:]
+        found[kind.steps] = send_alone(server.target, [kind] * 25, first=20_000 + 100 * number)[5:]
     alone = {steps: median(o.latency_s for o in outcomes) for steps, outcomes in found.items()}
     return alone, overhead_ms([o for outcomes in found.values() for o in outcomes])
 

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     from fewstep.runtime.request import Limits
 
     from .app import create_app
-    from .commands import listen
+    from .commands import listen, run_async
     from .settings import Settings
 
     config = RuntimeConfig(threads=args.threads, policy=args.policy, calibration_budget_s=4.0)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         app = create_app(runtime, Settings(max_queue=limits.max_queue))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         end_with_stdin(server)
-        asyncio.run(_serve(server, app, runtime, listener))
+        run_async(_serve(server, app, runtime, listener))
     return 0
 
 

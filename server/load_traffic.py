@@ -1,11 +1,14 @@
 """Sending traffic to a server on this machine, open loop or closed, and what came of every request."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from .load_plan import Arrival, Kind, prompt
 
@@ -38,6 +41,10 @@ class Target:
     native: bool = False
     key: str | None = None
     timeout_s: float = 60.0
+
+    @property
+    def route(self) -> str:
+        return "/v1/generate" if self.native else "/v1/images/generations"
 
     def body(self, arrival: Arrival, left_s: float | None) -> dict[str, Any]:
         steps = "steps" if self.native else "num_inference_steps"
@@ -96,6 +103,35 @@ async def send_in_turn(
         return found, time.perf_counter() - began_s
 
 
+def send_alone(target: Target, kinds: Sequence[Kind], *, first: int) -> list[Outcome]:
+    """One request after another on one connection, by the standard library's client: its own work is small beside
+    that of the client which sends traffic, so what is measured is the server.
+
+    first: as in `send_in_turn`.
+    """
+    headers = {"Content-Type": "application/json"}
+    if target.key:
+        headers["Authorization"] = f"Bearer {target.key}"
+    connection = HTTPConnection(urlsplit(target.url).netloc, timeout=target.timeout_s)
+    found = []
+    try:
+        for number, kind in enumerate(kinds, first):
+            body = json.dumps(target.body(Arrival(0.0, kind, number), None)).encode()
+            began_s = time.perf_counter()
+            connection.request("POST", target.route, body, headers)
+            reply = connection.getresponse()
+            answer = reply.read()
+            latency_s = time.perf_counter() - began_s
+            if reply.status != 200:
+                found.append(Outcome(kind.steps, "failed", latency_s))
+                continue
+            timings = json.loads(answer)["timings"] if target.native else {}
+            found.append(Outcome(kind.steps, "ok", latency_s, timings))
+    finally:
+        connection.close()
+    return found
+
+
 @asynccontextmanager
 async def _client(target: Target) -> AsyncIterator["httpx.AsyncClient"]:
     import httpx
@@ -122,9 +158,7 @@ async def _send(
     left_s = None if deadline_s is None else max(1e-3, due_s + deadline_s - time.perf_counter())
     timings: Mapping[str, float] = {}
     try:
-        reply = await client.post(
-            "/v1/generate" if target.native else "/v1/images/generations", json=target.body(arrival, left_s)
-        )
+        reply = await client.post(target.route, json=target.body(arrival, left_s))
         kind = {200: "ok", 429: "rejected", 503: "rejected", 504: "late"}.get(reply.status_code, "failed")
         if kind == "failed" and deadline_s is not None and "deadline_s" in reply.text:
             kind = "rejected"  # refused at the door: it could not be in time even alone

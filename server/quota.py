@@ -4,7 +4,7 @@ import math
 import threading
 import time
 
-from fewstep.runtime.events import Event, Progress
+from fewstep.runtime.events import Failed, Finished
 
 from .errors import Refused
 from .keys import Key, KeyRing
@@ -59,11 +59,10 @@ class Caller:
                 raise _later("key_share", f"{message}; come back when one has ended", 1.0)
             self.held += 1
 
-    def release(self, event: Event | None = None) -> None:
-        """Give the place back; as a ticket's listener, at its final event."""
-        if not isinstance(event, Progress):
-            with self._lock:
-                self.held -= 1
+    def release(self, event: Finished | Failed | None = None) -> None:
+        """Give the place back; `event` is the end of its ticket, where it had one."""
+        with self._lock:
+            self.held -= 1
 
 
 class Callers:

@@ -9,9 +9,9 @@ from typing import Any
 from starlette.requests import Request
 
 from fewstep.runtime.errors import Cancelled
-from fewstep.runtime.events import Event, Failed, Finished, Result
+from fewstep.runtime.events import Event, Failed, Finished, Progress, Result
 from fewstep.runtime.local import Runtime
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.ticket import Ticket, outcome
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Of a stream, so that proxies pass on each event as it comes."""
@@ -43,17 +43,31 @@ async def result(runtime: Runtime, ticket: Ticket, request: Request) -> Result:
 
     Errors: the ticket's own; `Cancelled` where the caller hung up, which cancels the ticket too.
     """
-    done = asyncio.create_task(last(events(runtime, ticket)))
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Finished | Failed] = loop.create_future()
+
+    def publish(event: Finished | Failed) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone, nobody waits
+            loop.call_soon_threadsafe(_settle, done, event)
+
+    ticket.at_end(publish)
     gone = asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
             raise Cancelled("the caller closed the connection")
-        return done.result()
+        return outcome(done.result())
     finally:
-        for task in (done, gone):
-            task.cancel()
-        await asyncio.gather(done, gone, return_exceptions=True)
+        gone.cancel()
+        if not done.done():
+            done.cancel()
+            runtime.cancel(ticket.id)
+        await asyncio.gather(gone, return_exceptions=True)
+
+
+def _settle(done: "asyncio.Future[Finished | Failed]", event: Finished | Failed) -> None:
+    if not done.done():
+        done.set_result(event)
 
 
 async def last(stream: AsyncIterator[Event]) -> Result:
@@ -62,10 +76,8 @@ async def last(stream: AsyncIterator[Event]) -> Result:
     Errors: what the request failed with.
     """
     async for event in stream:
-        if isinstance(event, Finished):
-            return event.result
-        if isinstance(event, Failed):
-            raise event.error
+        if not isinstance(event, Progress):
+            return outcome(event)
     raise AssertionError("a ticket ends in Finished or Failed")
 
 

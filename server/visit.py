@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.events import Event, Failed, Progress, Result
+from fewstep.runtime.events import Failed, Finished, Result
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.ticket import Ticket
@@ -97,11 +97,10 @@ class Door:
         self._count(visit.key_name, "accepted")
         name = visit.key_name
 
-        def ended(event: Event) -> None:
-            if not isinstance(event, Progress):
-                self._count(name, row_of(event.error).code if isinstance(event, Failed) else "finished")
+        def ended(event: Finished | Failed) -> None:
+            self._count(name, row_of(event.error).code if isinstance(event, Failed) else "finished")
 
-        ticket.listen(ended)
+        ticket.at_end(ended)
         return ticket
 
     def _held(self, visit: Visit, request: GenerateRequest, model: str | None) -> Ticket:
@@ -117,5 +116,5 @@ class Door:
         except BaseException:
             caller.release()
             raise
-        ticket.listen(caller.release)
+        ticket.at_end(caller.release)
         return ticket

@@ -15,16 +15,16 @@ from fewstep.runtime.local import Runtime
 from fewstep.server.app import create_app
 
 SERVE = """
-import asyncio, sys
+import sys
 from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
 from fewstep.runtime.local import Runtime
 from fewstep.server.app import create_app
-from fewstep.server.commands import listen, run
+from fewstep.server.commands import listen, run, run_async
 from fewstep.server.settings import Settings
 
 settings = Settings(drain_delay_s=0.1, drain_s=10.0)
 with listen("127.0.0.1", 0) as listener, Runtime([fake_bundle()], engines={"fake": FakeEngine(delay_s=0.1)}) as runtime:
-    sys.exit(asyncio.run(run(create_app(runtime, settings), settings, listener)))
+    sys.exit(run_async(run(create_app(runtime, settings), settings, listener)))
 """
 
 

@@ -17,7 +17,7 @@ from fewstep.server.load_compare import Plan, _capacity
 from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, in_shares, plan_arrivals, prompt
 from fewstep.server.load_report import markdown, overhead_ms, summarise
 from fewstep.server.load_servers import Server, started
-from fewstep.server.load_traffic import Outcome, Target, send_in_turn, send_traffic
+from fewstep.server.load_traffic import Outcome, Target, send_alone, send_in_turn, send_traffic
 
 ROW = {"server", "rate_per_s", "steps", "sent", "ok", "rejected", "failed", "p50_ms", "p95_ms", "p99_ms"}
 ROW |= {"goodput_per_s", "deadline_missed", "mean_ms"}
@@ -203,6 +203,12 @@ def test_the_compared_servers_start_answer_and_end(tiny_lcm):
     with started("first-come", "fewstep.server.load_servers", arguments, threads=1, native=True) as server:
         outcomes, seconds = asyncio.run(send_in_turn(server.target, [Kind(1), Kind(4)], at_once=2, first=0))
         assert [o.kind for o in outcomes] == ["ok", "ok"] and seconds > 0
+        alone = send_alone(server.target, [Kind(1), Kind(4)], first=10)
+        assert [(o.steps, o.kind) for o in alone] == [(1, "ok"), (4, "ok")]
+        assert all(
+            sum(o.timings[f"{part}_s"] for part in ("text", "denoise", "decode", "encode")) < o.latency_s for o in alone
+        )
+        assert send_alone(Target(server.target.url, ("nobody's",), native=True), [Kind(1)], first=0)[0].kind == "failed"
         assert {role for _, role, _ in server.said["costs"]} >= {"text", "denoiser", "decoder"}
         assert server.said["engines"] == {"tiny-lcm": "torch"}
     arguments = [str(tiny_lcm.root)]

@@ -240,6 +240,19 @@ def test_close_drains_or_fails_the_rest():
     assert [ticket.result(0).seeds for ticket in tickets] == [(0,), (1,), (2,)]
 
 
+def test_who_waits_for_the_end_hears_of_no_step():
+    ticket, ends = Ticket("t"), []
+    ticket.at_end(ends.append)
+    ticket.publish(Progress("t", 0, 1, 2))
+    assert not ends
+    failed = Failed("t", Cancelled("enough"))
+    ticket.publish(failed)
+    ticket.publish(Progress("t", 0, 2, 2))
+    assert ends == [failed]
+    ticket.at_end(ends.append)
+    assert ends == [failed, failed], "told at once where it has ended"
+
+
 def test_a_listener_may_close_the_runtime():
     runtime = serve()
     runtime.submit(ask()).listen(lambda event: runtime.close() if isinstance(event, Progress) else None)
