@@ -102,7 +102,8 @@ def run_async(served: Coroutine[Any, Any, T]) -> T:
     """Run a server to its end on the event loop that uvicorn prefers: uvloop, or asyncio's where there is none."""
     import uvicorn
 
-    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+    chosen = uvicorn.Config("", loop="auto", log_config=None)  # else it would set up its own log here
+    with asyncio.Runner(loop_factory=chosen.get_loop_factory()) as runner:
         return runner.run(served)
 
 

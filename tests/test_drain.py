@@ -1,7 +1,9 @@
 """Shutting down with live sessions open: the frame that is drawn arrives, then the socket closes, then the server."""
 
+import asyncio
 import contextlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import websocket
 from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
 from fewstep.runtime.local import Runtime
 from fewstep.server.app import create_app
+from fewstep.server.commands import run_async
 
 SERVE = """
 import sys
@@ -56,3 +59,13 @@ def test_the_event_is_there_before_any_loop_runs():
     with Runtime([fake_bundle()], engines={"fake": FakeEngine()}) as runtime:
         health = create_app(runtime).state.service.health
         assert not health.leaving.is_set()
+
+
+def test_the_loop_is_uvicorns_choice_and_the_logs_stay_ours():
+    before = {name: list(logging.getLogger(name).handlers) for name in ("uvicorn", "uvicorn.access")}
+
+    async def kind() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert run_async(kind()) == "uvloop"
+    assert {name: list(logging.getLogger(name).handlers) for name in before} == before
