@@ -79,6 +79,7 @@ class Player:
             self._groups(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.averages = {name: deepcopy(module).requires_grad_(False) for name in settings.ema}
+        self._averaged = {name: _matched(average, module) for name, average in self.averages.items()}
         self.own_steps = 0
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -123,9 +124,7 @@ class Player:
     def _average(self, progress: float) -> None:
         """`a <- d a + (1 - d) theta`, d by `decay_at`."""
         for name, rule in self.settings.ema.items():
-            d = decay_at(rule, self.own_steps, progress)
-            kept, now = dict(self.averages[name].named_parameters()), dict(self.module.named_parameters())
-            torch._foreach_lerp_([*kept.values()], [now[key].data for key in kept], 1 - d)
+            torch._foreach_lerp_(*self._averaged[name], 1 - decay_at(rule, self.own_steps, progress))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -141,3 +140,9 @@ class Player:
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name])
         self.own_steps = int(state["own_steps"])
+
+
+def _matched(average: nn.Module, module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Both networks' weights in one order, found once: walking two trees of modules costs as much as the averaging."""
+    now = dict(module.named_parameters())
+    return list(average.parameters()), [now[name] for name, _ in average.named_parameters()]
