@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle
+from fewstep.models.paths import told_time
 from fewstep.models.roles import (
     ADAPTER,
     CONTROLNET,
@@ -31,7 +32,7 @@ from fewstep.models.roles import (
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.loop import size_conditions
 from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.samplers import time_pairs, updates
+from fewstep.runtime.samplers import updates
 from fewstep.runtime.text import kept_places
 
 MAX_BATCH = 32
@@ -103,7 +104,8 @@ def random_feeds(
     run = run or own_networks(bundle)
     words = run(TEXT, _random_tokens(bundle, batch, draw))
     outputs = bundle.family.text_outputs
-    feeds = {"x": torch.randn(latent, generator=draw), "t": _times(bundle, batch, draw)}
+    feeds = {"x": torch.randn(latent, generator=draw)}
+    feeds["t"], landings = _times(bundle, batch, draw)
     feeds |= {name: value.clone() for name, value in zip(outputs, words, strict=True)}
     sized = size_conditions(GenerateRequest(prompt="-", width=width, height=height), spec)
     feeds |= {name: value.expand(batch, -1).contiguous() for name, value in sized.items()}
@@ -112,6 +114,8 @@ def random_feeds(
         if kinds := bundle.config("controlnet").get("num_control_type"):
             feeds["kind"] = torch.randint(0, kinds, (batch,), generator=draw)
         return feeds
+    if spec.second_time:
+        feeds["s"] = landings
     if bundle.family.takes_w(bundle.config(bundle.family.folder)):
         low, high = spec.guidance.range
         feeds["w"] = low + (high - low) * torch.rand(batch, generator=draw)
@@ -142,6 +146,8 @@ def _whole_feeds(bundle: Bundle, steps: int, batch: int, size: tuple[int, int], 
     feeds |= {name: value for name, value in inner.items() if name not in bundle.family.text_outputs}
     rows = updates(bundle.spec, steps)
     numbers = {"t": [t for t, _ in rows], "a": [u.a for _, u in rows], "b": [u.b for _, u in rows]}
+    if bundle.spec.second_time:
+        numbers["s"] = [told_time(bundle.spec.path, update.lands) for _, update in rows]
     feeds |= {name: torch.tensor(values).expand(batch, -1).contiguous() for name, values in numbers.items()}
     if steps > 1:
         draw = torch.Generator("cpu").manual_seed(seed + 1)
@@ -189,13 +195,15 @@ def _random_tokens(bundle: Bundle, batch: int, draw: torch.Generator) -> dict[st
     return feeds
 
 
-def _times(bundle: Bundle, batch: int, draw: torch.Generator) -> Tensor:
-    """Times that the sampler asks for, drawn without repetition while they last: noisiest first, then at random."""
+def _times(bundle: Bundle, batch: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Times that the sampler asks for and where it lands from each, drawn without repetition while they last: noisiest
+    first, then at random."""
     spec = bundle.spec
     steps = spec.steps[-1] if spec.steps else 8
-    times = [t for t, _ in time_pairs(spec, steps)]
+    times = [(t, told_time(spec.path, update.lands)) for t, update in updates(spec, steps)]
     order = [0, *(1 + torch.randperm(len(times) - 1, generator=draw)).tolist()]
-    return torch.tensor([times[order[k % len(order)]] for k in range(batch)], dtype=torch.float32)
+    drawn = torch.tensor([times[order[k % len(order)]] for k in range(batch)], dtype=torch.float32)
+    return drawn[:, 0].contiguous(), drawn[:, 1].contiguous()
 
 
 def axis_lengths(bundle: Bundle) -> list[dict[str, int]]:

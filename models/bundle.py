@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, SpecError
 from .files import PARTIAL, sha256_of, write_whole
-from .pipeline_folder import read_config
+from .pipeline_folder import SECOND_TIME, read_config
 from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, ROLES, TEXT, picture_role, picture_steps
 from .spec import SamplerSpec
 
@@ -170,7 +170,7 @@ def load_component(root: Path, component: str) -> Any:
     import torch
     import transformers
 
-    from .linear_attention import FIELD, load_linear
+    from .altered import alterations, load_altered
     from .own_components import OWN
 
     config = read_config(root, component)
@@ -180,8 +180,8 @@ def load_component(root: Path, component: str) -> Any:
     cls = getattr(diffusers, name, None) or getattr(transformers, name, None)
     if cls is None:
         raise BundleError(f"{folder}/config.json names the class {name!r}; neither diffusers nor transformers has it")
-    if FIELD in config:
-        return load_linear(cls, folder, config)
+    if alterations(config):
+        return load_altered(cls, folder, config)
     try:
         model, report = cls.from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -233,7 +233,19 @@ def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
     if spec.tiny_decoder and not (root / "tiny_decoder" / "config.json").is_file():
         steps = list(spec.tiny_decoder)
         raise BundleError(f"{root}/bundle.json: spec.tiny_decoder is {steps}, and tiny_decoder/ is absent")
+    _check_second_time(root, spec)
     return Bundle(root, str(data["name"]), spec)
+
+
+def _check_second_time(root: Path, spec: SamplerSpec) -> None:
+    folder = next((name for name in ("unet", "transformer") if (root / name / "config.json").is_file()), None)
+    takes = folder is not None and SECOND_TIME in read_config(root, folder)
+    if folder is not None and takes != spec.second_time:
+        has = "has" if takes else "lacks"
+        raise BundleError(
+            f"{root}/bundle.json: spec.second_time is {spec.second_time}, and {folder}/config.json {has} the field "
+            f"{SECOND_TIME}; export the student again"
+        )
 
 
 def find_bundle(where: str | Path) -> Path:

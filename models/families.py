@@ -18,6 +18,7 @@ from .networks import Decoder, DenoiserNet, Encoder, TextEncoder, TextEncoderXL
 from .pipeline_folder import read_config, read_index
 from .roles import DECODER, DECODER_TINY, DENOISER, DENOISER_CONTROL, ENCODER, NEEDS, TEXT
 from .schedulers import SetTimes, plain_times
+from .second_time import with_second_time
 from .spec import Latent, TextInput
 from .unet_roles import UNET_ROLES
 
@@ -41,14 +42,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Family:
-    """denoiser: (component, with ControlNet inputs or not) -> network. text: the encoders' network, which gives
+    """plain: (component, with ControlNet inputs or not) -> network. text: the encoders' network, which gives
     `text_outputs`. Of the denoiser's config: takes_w, whether it takes a guidance scale; stride, what a latent's sides
     must be multiples of. more: the networks of further roles, each from the components it needs.
     For `fewstep import`: facts, what the folder states; set_times, how diffusers' pipeline sets its scheduler."""
 
     name: str
     folder: str
-    denoiser: Callable[[Any, bool], nn.Module]
+    plain: Callable[[Any, bool], nn.Module]
     text: Callable[[Load], nn.Module]
     text_outputs: tuple[str, ...]
     takes_w: Callable[[Mapping[str, Any]], bool]
@@ -57,6 +58,11 @@ class Family:
     set_times: SetTimes = plain_times
     more: Mapping[str, Callable[[Load], nn.Module]] = field(default_factory=dict)
 
+    def denoiser(self, component: Any, control: bool) -> nn.Module:
+        """The denoiser's network, with every time that it takes among its inputs."""
+        net: nn.Module = with_second_time(self.plain(component, control))
+        return net
+
     def network(self, role: str, load: Load) -> nn.Module:
         """The network of one role, for evaluation; `load` gives its components."""
         if role in (DENOISER, DENOISER_CONTROL):
@@ -64,7 +70,7 @@ class Family:
         elif role == TEXT:
             net = self.text(load)
         elif role in self.more:
-            net = self.more[role](load)
+            net = with_second_time(self.more[role](load))
         elif role == DECODER_TINY:
             net = Decoder(load("tiny_decoder"))
         elif role in NEEDS:
@@ -124,7 +130,7 @@ def _sdxl_facts(root: Path) -> Facts:
 SD = Family(
     name="sd",
     folder="unet",
-    denoiser=_unet,
+    plain=_unet,
     text=lambda load: TextEncoder(load("text_encoder")),
     text_outputs=TextEncoder.outputs,
     takes_w=_unet_takes_w,

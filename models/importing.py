@@ -26,7 +26,7 @@ from .errors import BundleError, SpecError
 from .families import Facts, Family, find_family
 from .known import Answers, known, suggestion
 from .net_negative import Negative
-from .pipeline_folder import BESIDE, list_component, read_config, read_index
+from .pipeline_folder import BESIDE, SECOND_TIME, list_component, read_config, read_index
 from .schedulers import PREDICTION_TYPES, Wanted, replaced_scheduler, sampling_of
 from .spec import Guidance, SamplerSpec
 
@@ -152,6 +152,7 @@ def read_spec(
         return SamplerSpec(
             **sampling_of(config, wanted), guidance=guidance, latent=facts.latent, sizes=served, text=facts.text,
             size_ids=facts.size_ids, control_kinds=control_kinds(root, kinds), recipe="imported",
+            second_time=SECOND_TIME in denoiser,
         )  # fmt: skip
     except SpecError as error:
         raise BundleError(f"{root} gives no sampling contract: {error}") from error

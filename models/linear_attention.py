@@ -4,8 +4,6 @@ A U-Net says it by `fewstep_attention: "linear"` in its config. diffusers does n
 with these weights, so such a folder is for this library, or for an exported engine.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,22 +52,14 @@ def linearise(unet: Any) -> Any:
     return unet
 
 
-def load_linear(cls: Any, folder: Path, config: Mapping[str, Any]) -> Any:
-    """The U-Net of a folder whose config has the field, float32, every weight present, for evaluation.
+def alter(unet: Any, word: Any) -> Any:
+    """`linearise` as a config asks for it.
 
-    Errors: `BundleError` for another word than "linear", and for weights that are missing, unexpected or misshapen.
+    Errors: `BundleError` for another word than "linear".
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if config[FIELD] != LINEAR:
-        raise BundleError(f"{folder}/config.json: {FIELD} is {config[FIELD]!r}; it must be {LINEAR!r} or absent")
-    model = linearise(cls.from_config({name: value for name, value in config.items() if name != FIELD}))
-    try:
-        model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{folder} cannot be loaded: {error}") from error
-    return model.requires_grad_(False).eval()
+    if word != LINEAR:
+        raise BundleError(f"{FIELD} is {word!r}; it must be {LINEAR!r} or absent")
+    return linearise(unet)
 
 
 def _bend(width: int) -> nn.Sequential:

@@ -106,7 +106,7 @@ def size_shift(config: Mapping[str, Any], tokens: int) -> float:
 SCHNELL = Family(
     name="flux-schnell",
     folder="transformer",
-    denoiser=lambda transformer, control: FluxNet(transformer),
+    plain=lambda transformer, control: FluxNet(transformer),
     text=lambda load: FluxText(load("text_encoder"), load("text_encoder_2")),
     text_outputs=FluxText.outputs,
     takes_w=lambda config: False,

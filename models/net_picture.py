@@ -13,7 +13,7 @@ from .networks import named
 
 
 class TextToPixels(nn.Module):
-    """(ids, ..., x [B, C, h, w][, size_ids][, w], t, a, b [B, N][, z [B, N - 1, C, h, w]]) -> picture.
+    """(ids, ..., x [B, C, h, w][, size_ids][, w], t[, s], a, b [B, N][, z [B, N - 1, C, h, w]]) -> picture.
 
     Step k of N is `x <- a_k x + b_k F(x, t_k) + z_k`, z_k the noise already scaled; the last has none.
     """
@@ -23,17 +23,19 @@ class TextToPixels(nn.Module):
     def __init__(self, text: Any, denoiser: Any, decoder: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
         self.text, self.denoiser, self.decoder, self.steps = text, denoiser, decoder, steps
-        rest = tuple(name for name in denoiser.inputs if name not in text.outputs and name != "t")
-        self.inputs = (*text.inputs, *rest, "t", "a", "b", *(("z",) if steps > 1 else ()))
+        self.times = tuple(name for name in ("t", "s") if name in denoiser.inputs)
+        rest = tuple(name for name in denoiser.inputs if name not in (*text.outputs, *self.times))
+        self.inputs = (*text.inputs, *rest, *self.times, "a", "b", *(("z",) if steps > 1 else ()))
 
     def forward(self, *feeds: Tensor) -> Tensor:
         given = named(self.inputs, feeds)
         words = self.text(*(given[name] for name in self.text.inputs))
         words = words if isinstance(words, tuple) else (words,)
         given |= dict(zip(self.text.outputs, words, strict=True))
-        x, times = given["x"], given["t"]
+        x = given["x"]
         for k in range(self.steps):
-            f = self.denoiser(*({**given, "x": x, "t": times[:, k]}[name] for name in self.denoiser.inputs))
+            now = {**given, "x": x, **{name: given[name][:, k] for name in self.times}}
+            f = self.denoiser(*(now[name] for name in self.denoiser.inputs))
             x = expand(given["a"][:, k], f) * x + expand(given["b"][:, k], f) * f
             if k < self.steps - 1:
                 x = x + given["z"][:, k]

@@ -78,7 +78,7 @@ def _facts(root: Path) -> Facts:
 PIXART = Family(
     name="pixart",
     folder="transformer",
-    denoiser=lambda transformer, control: PixArtNet(transformer),
+    plain=lambda transformer, control: PixArtNet(transformer),
     text=lambda load: MaskedText(load("text_encoder")),
     text_outputs=MaskedText.outputs,
     takes_w=lambda config: False,

@@ -131,7 +131,7 @@ def _sprint_times(scheduler: Any, steps: int, size: tuple[int, int]) -> None:
 SANA = Family(
     name="sana",
     folder="transformer",
-    denoiser=lambda transformer, control: SanaNet(transformer),
+    plain=lambda transformer, control: SanaNet(transformer),
     text=lambda load: GemmaText(load("text_encoder")),
     text_outputs=GemmaText.outputs,
     takes_w=lambda config: False,
@@ -145,7 +145,7 @@ SANA = Family(
 SPRINT = replace(
     SANA,
     name="sana-sprint",
-    denoiser=lambda transformer, control: SprintNet(transformer),
+    plain=lambda transformer, control: SprintNet(transformer),
     takes_w=lambda config: True,
     set_times=_sprint_times,
 )

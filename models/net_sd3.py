@@ -77,7 +77,7 @@ def _set_times(scheduler: Any, steps: int, size: tuple[int, int]) -> None:
 SD3 = Family(
     name="sd3",
     folder="transformer",
-    denoiser=lambda transformer, control: SD3Net(transformer),
+    plain=lambda transformer, control: SD3Net(transformer),
     text=lambda load: SD3Text(load("text_encoder"), load("text_encoder_2"), load("text_encoder_3")),
     text_outputs=SD3Text.outputs,
     takes_w=lambda config: False,

@@ -167,7 +167,7 @@ def _facts(root: Path) -> Facts:
 Z_IMAGE = Family(
     name="z-image",
     folder="transformer",
-    denoiser=lambda transformer, control: ZImageNet(transformer),
+    plain=lambda transformer, control: ZImageNet(transformer),
     text=lambda load: MaskedText(load("text_encoder"), layer=-2),
     text_outputs=MaskedText.outputs,
     takes_w=lambda config: False,

@@ -32,6 +32,8 @@ else:
     Number = TypeVar("Number")
 
 
+CLEAN_VP = -1.0
+"""How a network is told "clean data" on `VP`, whose own time of it is -inf: one step below the least noisy."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -298,6 +300,13 @@ def _linspace32(start: float, stop: float, n: int) -> Any:
 
 
 PATHS: dict[str, Any] = {cls.kind: cls for cls in (VP, EDM, RectifiedFlow, TrigFlow)}
+
+
+def told_time(path: Path, t: float | None) -> float:
+    """A time as a network's second time: as it is, and clean data (None) by a number too."""
+    if t is None:
+        return CLEAN_VP if path.kind == "vp" else 0.0
+    return t
 
 
 def path_to_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import BundleError
 
+SECOND_TIME = "fewstep_second_time"
+"""In a denoiser's config: it takes a second time (`fewstep.models.second_time`)."""
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 BESIDE = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 """Components of a pipeline that make no part of the picture here, and that no checkpoint file holds."""

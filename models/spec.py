@@ -128,7 +128,8 @@ class SamplerSpec:
     become token ids. size_ids: the picture-size condition that the network takes ("sdxl": height, width, crop 0 0,
     height, width; "pixart": height, width, height/width), or None. control_kinds: what a ControlNet-Union's control
     types are called, in its order; empty where a control picture is of one kind only. clip: bound on |x0| in latent
-    units, or None. tiny_decoder: the step counts whose pictures the component `tiny_decoder/` decodes.
+    units, or None. tiny_decoder: the step counts whose pictures the component `tiny_decoder/` decodes. second_time:
+    whether the network is also told where each step lands (`fewstep.models.second_time`).
     """
 
     version: int = SPEC_VERSION
@@ -152,6 +153,7 @@ class SamplerSpec:
     clip: float | None = None
     control_kinds: tuple[str, ...] = ()
     tiny_decoder: tuple[int, ...] = ()
+    second_time: bool = False
     recipe: str
     teacher: str | None = None
     quality: tuple[QualityRow, ...] = ()
@@ -188,6 +190,8 @@ class SamplerSpec:
             raise SpecError("phases is missing; the 'phased' sampler needs the number of trained phases")
         if self.stochastic != (self.sampler in STOCHASTIC or (self.sampler == "tcd" and self.gamma != 0.0)):
             raise SpecError(f"stochastic is {self.stochastic}; that is not so of the {self.sampler!r} sampler")
+        if self.second_time and self.sampler == "dpmpp-2m":
+            raise SpecError("second_time is true, and the 'dpmpp-2m' sampler reads one estimate twice; use 'ddim'")
         self._check_numbers()
         if len(set(self.control_kinds)) != len(self.control_kinds) or not all(self.control_kinds):
             raise SpecError(f"control_kinds is {list(self.control_kinds)}; name each control type once")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.models.bundle import Bundle
 
-from .engine import DENOISER, TEXT, Capabilities
+from .engine import TEXT, Capabilities
 from .errors import EngineFailed, EngineUnavailable
 from .manifest import Manifest, checked_files, export_command, read_manifest
 
@@ -46,7 +46,8 @@ class AotiEngine:
             roles=frozenset(files),
             max_batch=MAX_BATCH,
             device=str((manifest.build or {})["device"]),
-            takes_w="w" in self._inputs.get(DENOISER, ()),
+            takes_w=manifest.takes("w"),
+            takes_s=manifest.takes("s"),
             text_outputs=tuple(port.name for port in manifest.roles[TEXT].outputs) if TEXT in files else ("ctx",),
         )
 

@@ -55,13 +55,17 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What an engine runs here. Empty `batch_sizes` means any size up to `max_batch`; else calls are padded to one."""
+    """What an engine runs here. Empty `batch_sizes` means any size up to `max_batch`; else calls are padded to one.
+
+    takes_w, takes_s: whether the denoiser takes the guidance scale, and the time where a step lands.
+    """
 
     roles: frozenset[str]
     max_batch: int
     batch_sizes: tuple[int, ...] = ()
     device: str = "cpu"
     takes_w: bool = False
+    takes_s: bool = False
     text_outputs: tuple[str, ...] = ("ctx",)
 
 

@@ -66,6 +66,7 @@ class FakeEngine:
         control: bool = True,
         edit: bool = True,
         takes_w: bool | None = None,
+        takes_s: bool | None = None,
         max_batch: int = 8,
         batch_sizes: tuple[int, ...] = (),
         delay_s: float | Callable[[str, int], float] = 0.0,
@@ -82,6 +83,7 @@ class FakeEngine:
             max_batch=max_batch,
             batch_sizes=batch_sizes,
             takes_w=self.spec.guidance.mode == "embedded" if takes_w is None else takes_w,
+            takes_s=self.spec.second_time if takes_s is None else takes_s,
         )
         self.calls: list[Call] = []
         self.closed = False
@@ -142,6 +144,8 @@ class FakeEngine:
         f = 0.5 * torch.sin(x) + 0.3 * words + 1e-4 * t
         if self.capabilities.takes_w:
             f = f + 0.01 * feeds["w"][:, None, None, None]
+        if self.capabilities.takes_s:
+            f = f - 1e-4 * feeds["s"][:, None, None, None]
         if role == DENOISER_CONTROL:
             f = f + 0.1 * torch.stack([feeds[f"residual_{k}"] for k in range(RESIDUALS)]).sum(dim=0)
         return (f,)

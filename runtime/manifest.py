@@ -12,6 +12,7 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import sha256_of, write_whole
+from fewstep.models.roles import DENOISER
 
 from .errors import EngineUnavailable
 
@@ -89,6 +90,10 @@ class Manifest:
     budget: Mapping[str, float | None] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
+
+    def takes(self, name: str) -> bool:
+        """Whether the denoiser's graph has an input of this name."""
+        return DENOISER in self.roles and any(port.name == name for port in self.roles[DENOISER].inputs)
 
 
 def engine_folder(bundle: Bundle, kind: str) -> Path:

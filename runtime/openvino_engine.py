@@ -69,7 +69,8 @@ class OpenVINOEngine:
             roles=frozenset(manifest.roles),
             max_batch=BATCH_SIZES[-1],
             batch_sizes=BATCH_SIZES,
-            takes_w=DENOISER in manifest.roles and any(p.name == "w" for p in manifest.roles[DENOISER].inputs),
+            takes_w=manifest.takes("w"),
+            takes_s=manifest.takes("s"),
             text_outputs=tuple(p.name for p in manifest.roles[TEXT].outputs) if TEXT in manifest.roles else (),
         )
         for role in (TEXT, DENOISER, DECODER):

@@ -53,13 +53,13 @@ class OrtEngine:
         self._bound: dict[tuple[Any, ...], BoundCall] = {}
         self._closed = False
         self.name = kind
-        inputs = {role: {port.name for port in graph.inputs} for role, graph in manifest.roles.items()}
         self.capabilities = Capabilities(
             roles=frozenset(manifest.roles),
             max_batch=MAX_BATCH,
             device="cpu" if self._wanted == CPU else "cuda",
-            takes_w="w" in inputs.get(DENOISER, ()),
-            text_outputs=tuple(port.name for port in manifest.roles[TEXT].outputs) if TEXT in inputs else ("ctx",),
+            takes_w=manifest.takes("w"),
+            takes_s=manifest.takes("s"),
+            text_outputs=tuple(p.name for p in manifest.roles[TEXT].outputs) if TEXT in manifest.roles else ("ctx",),
         )
         for role in (TEXT, DENOISER, DECODER):  # the rest is opened when first asked for
             if role in self._files:

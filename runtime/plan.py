@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fewstep.models.paths import Path
+from fewstep.models.paths import Path, told_time
 from fewstep.models.predictions import estimates
 from fewstep.models.roles import (
     DENOISER,
@@ -64,14 +64,16 @@ class Row:
 
     m is the combination that an earlier row kept; `keep` says how this one leaves its own: `keep[0] x + keep[1] F` (the
     clean estimate, for multistep solvers), None where the next step asks for none.
-    `w` is the guidance scale; `pair` says whether it needs the unconditional evaluation too (then F = u + w (c - u)),
-    otherwise w goes to the network if the network takes it. Scales of what steers the network, 0 for none: `control`
-    (residuals or features), `negative` (the negative prompt in the attention), `image` (the picture prompt) and
-    `loras`, (name, weight) each. model: the served model that evaluates it, None for the request's own.
+    `s` is where the step lands, for networks that take a second time. `w` is the guidance scale; `pair` says whether it
+    needs the unconditional evaluation too (then F = u + w (c - u)), otherwise w goes to the network if the network
+    takes it. Scales of what steers the network, 0 for none: `control` (residuals or features), `negative` (the negative
+    prompt in the attention), `image` (the picture prompt) and `loras`, (name, weight) each. model: the served model
+    that evaluates it, None for the request's own.
     """
 
     index: int
     t: float
+    s: float
     a: float
     b: float
     c: float
@@ -157,6 +159,7 @@ def row_of(request: GenerateRequest, spec: SamplerSpec, index: int, steps: int, 
     return Row(
         index=index,
         t=t,
+        s=told_time(spec.path, update.lands),
         a=update.a,
         b=update.b,
         c=update.c,

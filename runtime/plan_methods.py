@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fewstep.models.paths import told_time
 from fewstep.models.predictions import Affine, estimates
 from fewstep.models.spec import SamplerSpec
 
@@ -98,12 +99,14 @@ def inverse_rows(name: str, inverse: SamplerSpec, spec: SamplerSpec, to: float) 
     for t, up in zip(times, [*times[1:], to], strict=True):
         out = estimates(inverse.prediction, inverse.path, t)
         update = ddim(Step(t, up, False, spec.path, out), inverse)
-        rows.append(_row(t, update, 1.0, False, name))
+        rows.append(_row(inverse, t, update, 1.0, False, name))
     return rows
 
 
-def _row(t: float, update: Update, w: float, pair: bool, model: str) -> Row:
-    return Row(0, t, update.a, update.b, update.c, w, pair, 0.0, model=model)
+def _row(spec: SamplerSpec, t: float, update: Update, w: float, pair: bool, model: str) -> Row:
+    """A row of another model, of this spec."""
+    s = told_time(spec.path, update.lands)
+    return Row(0, t, s, update.a, update.b, update.c, w, pair, 0.0, model=model)
 
 
 def _by_helper(row: Row, step: Step, helper: Helper, other: SamplerSpec) -> Row:
@@ -111,7 +114,7 @@ def _by_helper(row: Row, step: Step, helper: Helper, other: SamplerSpec) -> Row:
     out = estimates(other.prediction, other.path, step.t)
     update = ddim(replace(step, out=out), other)
     w, pair = _guided(helper, other)
-    return replace(_row(step.t, update, w, pair, helper.model), hooks=_clipped(row.hooks, other))
+    return replace(_row(other, step.t, update, w, pair, helper.model), hooks=_clipped(row.hooks, other))
 
 
 def _pulled(rows: Sequence[Row], step: Step, spec: SamplerSpec, helper: Helper, other: SamplerSpec) -> list[Row]:
@@ -135,7 +138,7 @@ def _pulled(rows: Sequence[Row], step: Step, spec: SamplerSpec, helper: Helper, 
     w, pair = _guided(helper, other)
     theirs = estimates(other.prediction, other.path, step.to)
     update = Update(lam * share * theirs.x0_x, lam * share * theirs.x0_f, first.c, 1.0)
-    teacher = replace(_row(step.to, update, w, pair, helper.model), d=1.0)
+    teacher = replace(_row(other, step.to, update, w, pair, helper.model), d=1.0)
     teacher = replace(teacher, hooks=_clipped(replace(hooks, restore=None), other))
     return [student, teacher, *rows[1:]]
 

@@ -17,13 +17,18 @@ from fewstep.models.spec import SamplerSpec
 
 @dataclass(frozen=True)
 class Update:
-    """Coefficients of one row's update. `keep`: the clean estimate as (of x, of F), where the next step needs it."""
+    """Coefficients of one row's update.
+
+    lands: the time to which what the network says is taken, before fresh noise comes on top; None for clean data. A
+    network with a second time is told it. keep: the clean estimate as (of x, of F), where the next step needs it.
+    """
 
     a: float
     b: float
     c: float
     d: float = 0.0
     keep: tuple[float, float] | None = None
+    lands: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def ddim(step: Step, spec: SamplerSpec) -> Update:
     """Deterministic: `a' x0 + s' eps`. DDIM (Song et al. 2020), Euler on flow paths, PCM's phase chain, flow maps."""
     alpha, sigma = step.land()
     out = step.out
-    return Update(alpha * out.x0_x + sigma * out.eps_x, alpha * out.x0_f + sigma * out.eps_f, 0.0)
+    return Update(alpha * out.x0_x + sigma * out.eps_x, alpha * out.x0_f + sigma * out.eps_f, 0.0, lands=step.to)
 
 
 def lcm(step: Step, spec: SamplerSpec) -> Update:
@@ -72,7 +77,8 @@ def euler_ancestral(step: Step, spec: SamplerSpec) -> Update:
     down = level**2 * _inverse_level(step.path, step.t)
     up = math.sqrt(level**2 - down**2)
     out = step.out
-    return Update(alpha * (out.x0_x + down * out.eps_x), alpha * (out.x0_f + down * out.eps_f), alpha * up)
+    a, b = alpha * (out.x0_x + down * out.eps_x), alpha * (out.x0_f + down * out.eps_f)
+    return Update(a, b, alpha * up, lands=step.path.time(down))
 
 
 def dpmpp_2m(step: Step, spec: SamplerSpec) -> Update:
@@ -83,10 +89,11 @@ def dpmpp_2m(step: Step, spec: SamplerSpec) -> Update:
     shrink = 0.0 if step.to is None else step.path.level(step.to) * here  # exp(-h), h the step in log(alpha / sigma)
     ratio, gain = sigma / step.path.sigma(step.t), alpha * (1.0 - shrink)
     if step.before is None or step.last or step.to is None:
-        return Update(ratio + gain * out.x0_x, gain * out.x0_f, 0.0, keep=None if step.last else keep)
+        return Update(ratio + gain * out.x0_x, gain * out.x0_f, 0.0, keep=None if step.last else keep, lands=step.to)
     before = _inverse_level(step.path, step.before)  # 0 at pure noise: infinitely far, so its estimate has no weight
     lean = 0.5 * math.log(shrink) / math.log(before / here) if before else 0.0
-    return Update(ratio + gain * (1 + lean) * out.x0_x, gain * (1 + lean) * out.x0_f, 0.0, -gain * lean, keep)
+    a, b = ratio + gain * (1 + lean) * out.x0_x, gain * (1 + lean) * out.x0_f
+    return Update(a, b, 0.0, -gain * lean, keep, step.to)
 
 
 def _inverse_level(path: Path, t: float) -> float:
@@ -107,7 +114,7 @@ def tcd(step: Step, spec: SamplerSpec) -> Update:
     a = ratio * (alpha_u * step.out.x0_x + sigma_u * step.out.eps_x)
     b = ratio * (alpha_u * step.out.x0_f + sigma_u * step.out.eps_f)
     c = 0.0 if step.last else math.sqrt(max(0.0, sigma**2 - (ratio * sigma_u) ** 2))
-    return Update(a, b, c)
+    return Update(a, b, c, lands=below)
 
 
 def trig(step: Step, spec: SamplerSpec) -> Update:
@@ -118,10 +125,9 @@ def trig(step: Step, spec: SamplerSpec) -> Update:
 
 def edm(step: Step, spec: SamplerSpec) -> Update:
     """Consistency models (Song et al. 2023): `x0 + sqrt(t'^2 - sigma_min^2) z`."""
-    if step.last or step.to is None:
-        return Update(step.out.x0_x, step.out.x0_f, 0.0)
-    floor = getattr(step.path, "sigma_min", 0.0)
-    return Update(step.out.x0_x, step.out.x0_f, math.sqrt(max(0.0, step.to**2 - floor**2)))
+    floor = step.path.end
+    noise = 0.0 if step.last or step.to is None else math.sqrt(max(0.0, step.to**2 - floor**2))
+    return Update(step.out.x0_x, step.out.x0_f, noise, lands=floor)
 
 
 SAMPLERS: dict[str, Callable[[Step, SamplerSpec], Update]] = {

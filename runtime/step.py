@@ -121,6 +121,8 @@ def evaluate(engine: Engine, states: Sequence[RowState], x: Tensor) -> Tensor:
     role, steering = _steering(engine, next(iter(roles - {DENOISER}), DENOISER), states, order, feeds)
     if engine.capabilities.takes_w:
         feeds["w"] = _vector([rows[i].w for i in order], x)
+    if engine.capabilities.takes_s:
+        feeds["s"] = _vector([rows[i].s for i in order], x)
     (out,) = run_batch(engine, role, {**feeds, **steering})
     if not pairs:
         return out

@@ -80,7 +80,8 @@ class TensorRTEngine:
             max_batch=max(most for _, _, most in build["batches"]),
             batch_sizes=served_batches(build["batches"], tuned_only=cuda_graphs),
             device=self._device.name,
-            takes_w=DENOISER in manifest.roles and any(p.name == "w" for p in manifest.roles[DENOISER].inputs),
+            takes_w=manifest.takes("w"),
+            takes_s=manifest.takes("s"),
             text_outputs=tuple(p.name for p in manifest.roles[TEXT].outputs) if TEXT in manifest.roles else (),
         )
         for role in (TEXT, DENOISER, DECODER):  # the rest is opened when first asked for

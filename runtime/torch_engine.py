@@ -56,6 +56,7 @@ class TorchEngine:
             batch_sizes=batch_sizes,
             device=device,
             takes_w="w" in self._modules[DENOISER].inputs,
+            takes_s="s" in self._modules[DENOISER].inputs,
             text_outputs=self._modules[TEXT].outputs,
         )
 

@@ -132,7 +132,7 @@ def paint_rows(model: Served, rows: Sequence[tuple[Live, Canvas]]) -> list[Engin
     feeds = {name: torch.tensor([tokens[name] for tokens in read], device=able.device) for name in read[0]}
     feeds |= {name: torch.stack([live.own.fixed[name] for live, _ in rows]) for name in rows[0][0].own.fixed}
     feeds["x"] = torch.stack([canvas.x for _, canvas in rows])
-    for name in ("t", "a", "b"):
+    for name in ("t", "a", "b", *(("s",) if able.takes_s else ())):
         feeds[name] = torch.tensor([[getattr(row, name) for row in plan] for plan in plans], device=able.device)
     if able.takes_w:
         feeds["w"] = torch.tensor([plan[0].w for plan in plans], device=able.device)

@@ -94,7 +94,7 @@ def row_state(row, x, **settings):
 def estimated(spec, engine, x, t, **hooks):
     """The clean estimate of a row at time t with hooks."""
     out = estimates(spec.prediction, spec.path, t)
-    row = Row(0, t, out.x0_x, out.x0_f, 0.0, 1.0, False, 0.0, hooks=Hooks(**hooks) if hooks else None)
+    row = Row(0, t, -1.0, out.x0_x, out.x0_f, 0.0, 1.0, False, 0.0, hooks=Hooks(**hooks) if hooks else None)
     return advance(engine, [row_state(row, x)], spec)[0]
 
 

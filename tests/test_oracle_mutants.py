@@ -129,7 +129,7 @@ def with_noise(rule):
 
     def noisy(step, spec):
         alpha, sigma = step.land()
-        return Update(alpha * step.out.x0_x, alpha * step.out.x0_f, sigma)
+        return Update(alpha * step.out.x0_x, alpha * step.out.x0_f, sigma, lands=step.to)
 
     return noisy
 
@@ -273,7 +273,7 @@ SAMPLER_MUTANTS = {
         "trig", lambda rule: lambda step, spec: rule(type(step)(step.t, step.t, step.last, step.path, step.out), spec),
     ),
     "edm: noise not reduced by the floor": (
-        "edm", lambda rule: lambda step, spec: Update(step.out.x0_x, step.out.x0_f, 0.0 if step.last else step.to),
+        "edm", lambda rule: lambda step, spec: replace(rule(step, spec), c=0.0 if step.last else step.to),
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Any mix of rows in an engine call: each picture equals its solo run of the dull loop.
 
-60 random mixes on each of two tiny networks, of 3 to 5 requests each, drawn from 40: other step counts and grids,
+60 random mixes on each of three tiny networks, of 3 to 5 requests each, drawn from 40: other step counts and grids,
 guidance scales, ramps and kinds, ControlNet, picture prompts, negative prompts, LoRAs, strengths, masks, kept luminance
 and block means, clips, samplers, a second model's rows. Which rows meet in a call is drawn, too. Latents agree within
 5e-5 of their largest value: float32 sums come in another order in another batch.
@@ -33,6 +33,7 @@ from fewstep.runtime.step import advance
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
 from fewstep.runtime.work import encode_pictures, encode_prompts, encode_texts, step_rows
+from tiny import two_times
 
 MIXES, POOL, BOUND = 60, 40, 5e-5
 draw = np.random.default_rng(7)
@@ -40,6 +41,12 @@ PICTURES = [draw.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(3)]
 MASKS = [np.where(draw.random((32, 32)) < 0.4, 255, 0).astype(np.uint8) for _ in range(2)]
 ENCODERS = {"encoder": encode_pictures, "image-prompt": encode_prompts}
 GRIDS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 759.0, 499.0, 259.0)}
+
+
+@pytest.fixture(scope="module")
+def tiny_two_times(tiny_teacher, tmp_path_factory):
+    """A network that hears where each row lands: rows of other counts, samplers and strengths land elsewhere."""
+    return two_times(tiny_teacher, tmp_path_factory.mktemp("told") / "student")
 
 
 def everything(bundle, root):
@@ -62,7 +69,7 @@ def everything(bundle, root):
     return seal_bundle(root, bundle.name, bundle.spec)
 
 
-@pytest.fixture(scope="module", params=["teacher", "lcm"])
+@pytest.fixture(scope="module", params=["teacher", "lcm", "two_times"])
 def models(request, tmp_path_factory):
     """Models over one engine: the network under every sampler that it could be run with, and what helps them."""
     bundle = everything(request.getfixturevalue(f"tiny_{request.param}"), tmp_path_factory.mktemp("mixes") / "bundle")

@@ -13,7 +13,7 @@ from fewstep.runtime.rng import NoiseStream
 from fewstep.runtime.step import RowState, advance, run_batch
 
 SPEC = fake_spec()
-ROW = Row(index=1, t=499.0, a=0.9, b=-0.4, c=0.0, w=3.0, pair=False, control=0.0)
+ROW = Row(index=1, t=499.0, s=259.0, a=0.9, b=-0.4, c=0.0, w=3.0, pair=False, control=0.0)
 SHAPE = (4, 8, 8)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, LCMScheduler, UNet2DConditionModel
@@ -10,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewstep.models.bundle import Bundle, seal_bundle
 from fewstep.models.paths import VP
+from fewstep.models.second_time import SecondTime, add_second_time
 from fewstep.models.spec import Boundary, Guidance, Latent, SamplerSpec, Spacing
 
 LCM_GRIDS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 759.0, 499.0, 259.0)}
@@ -98,6 +101,18 @@ def tiny_spec(kind: str = "teacher") -> SamplerSpec:
         sizes=((32, 32),),
         recipe="none" if teacher else kind,
     )
+
+
+def two_times(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:
+    """A copy whose denoiser also hears where its jumps land, by random weights; `changes` are of its spec."""
+    shutil.copytree(bundle.root, folder)
+    component = bundle.family.folder
+    network = add_second_time(bundle.load(component), 1.0)
+    second = next(part for part in network.modules() if isinstance(part, SecondTime))
+    draw = torch.Generator().manual_seed(5)
+    second.project.weight.data = 0.1 * torch.randn(second.project.weight.shape, generator=draw)
+    network.save_pretrained(folder / component)
+    return seal_bundle(folder, f"{bundle.name}-two-times", replace(bundle.spec, second_time=True, **changes))
 
 
 def copy_bundle(bundle: Bundle, folder: Path) -> Path:

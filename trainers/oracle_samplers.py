@@ -63,6 +63,7 @@ def sampler_checks(sampler: str) -> Iterator[Check]:
                 continue
             yield below(f"{label} gamma={gamma}: law of the exact student", law_gap(case, 1.0, takes_w=False), 1e-9)
             yield from _noise_checks(f"{label} gamma={gamma}", case)
+        yield holds(f"{label}: a second time is told where the step lands", tells_landings(spec))
         if sampler in ("ddim", "euler", "phased", *SOLVERS):
             yield from _order_checks(label, spec)
         wanted = {"edm": path.start, "trig": getattr(path, "sigma_data", 1.0)}.get(path.kind, 1.0)
@@ -81,6 +82,7 @@ def sampling_checks(recipe: Recipe) -> Iterator[Check]:
         # LCM's c_skip is 1e-7 where it should be none
         yield below(f"sampler: law of the exact student, w={w}", law_gap(spec, w, takes_w=embedded), 1e-5)
     yield from _noise_checks("sampler", spec)
+    yield holds("sampler: a second time is told where the step lands", tells_landings(spec))
 
 
 def law_gap(spec: SamplerSpec, w: float, *, takes_w: bool) -> float:
@@ -134,6 +136,15 @@ def landings(spec: SamplerSpec, steps: int) -> list[float | None]:
     if spec.sampler == "tcd":
         return [None if to is None else float(int((1.0 - (spec.gamma or 0.0)) * to)) for to in ends]
     return ends
+
+
+def tells_landings(spec: SamplerSpec) -> bool:
+    """Whether the coefficients of each step go with the time to which a perfect student has to jump."""
+    pairs = [pair for n in spec.steps for pair in zip(updates(spec, n), landings(spec, n), strict=True)]
+    return all(
+        to is update.lands is None or (None not in (to, update.lands) and abs(to - update.lands) < 1e-9)
+        for (_, update), to in pairs
+    )
 
 
 def _down(path: Path, t: float, to: float) -> float:

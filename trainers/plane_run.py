@@ -21,7 +21,7 @@ from fewstep.models.denoiser import Condition, Denoiser, guide, times
 from fewstep.models.paths import VP
 from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
-from fewstep.runtime.samplers import start_scale, time_pairs, updates
+from fewstep.runtime.samplers import start_scale, updates
 
 from .distill import Assembled
 from .errors import RecipeError
@@ -33,6 +33,7 @@ from .plane import PREDICTIONS, Plane, PlaneSource
 from .plane_net import PlaneFake, PlaneNet, plane_student
 from .player import Player, PlayerSettings
 from .recipe import Recipe, Stage
+from .times import clean
 from .transitions import NoisedData
 
 
@@ -164,8 +165,8 @@ def sample_points(trained: Trained, cond: Condition, uncond: Condition, steps: i
     rows = updates(spec, steps)
     x = noise() * start_scale(spec, rows[0][0])
     estimate = torch.zeros(shape, dtype=torch.float64)
-    for (t, update), (_, to) in zip(rows, time_pairs(spec, steps), strict=True):
-        second = times(landing(spec, t, to), x)
+    for t, update in rows:
+        second = times(clean(spec.path) if update.lands is None else update.lands, x)
         f = trained.net(x, times(t, x), {**cond, "w": times(trained.w, x), "s": second})
         if spec.guidance.mode == "cfg" and trained.w != 1.0:
             f = guide(trained.net(x, times(t, x), {**uncond, "s": second}), f, trained.w)
@@ -176,18 +177,6 @@ def sample_points(trained: Trained, cond: Condition, uncond: Condition, steps: i
         if update.c:
             x = x + update.c * noise()
     return x
-
-
-def landing(spec: SamplerSpec, t: float, to: float | None) -> float:
-    """The second time of a two-time student: where the deterministic part of the step lands."""
-    from .times import clean
-
-    if to is None or spec.sampler in ("lcm", "trig", "edm"):
-        return clean(spec.path)
-    if spec.sampler != "tcd":
-        return to
-    below = (1.0 - (spec.gamma or 0.0)) * to
-    return float(int(below)) if spec.path.kind == "vp" else below
 
 
 def _assemble(

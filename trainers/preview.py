@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import Condition, Network, guide, times
+from fewstep.models.paths import told_time
 from fewstep.models.spec import SamplerSpec
 from fewstep.runtime.samplers import start_scale, updates
 
@@ -28,9 +29,10 @@ def sample(
     x = noise() * start_scale(spec, rows[0][0])
     scale, estimate = times(w, x).float(), torch.zeros(())
     for t, update in rows:
-        f = net(x, times(t, x), {**cond, "w": scale})
+        told = {"w": scale, "s": times(told_time(spec.path, update.lands), x)}
+        f = net(x, times(t, x), {**cond, **told})
         if uncond is not None and w != 1.0:
-            f = guide(net(x, times(t, x), {**uncond, "w": scale}), f, w)
+            f = guide(net(x, times(t, x), {**uncond, **told}), f, w)
         f = f.float()
         remembered, keep = estimate, update.keep
         if keep is not None:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.models.altered import remade
 from fewstep.models.bundle import Bundle
 from fewstep.models.linear_attention import FIELD, linearise
 from fewstep.models.networks import guidance_embedding
+from fewstep.models.second_time import add_second_time
+from fewstep.runtime.plan import span
 
 from .errors import RecipeError
 from .probing import Probe
@@ -62,17 +65,30 @@ def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
 
     Errors: `RecipeError` for a plan that this network cannot follow.
     """
-    if plan.second_time:
-        raise RecipeError(
-            "this recipe's student takes the time where a jump lands as a second input, which no family of bundles has "
-            "yet; it runs on the plane (`fewstep bench recipes`)"
-        )
+    _check_times(start, plan)
     if plan.runs:
-        return again(replace_runs(load_denoiser(start), plan.runs), plan)
-    if not is_unet(start):
+        network = replace_runs(load_denoiser(start), plan.runs)
+    elif not is_unet(start):
         _refuse_unet_surgery(start, plan)
-        return again(load_denoiser(start), plan)
-    return again(shrunk(with_guidance(start, plan, fold_scale=fold_scale), plan), plan)
+        network = load_denoiser(start)
+    else:
+        network = shrunk(with_guidance(start, plan, fold_scale=fold_scale), plan)
+    if plan.second_time and not start.spec.second_time:
+        network = add_second_time(network, 1000.0 / span(start.spec.path))
+    return again(network, plan)
+
+
+def _check_times(start: Bundle, plan: Student) -> None:
+    if start.spec.second_time and not plan.second_time:
+        raise RecipeError(
+            f"{start.name!r} is told where its jumps land, which this recipe's student would lose; start from a "
+            "network of one time"
+        )
+    if plan.second_time and plan.lora_rank is not None:
+        raise RecipeError(
+            "this recipe's student has a second time and LoRA, which would leave the new input untrained; train all "
+            "weights, or leave second_time out"
+        )
 
 
 def load_denoiser(bundle: Bundle) -> Any:
@@ -151,7 +167,7 @@ def again(unet: Any, plan: Student) -> Any:
 def unlearned(network: Any) -> Any:
     """A network of the same configuration with random weights."""
     plain = merged(network)
-    return type(plain).from_config(plain.config)
+    return remade(type(plain), plain.config)
 
 
 def add_guidance(unet: Any, width: int) -> Any:

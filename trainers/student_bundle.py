@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fewstep.models.altered import library_of
 from fewstep.models.bundle import Bundle, seal_bundle
-from fewstep.models.linear_attention import FIELD
 from fewstep.models.pipeline_folder import read_index
 from fewstep.models.schedulers import PREDICTION_TYPES
 from fewstep.models.spec import Guidance, SamplerSpec
@@ -30,7 +30,7 @@ def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
     zeros = t.guidance.zero_empty and s.guidance_mode == "cfg"
     return replace(
         t, sampler=s.sampler, grids=s.grids.of(t.path), spacing=None, stochastic=s.stochastic, gamma=s.gamma,
-        phases=s.phases, start="unit", boundary=s.boundary, clip=None,
+        phases=s.phases, second_time=recipe.student.second_time, start="unit", boundary=s.boundary, clip=None,
         guidance=Guidance(mode=s.guidance_mode, default=s.guidance_default, range=(low, high), zero_empty=zeros),
         **fresh,
     )  # fmt: skip
@@ -41,6 +41,11 @@ def check_contract(recipe: Recipe, teacher: Bundle) -> None:
 
     Errors: `RecipeError`, `SpecError` for a teacher whose path the recipe's sampler does not know.
     """
+    if teacher.spec.second_time:
+        raise RecipeError(
+            f"{teacher.name!r} is told where its jumps land, and answers for no trajectory without; name the bundle "
+            f"that it was distilled from, {teacher.spec.teacher!r}, with --teacher"
+        )
     if recipe.sampling is None:
         if recipe.run.init is not None:
             raise RecipeError(
@@ -84,7 +89,7 @@ def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> B
     network = network.eval().to(memory_format=torch.contiguous_format)
     (network.half() if recipe.run.fp16_weights else network.float()).save_pretrained(beside / folder)
     index |= {name: [None, None] for name in ADDED if name in index}
-    _write_pipeline(recipe, teacher, beside, index, linear=FIELD in network.config)
+    _write_pipeline(recipe, teacher, beside, index, library=library_of(network.config))
     sealed = seal_bundle(beside, out.name, spec)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
@@ -111,10 +116,12 @@ def takes_control(unet: Any, teacher: Bundle) -> bool:
     return shape(unet.config) == shape(theirs)
 
 
-def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, index: dict[str, Any], *, linear: bool) -> None:
+def _write_pipeline(
+    recipe: Recipe, teacher: Bundle, folder: Path, index: dict[str, Any], *, library: str | None
+) -> None:
     """`scheduler/` and `model_index.json`, so diffusers loads the folder with the student's own sampler.
 
-    With linear attention diffusers cannot run the U-Net, and is told so: it refuses a library that it does not find.
+    A changed network is none that diffusers can run. It is told so: it refuses a library where it finds no class.
     """
     if recipe.sampling is None:
         shutil.copytree(teacher.root / "scheduler", folder / "scheduler")
@@ -125,8 +132,8 @@ def _write_pipeline(recipe: Recipe, teacher: Bundle, folder: Path, index: dict[s
         if teacher.family.name == "sd":
             embedded = recipe.sampling.guidance_mode == "embedded"
             index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
-    if linear:
-        index["unet"] = ["fewstep.models.linear_attention", "UNet2DConditionModel"]
+    if library is not None:
+        index[teacher.family.folder] = [library, index[teacher.family.folder][1]]
     (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.models.linear_attention import FIELD, linearise
+from fewstep.models.altered import remade
 
 from .errors import RecipeError
 
@@ -204,10 +204,8 @@ def rebuilt(network: Any, changes: Mapping[str, Any], before: Rename, *, corner:
     corner: take the leading corner of a larger weight instead.
     """
     # diffusers' private notes would say that a changed value is a default, and put the default back
-    settings = {name: value for name, value in network.config.items() if not name.startswith("_") and name != FIELD}
-    out = type(network).from_config({**settings, **changes})
-    if FIELD in network.config:
-        linearise(out)
+    settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    out = remade(type(network), {**settings, **changes})
     old, new = network.state_dict(), out.state_dict()
     for key, weight in new.items():
         name = before(key)

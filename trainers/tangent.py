@@ -8,10 +8,12 @@ on one of the two runs on a student of any path, with no change of its network.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fewstep.models.denoiser import Condition, Denoiser, expand
 from fewstep.models.paths import Path
@@ -33,12 +35,15 @@ class Tangent(Protocol):
 class Jvp:
     """Exact, by forward-mode differentiation: one evaluation that costs about two.
 
-    Errors: `RecipeError` for a network with an operation that has no forward derivative (flash attention).
+    Attention runs as plain products, since the fused kernels have no forward derivative.
+
+    Errors: `RecipeError` for a network with an operation that has none.
     """
 
     def __call__(self, f: Curve, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
         try:
-            with warnings.catch_warnings():  # the first forward derivative scripts functions of torch's own
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _ContiguousNorms():
+                # the first forward derivative scripts functions of torch's own
                 warnings.simplefilter("ignore", DeprecationWarning)
                 found: Tensor = torch.func.jvp(f, (x, t), (dx.to(x.dtype), dt.to(t.dtype)))[1]
         except RuntimeError as error:
@@ -49,6 +54,15 @@ class Jvp:
                 ) from error
             raise
         return found.detach()
+
+
+class _ContiguousNorms(TorchFunctionMode):
+    """torch's forward derivative of a group norm takes views that channels-last tensors do not have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
