@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 T = TypeVar("T")
+SWITCH_S = 0.0005
+"""For how long one thread may keep the interpreter from another. Python's own 5 ms is two steps of a small network, and
+the engine's thread, which needs it back after every call, would wait for the event loop's."""
 
 _EXAMPLE = """example:
   fewstep serve scenes-lcm scenes-teacher --port 8000
@@ -102,6 +105,7 @@ def run_async(served: Coroutine[Any, Any, T]) -> T:
     """Run a server to its end on the event loop that uvicorn prefers: uvloop, or asyncio's where there is none."""
     import uvicorn
 
+    sys.setswitchinterval(SWITCH_S)
     chosen = uvicorn.Config("", loop="auto", log_config=None)  # else it would set up its own log here
     with asyncio.Runner(loop_factory=chosen.get_loop_factory()) as runner:
         return runner.run(served)
