@@ -11,6 +11,7 @@ import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
 from mutants_coupled import COUPLED_MUTANTS
 from mutants_flow import FLOW_MUTANTS
+from mutants_straight import STRAIGHT_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
@@ -196,6 +197,7 @@ MUTANTS = (
     CONSISTENCY_MUTANTS
     | COUPLED_MUTANTS
     | FLOW_MUTANTS
+    | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS
     | {
         "guidance: sign flipped": Mutant(

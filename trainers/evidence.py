@@ -20,6 +20,8 @@ SOURCES = {
     "trainers": (
         "backward", "invertible", "oracle_backward", "oracle_invertible", "oracle_variational", "recipes_coupled",
         "variational",
+        "moments", "oracle_adversary", "oracle_matching", "oracle_straight", "recipes_matching", "recipes_straight",
+        "self_corrected", "straight", "twin",
         "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",
         "distribution", "ends", "flow_map", "from_noise", "guidance", "jumps", "laws", "lcm", "loop", "objective",
         "oracle", "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution",

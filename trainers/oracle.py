@@ -20,10 +20,12 @@ from . import (
     oracle_distribution,
     oracle_flow,
     oracle_invertible,
+    oracle_matching,
     oracle_guidance,
     oracle_players,
     oracle_progressive,
     oracle_reflow,
+    oracle_straight,
     oracle_variational,
 )
 from .backward import BackwardDistillation
@@ -35,6 +37,7 @@ from .evidence import write_evidence
 from .flow_map import FlowMap
 from .from_noise import FromNoise
 from .invertible import Invertible
+from .moments import MomentMatching
 from .guidance import GuidanceDistillation
 from .oracle_samplers import all_sampler_checks, sampling_checks
 from .oracle_world import Check, holds
@@ -42,6 +45,9 @@ from .progressive import ProgressiveHalving
 from .recipe import Recipe, RecipeFunction
 from .recipes import RECIPES
 from .reflow import AnnealingReflow
+from .self_corrected import SelfCorrected
+from .straight import StraightTrajectory
+from .twin import TwinFlow
 from .variational import VariationalCoupling
 
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
@@ -55,7 +61,11 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     Invertible: oracle_invertible.checks,
     GuidanceDistillation: oracle_guidance.checks,
     KnowledgeDistillation: oracle_distillation.checks,
+    MomentMatching: oracle_matching.checks,
     ProgressiveHalving: oracle_progressive.checks,
+    SelfCorrected: oracle_straight.corrected_checks,
+    StraightTrajectory: oracle_straight.checks,
+    TwinFlow: oracle_matching.twin_checks,
     VariationalCoupling: oracle_variational.checks,
 }
 

@@ -20,6 +20,7 @@ from .jumps import DdimJump, LcmJump, TwoTimeJump
 from .objective import Cast, Turn
 from .oracle_parts import guidance_checks, perfect_student, source_checks
 from .oracle_steps import end_checks, pair_checks, step_checks
+from .oracle_straight import slope_checks
 from .oracle_world import Bent, Check, World, below, between, holds, slope_of, turn, world
 from .recipe import Recipe
 from .steps import AdjustedStep, OdeStep, SdeStep
@@ -68,6 +69,8 @@ def checks(recipe: Recipe, objective: Consistency) -> Iterator[Check]:
     yield _dropout(told)
     if objective.aside is not None:
         yield from _aside(told)
+    if objective.slopes is not None:
+        yield from slope_checks(objective)
 
 
 def knowing(objective: Consistency) -> Consistency:

@@ -11,18 +11,18 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.models.analytic import Mixture, exact, gaussian, log_density, mixture
-from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.analytic import Mixture, exact, gaussian, mixture
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP
 
 from . import distribution
-from .discriminator import critic_loss, deceiver_loss
 from .distribution import DistributionMatching
 from .objective import Cast
+from .oracle_adversary import adversary_checks, critic_checks
 from .oracle_parts import guidance_checks, perfect_student, rollout_checks
-from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, holds, turn, world
+from .oracle_world import Bent, Check, World, absorbed, below, between, holds, turn, world
 from .recipe import Recipe
 from .times import UniformScale
 
@@ -40,8 +40,9 @@ def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
     yield from _zero(objective)
     yield from _descent(objective)
     yield from _fake(objective)
-    yield from _critic()
-    yield from _critic_descent(objective)
+    yield from critic_checks()
+    if objective.adversary is not None:
+        yield from adversary_checks(objective, _cast)
     yield from _routing(objective)
     yield from rollout_checks(recipe, objective.rollout)
     yield from guidance_checks(world(VP(), "v"))
@@ -173,67 +174,6 @@ def _fake(objective: DistributionMatching) -> Iterator[Check]:
         roles = {**cast.roles, "fake": learner.denoiser()}
         plain.loss("fake", Cast(roles), batch, turn(player="fake"))[0].backward()
         yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(learner.offset.grad) > 0.0)
-
-
-class LogRatio(nn.Module):
-    """A critic that knows the answer: `scale log(p / q) + offset`; best at (1, 0)."""
-
-    def __init__(self, p: Mixture, q: Mixture, scale: float = 1.0, offset: float = 0.0) -> None:
-        super().__init__()
-        self.p, self.q = p, q
-        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
-        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
-
-    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        path = VP()
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        ratio = log_density(self.p, x, alpha, sigma) - log_density(self.q, x, alpha, sigma)
-        return self.scale * ratio + self.offset
-
-
-def _critic() -> Iterator[Check]:
-    """T6: with these losses the best logit is log(p / q), and the student's term pushes it up."""
-    p = gaussian(torch.tensor([0.6], dtype=torch.float64), 0.8)
-    q = gaussian(torch.tensor([-0.2], dtype=torch.float64), 1.1)
-    levels = (torch.arange(20001, dtype=torch.float64) + 0.5) / 20001
-    z = torch.special.ndtri(levels)[:, None]
-    t = torch.full((len(z),), 0.0, dtype=torch.float64)
-    sigma = VP().alpha(0.0), VP().sigma(0.0)
-    real, fake = (sigma[0] * m + math.hypot(sigma[0] * s, sigma[1]) * z for m, s in ((0.6, 0.8), (-0.2, 1.1)))
-    for scale, offset in ((1.0, 0.0), (0.5, 0.0), (2.0, 0.0), (1.0, 0.3), (1.0, -0.3)):
-        critic = LogRatio(p, q, scale, offset)
-        critic_loss(critic(real, t, {}), critic(fake, t, {})).backward()
-        slopes = (float(critic.scale.grad), float(critic.offset.grad))
-        if (scale, offset) == (1.0, 0.0):
-            yield below("T6: slope of the critic at log(p / q)", max(map(abs, slopes)), 1e-3)
-        else:
-            toward = slopes[0] * (scale - 1.0) + slopes[1] * offset
-            yield between(f"T6: slope beside it, scale {scale} offset {offset}", toward, 1e-3, float("inf"))
-    logits = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    deceiver_loss(logits).backward()
-    assert logits.grad is not None
-    yield holds("the student raises the logits of its samples", bool((logits.grad < 0.0).all()))
-
-
-def _critic_descent(objective: DistributionMatching) -> Iterator[Check]:
-    """Through the whole objective: who is real and who is fake, and where the GAN term pulls the student."""
-    if objective.adversary is None:
-        return
-    stage = world(VP(), "x0", mean=0.0)
-    plain = replace(objective, guidance=UniformScale(1.0, 1.0))
-    for offset in (0.6, -0.6):
-        cast, student = _cast(stage, plain, offset=offset)
-        p = stage.data.moved(SHIFT)
-        critic = LogRatio(p, p.moved(offset), scale=0.5)
-        seen = Cast(cast.roles, critic)
-        plain.loss("fake", seen, stage.batch(COUNT), turn(player="fake"))[0].backward()
-        yield holds(f"critic sharpens, student off by {offset}", float(critic.scale.grad) < 0.0)
-        slopes = []
-        for kind in (plain, replace(plain, adversary=None)):
-            student.zero_grad()
-            kind.loss("student", seen, stage.batch(COUNT), turn())[0].backward()
-            slopes.append(float(student.offset.grad))
-        yield holds(f"GAN term pulls the mean back, off by {offset}", (slopes[0] - slopes[1]) * offset > 0.0)
 
 
 def _routing(objective: DistributionMatching) -> Iterator[Check]:

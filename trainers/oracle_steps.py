@@ -115,7 +115,7 @@ def step_checks(objective: Consistency) -> Iterator[Check]:
     if isinstance(objective.step, AdjustedStep):
         yield from _adjusted(objective.step)
     if isinstance(objective.step, ReferenceBatch):
-        yield from _reference(objective.step)
+        yield from reference_checks(objective.step)
 
 
 def _at(count: int, time: float, mixing: NoisedData | None = None) -> tuple[Any, At]:
@@ -166,7 +166,7 @@ def _square(value: Tensor) -> Tensor:
     return value.detach().flatten(1).square().sum(1)
 
 
-def _reference(step: ReferenceBatch) -> Iterator[Check]:
+def reference_checks(step: ReferenceBatch) -> Iterator[Check]:
     """A batch of one is the data's own pair; a large one nears the teacher's step, with far less spread."""
     stage, one = _at(1, 700.0)
     s = torch.full_like(one.t, 600.0)

@@ -54,6 +54,13 @@ class Drawn:
     chosen: Tensor
 
 
+def paired_noise(batch: Batch) -> Tensor:
+    """The noise that a batch's samples were made from. Errors: `DataError` for a batch that is not of pairs."""
+    if batch.noise is None:
+        raise DataError("this method learns from a teacher's pairs, and the batch has no noise; give its stage pairs")
+    return batch.noise
+
+
 class PairSource:
     """Batches of drawn pairs, by (seed, step)."""
 

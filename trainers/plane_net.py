@@ -26,8 +26,9 @@ LOWEST = math.log(1e-3)
 class PlaneNet(nn.Module):
     """F [B, 2] of x [B, 2], t [B], `label` [B, 4], and where it takes them `w` [B] and a second time `s` [B].
 
-    A fresh input of w or s changes nothing at first: its projection starts at zero. adapter_width: of parts beside each
-    block that know w, the time and the label, as pictures' networks have beside each cross-attention.
+    At a time below 0 it answers as at -t, and is told so. A fresh input of w or s changes nothing at first: its
+    projection starts at zero. adapter_width: of parts beside each block that know w, the time and the label, as
+    pictures' networks have beside each cross-attention.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class PlaneNet(nn.Module):
         self.leave = nn.Linear(width, 2)
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        t, side = _two_sided(t)
         alpha, sigma = self._coefficients(t)
         size = (alpha**2 + sigma**2).sqrt()
         cos, sin = alpha / size, sigma / size
         u = x.double() / size
-        v = self.leave(self._body(u.float(), alpha, sigma, cond)).double()
+        v = self.leave(self._body(u.float(), alpha, side * sigma, cond)).double()
         f: Tensor = target(
             PREDICTIONS[self.path.kind], self.path, t.double()[:, None], cos * u - sin * v, sin * u + cos * v
         )
@@ -163,10 +165,19 @@ def _silent(inputs: int, width: int) -> nn.Linear:
     return layer
 
 
+def _two_sided(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(|t| [B], the sign of t [B, 1]); clean data, which may lie at minus infinity, is not asked about."""
+    return t.abs(), torch.where(t < 0, -1.0, 1.0).double()[:, None]
+
+
 def _waves(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Features [B, 4 WAVES + 1] of a time: waves of the noise's angle, and of the log of sigma / alpha."""
+    """Features [B, 4 WAVES + 1] of a time: waves of the noise's angle, and of the log of sigma / alpha.
+
+    A sigma below 0 is the same noise on the twin's side: its angle turns the other way.
+    """
     angle = torch.atan2(sigma, alpha).float()
-    level = ((sigma.clamp(min=1e-30).log() - alpha.clamp(min=1e-30).log()).clamp(LOWEST, -LOWEST) / -LOWEST).float()
+    ratio = sigma.abs().clamp(min=1e-30).log() - alpha.clamp(min=1e-30).log()
+    level = (ratio.clamp(LOWEST, -LOWEST) / -LOWEST).float()
     order = torch.arange(1, WAVES + 1, dtype=torch.float32)
     by_angle, by_level = order * angle, order * level * 2.0
     return torch.cat([by_angle.cos(), by_angle.sin(), by_level.cos(), by_level.sin(), level], 1)

@@ -22,6 +22,8 @@ from .recipes_continuous import CONTINUOUS
 from .recipes_coupled import COUPLED
 from .recipes_flow import FLOWS
 from .recipes_guidance import GUIDANCE
+from .recipes_matching import MATCHING
+from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
 from .rollout import BackwardSimulation
 from .student import Student
@@ -123,6 +125,8 @@ RECIPES: dict[str, RecipeFunction] = {
     **TRAJECTORY,
     **CONTINUOUS,
     **FLOWS,
+    **STRAIGHT,
+    **MATCHING,
     **COUPLED,
     **GUIDANCE,
     "bk-sdm": bk_sdm,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .distances import Distance, Weight
 from .distillation import Times
-from .errors import DataError
 from .objective import Batch, Cast, Metrics, Turn
+from .pairs import paired_noise
 from .transitions import NoisedData
 
 KINDS = ("linear", "cosine", "exponential")
@@ -62,11 +62,9 @@ class AnnealingReflow:
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         """Errors: `DataError` for a batch without the noise of its samples."""
-        if batch.noise is None:
-            raise DataError("reflow learns from a teacher's pairs, and this batch has no noise; give its stage pairs")
-        student = cast["student"]
+        noise, student = paired_noise(batch), cast["student"]
         t = self.times.draw(student.path, batch.x0.shape[0], turn)
-        x_t = self.source.mix(student.path, batch.x0, t, self.anneal.noise(batch.noise, turn))
+        x_t = self.source.mix(student.path, batch.x0, t, self.anneal.noise(noise, turn))
         guess = student.x0(x_t, t, batch.cond)
         loss = (self.distance(guess, batch.x0) * self.weight(student.path, t).to(guess)).mean()
         residual = float((guess.detach() - batch.x0).square().mean().sqrt())
