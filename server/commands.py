@@ -2,13 +2,14 @@
 
 import argparse
 import asyncio
+import importlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -46,6 +47,12 @@ def serve(argv: list[str]) -> int:
         default=None,
         help="serve an engine built for a GPU that none has run yet",
     )
+    parser.add_argument(
+        "--group", dest="groups", action="append", metavar="F", help="a JSON file of models served as one; repeatable"
+    )
+    parser.add_argument(
+        "--scorer", metavar="MODULE:FUNCTION", help="says how good a picture is, for requests whose helper refines"
+    )
     parser.add_argument("--key-file", metavar="F", help="API keys, as `fewstep keys` makes them")
     parser.add_argument("--log", choices=("quiet", "text", "json"), help="a line per call, or faults only (quiet)")
     parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
@@ -66,17 +73,45 @@ def serve(argv: list[str]) -> int:
     from .logs import configure
     from .settings import Settings
 
-    flags = {k: v for k, v in vars(args).items() if k != "bundles" and v is not None}
+    given = {k: v for k, v in vars(args).items() if k != "bundles" and v is not None}
+    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     settings = replace(Settings.from_environment(os.environ), **flags)
     configure(settings.log)
+    scorer = named_function(settings.scorer) if settings.scorer else None
     with listen(settings.host, settings.port) as listener:
-        limits = Limits(max_n=settings.max_n, max_queue=settings.max_queue)
-        unproven = settings.allow_unproven
-        config = RuntimeConfig(memory_budget_bytes=settings.memory_bytes or None)
-        with Runtime(
-            args.bundles, engine=settings.engine, allow_unproven=unproven, limits=limits, config=config
-        ) as runtime:
+        runtime = Runtime(
+            args.bundles,
+            engine=settings.engine,
+            allow_unproven=settings.allow_unproven,
+            limits=Limits(max_n=settings.max_n, max_queue=settings.max_queue),
+            config=RuntimeConfig(memory_budget_bytes=settings.memory_bytes or None),
+            groups=settings.groups,
+            scorer=scorer,
+        )
+        with runtime:
             return run_async(run(create_app(runtime, settings), settings, listener))
+
+
+def named_function(name: str) -> Callable[..., Any]:
+    """A function of the operator's, as "module:function"; the working folder's modules are found, too.
+
+    Errors: `BadSetting` where there is none.
+    """
+    from .settings import BadSetting
+
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise BadSetting(f"scorer is {name!r}; write module:function")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise BadSetting(f"scorer is {name!r}, and {module!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise BadSetting(f"scorer is {name!r}, but {module!r} has no function {function!r}")
+    return cast(Callable[..., Any], found)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -62,8 +62,10 @@ class Meters(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now = self._runtime.metrics()
-        stages = {**now.stage_s, "encode": self._encode_s.value()}
-        yield _histograms("fewstep_stage_seconds", "Seconds per engine call, or per encoded request.", stages, "stage")
+        stages = {**now.stage_s, "file": self._encode_s.value()}
+        yield _histograms(
+            "fewstep_stage_seconds", "Seconds per engine call, or per request for its picture files.", stages, "stage"
+        )
         yield _histograms("fewstep_batch_size", "Rows per engine call of each stage.", now.batch_size, "stage")
         about = "Requests that share an engine call."
         yield _histograms("fewstep_requests_per_call", about, now.requests_per_call, "stage")

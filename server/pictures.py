@@ -86,6 +86,7 @@ def account(result: Result, files: Encoded) -> dict[str, Any]:
         "guidance": result.guidance,
         "nfe": result.nfe,
         "seeds": list(result.seeds),
+        **({"scores": list(result.scores), "refined": list(result.refined)} if result.scores else {}),
         "notes": list(result.notes),
         "timings": {
             "queue_s": t.queue_s,

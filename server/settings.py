@@ -22,12 +22,14 @@ class Settings:
 
     api_keys: comma-separated; key_file: keys made by `fewstep keys`, with limits each. With either, every call but
     health, metrics and the page needs `Authorization: Bearer KEY`. origins: pages elsewhere that may call from a
-    browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". models_dir: the folder
-    whose bundles an admin key may load by name. memory_bytes: what the models in memory may take together, as their
-    weights are counted; 0 is no bound. stored_bytes and stored_s bound the pictures kept for `response_format: "url"`.
-    drain_delay_s: how long /ready says no before the port closes, so that a load balancer notices; drain_s: how long
-    running requests may then take. max_live: live sessions open at once. c2pa_chain, c2pa_key: PEM files that sign each
-    picture (`server/provenance.py`); the time of signing is attested by c2pa_timestamp_url, where one is given.
+    browser, as in "https://host:port". log: "quiet", "text" or "json"; traces: "off" or "otlp". models_dir: the
+    folder whose bundles an admin key may load by name. groups: JSON files of models served as one. scorer:
+    "module:function", which says of a prompt and a picture how good it is, for requests whose helper refines.
+    memory_bytes: what the models in memory may take together, as their weights are counted; 0 is no bound.
+    stored_bytes and stored_s bound the pictures kept for `response_format: "url"`. drain_delay_s: how long /ready
+    says no before the port closes, so that a load balancer notices; drain_s: how long running requests may then
+    take. max_live: live sessions open at once. c2pa_chain, c2pa_key: PEM files that sign each picture
+    (`server/provenance.py`); the time of signing is attested by c2pa_timestamp_url, where one is given.
     """
 
     host: str = "127.0.0.1"
@@ -42,8 +44,10 @@ class Settings:
     log: str = "quiet"
     traces: str = "off"
     models_dir: str = ""
+    groups: tuple[str, ...] = ()
+    scorer: str = ""
     memory_bytes: int = 0
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 32 * 2**20
     encode_threads: int = 2
     max_live: int = 64
     stored_bytes: int = 64 * 2**20

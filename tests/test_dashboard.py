@@ -65,4 +65,4 @@ def test_the_board_can_be_imported():
 
 def test_composition_and_stages_have_all_their_labels(shown):
     assert {labels["by"] for labels in shown["fewstep_mixed_calls_total"]} == set(MIXES)
-    assert {labels["stage"] for labels in shown["fewstep_stage_seconds_count"]} == {*STAGES, "encode"}
+    assert {labels["stage"] for labels in shown["fewstep_stage_seconds_count"]} == {*STAGES, "file"}
