@@ -1,5 +1,6 @@
 # make demo        the whole loop on the built-in family; ONCE=1 ends instead of serving the page
 # make test        every test        make check   lint and types        make serve   serve the shipped students
+# make bench-recipes   a few recipes trained on two-dimensional data, in about a minute
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 ROOMS := models runtime export server trainers
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types serve clean
+.PHONY: install demo test bench-recipes check lint types serve clean
 
 install: $(STAMP)
 
@@ -25,6 +26,9 @@ serve: install
 
 test: install
 	PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q $(ARGS)
+
+bench-recipes: install
+	$(BIN)/fewstep bench recipes --quick --out build/recipes-quick
 
 check: lint types
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fewstep.trainers import bench_recipes, plane_run
-from fewstep.trainers.bench_recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane
+from fewstep.trainers.bench_recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane, worse
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane_run import PlaneBudget, plane_spec, sampling_scale
 from fewstep.trainers.recipes import RECIPES
@@ -68,12 +68,21 @@ def test_what_does_not_fit_is_said():
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_recipes, "QUICK", TINY)
-    assert command(["progressive", "--quick", "--budget", "8", "--out", str(tmp_path)]) == 0
+    status = command(["progressive", "--quick", "--budget", "8", "--out", str(tmp_path)])
     assert "| progressive | progressive | 1 |" in capsys.readouterr().out
     report = json.loads((tmp_path / "recipes.json").read_text())
+    assert status == len(worse(report))
     assert report["setup"]["budget"]["steps"] == 8 and "points" not in report["rows"][0]
     assert (tmp_path / "recipes.png").stat().st_size > 1000
     assert "teacher's ODE, 100 steps" in (tmp_path / "recipes.md").read_text()
+
+
+def test_the_quick_form_fails_where_a_recipe_is_worse_than_its_teacher():
+    rows = [
+        {"recipe": "good", "against": {"2": {"better": True}, "10": {"better": False}}},
+        {"recipe": "bad", "against": {"10": {"better": True}, "2": {"better": False}}},
+    ]
+    assert worse({"rows": rows}) == ["bad"]
 
 
 def test_a_panel_shows_points_where_they_are():

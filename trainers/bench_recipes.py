@@ -268,7 +268,9 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--out", default="build/recipes", help="folder of results, table and picture (%(default)s)")
     parser.add_argument("--budget", type=read_count, metavar="STEPS", help="optimiser steps of each recipe")
     parser.add_argument(
-        "--quick", action="store_true", help="a small budget, and only a few recipes where none are named"
+        "--quick",
+        action="store_true",
+        help="a small budget, and only a few recipes where none are named; fails where one is worse than its teacher",
     )
     parser.add_argument("--jobs", type=read_count, default=1, help="recipes trained at a time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
@@ -295,4 +297,13 @@ def command(argv: list[str]) -> int:
     else:
         print(table)
         print(f"wrote {folder}/recipes.md, .json and .png")
+    if args.quick and (found := worse(plain)):
+        print(f"worse than the teacher's own ODE at their fewest steps: {', '.join(found)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def worse(report: Mapping[str, Any]) -> list[str]:
+    """Recipes whose student at its fewest steps is farther off than the teacher's ODE of as many evaluations: there
+    the ODE is at its worst, so even a short training must beat it."""
+    return [row["recipe"] for row in report["rows"] if not row["against"][min(row["against"], key=int)]["better"]]
