@@ -27,8 +27,8 @@ def test_a_row_has_scores_and_cost_at_each_count(tiny):
     for row in rows.values():
         assert set(row["steps"]) == {"1", "2", "4"} == set(row["against"])
         assert all(score["swd"] > 0 and 0 <= score["coverage"] <= 1 for score in row["steps"].values())
-    # 6 steps of 32: student and target once each; the guided teacher twice
-    assert rows["lcm"]["student_evaluations"] == 2 * 6 * 32 and rows["lcm"]["teacher_evaluations"] == 2 * 6 * 32
+    # 6 steps of 32: student and target once each; the guided teacher twice at both ends of a step of second order
+    assert rows["lcm"]["student_evaluations"] == 2 * 6 * 32 and rows["lcm"]["teacher_evaluations"] == 4 * 6 * 32
     assert report["teacher"]["1"]["steps"]["100"]["swd"] > 0
 
 
@@ -54,6 +54,14 @@ def test_guidance_is_that_of_the_benchmark():
     assert sampling_scale(on_plane("lcm", TINY)) == 1.0 == sampling_scale(on_plane("dmd2", TINY))
     assert sampling_scale(RECIPES["lcm"]()) == 3.0 == sampling_scale(RECIPES["progressive"]())
     assert plane_spec(RECIPES["lcm"]()).guidance.mode == "embedded"
+
+
+def test_settings_of_the_benchmark_go_to_the_recipes_that_have_them():
+    assert {name: on_plane(name, TINY).objective.step.order for name in ("lcm", "tcd", "pcm")} == dict.fromkeys(
+        ("lcm", "tcd", "pcm"), 2
+    )
+    assert RECIPES["lcm"]().objective.step.order == 1
+    assert on_plane("w-embedding", TINY) == RECIPES["w-embedding"]()
 
 
 def test_what_does_not_fit_is_said():

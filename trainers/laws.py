@@ -90,18 +90,21 @@ class KarrasPairs:
 
     mean, std: of the log-normal whose mass in a cell is its probability (iCT, eq. 10: -1.1 and 2.0 at deviation 0.5);
     std None draws cells evenly (CD, CT).
+    to_clean: the least level counts as clean data, where the sample itself is the aim (`times.GridPairs`).
     """
 
     points: Curriculum = field(default_factory=lambda: Fixed(40))
     rho: float = 7.0
     mean: float = -1.1 + LN2
     std: float | None = None
+    to_clean: bool = False
 
     def draw(self, path: Path, count: int, turn: Turn) -> tuple[Tensor, Tensor]:
         """(t, s), each [count]."""
         table = levels(path, self.points(turn), self.rho).to(turn.rng.device)
         i = turn.choose(self.masses(table), count)
-        return at_levels(path, table[i + 1]), at_levels(path, table[i])
+        low = torch.where(i > 0, table[i], 0.0) if self.to_clean else table[i]
+        return at_levels(path, table[i + 1]), at_levels(path, low)
 
     def masses(self, table: Tensor) -> Tensor:
         """Probabilities of the cells between rising levels, which sum to 1; the ends take what lies beyond them.

@@ -10,6 +10,7 @@ from .distances import PseudoHuber, unweighted
 from .jumps import LcmJump
 from .recipe import Recipe, Sampling
 from .recipe_forms import learn, multistep, single
+from .steps import OdeStep
 from .student import Student
 from .times import GridPairs, LcmGrids, UniformScale
 from .transitions import NoisedData
@@ -18,17 +19,18 @@ from .transitions import NoisedData
 def lcm(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.03, target_ema: float = 0.95,
     guidance_low: float = 1.5, guidance_high: float = 6.0, guidance_default: float = 3.0, guidance_width: int = 256,
+    order: int = 1,
 ) -> Recipe:  # fmt: skip
     """Latent Consistency Models, Luo et al. 2023, algorithm 1 (arXiv 2310.04378).
 
     `huber(f_theta(x_t, w, c, t) - f_ema(x_s, w, c, s))`, x_s one DDIM step of the guided teacher, 20 of 1000 below t;
-    w is drawn per sample and embedded. The paper: omega in [5, 15], lr 1e-4 (8e-6 for SD), target average 0.95,
-    huber c 0.001.
+    w is drawn per sample and embedded. order: the solver's, 1 (DDIM) or 2 (Heun); the paper also takes others. The
+    paper: omega in [5, 15], lr 1e-4 (8e-6 for SD), target average 0.95, huber c 0.001.
     """
     return single(
         "lcm",
         "Luo et al. 2023, Latent Consistency Models, arXiv:2310.04378",
-        latent_consistency(points, huber_c, UniformScale(guidance_low, guidance_high), "target"),
+        latent_consistency(points, huber_c, UniformScale(guidance_low, guidance_high), "target", order),
         learn(lr, target=target_ema),
         steps,
         Sampling(
@@ -41,7 +43,7 @@ def lcm(
 
 def lcm_lora(
     *, steps: int = 2000, lr: float = 1e-3, rank: int = 16, points: int = 50, huber_c: float = 0.001,
-    guidance: float = 3.0,
+    guidance: float = 3.0, order: int = 1,
 ) -> Recipe:  # fmt: skip
     """LCM-LoRA, Luo et al. 2023 (arXiv 2311.05556): LCM's loss on low-rank updates; fixed guidance, target theta.
 
@@ -50,7 +52,7 @@ def lcm_lora(
     return single(
         "lcm-lora",
         "Luo et al. 2023, LCM-LoRA, arXiv:2311.05556",
-        latent_consistency(points, huber_c, UniformScale(guidance, guidance), "student"),
+        latent_consistency(points, huber_c, UniformScale(guidance, guidance), "student", order),
         learn(lr),
         steps,
         multistep(Boundary(), points),
@@ -58,7 +60,7 @@ def lcm_lora(
     )
 
 
-def latent_consistency(points: int, huber_c: float, guidance: UniformScale, target: str) -> Consistency:
+def latent_consistency(points: int, huber_c: float, guidance: UniformScale, target: str, order: int = 1) -> Consistency:
     """The loss of both: pairs of a grid of `points`, DDIM under guidance between them, LCM's scalings, Huber."""
     return Consistency(
         pairs=GridPairs(points),
@@ -69,4 +71,5 @@ def latent_consistency(points: int, huber_c: float, guidance: UniformScale, targ
         guidance=guidance,
         cfg=True,
         target=target,
+        step=OdeStep(order),
     )

@@ -37,7 +37,9 @@ def multistep_cm(
     return single("multistep-cm", paper, objective, learn(lr), steps, chain((phases,)))
 
 
-def mlcm(*, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 4, guidance: float = 3.0) -> Recipe:
+def mlcm(
+    *, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 4, guidance: float = 3.0, order: int = 1
+) -> Recipe:
     """MLCM / TLCM, Xie et al. 2024 (arXiv 2406.05768): no data; states of the teacher's own walk, 8 segments, then 1.
 
     The second stage takes three solver steps at once. Left out: the latent perceptual distance, rewards, DMD and GAN.
@@ -47,8 +49,10 @@ def mlcm(*, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 4
         "source": TeacherWalk(walk), "distance": Squared(), "weight": unweighted, "cfg": True, "target": "student",
         "guidance": UniformScale(guidance, guidance), "jump": DdimJump(),
     }  # fmt: skip
-    segments = Consistency(pairs=GridPairs(points), ends=PhaseEdges(Fixed(8)), **common)  # type: ignore[arg-type]
-    whole = Consistency(pairs=GridPairs(points, skip=3), step=OdeStep(parts=3), **common)  # type: ignore[arg-type]
+    segments = Consistency(
+        pairs=GridPairs(points, to_clean=True), ends=PhaseEdges(Fixed(8)), step=OdeStep(order), **common
+    )  # type: ignore[arg-type]
+    whole = Consistency(pairs=GridPairs(points, skip=3, to_clean=True), step=OdeStep(order, parts=3), **common)  # type: ignore[arg-type]
     paper = "Xie et al. 2024, MLCM: Multistep Consistency Distillation of Latent Diffusion Model, arXiv:2406.05768"
     stages = (
         Stage(name="segments", objective=segments, player_settings={"student": learn(lr)}, steps=steps // 2),
@@ -61,7 +65,7 @@ def mlcm(*, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 4
 
 def tcd(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.001, target_ema: float = 0.95,
-    gamma: float = 0.3, guidance: float = 3.0,
+    gamma: float = 0.3, guidance: float = 3.0, order: int = 1,
 ) -> Recipe:  # fmt: skip
     """Trajectory consistency distillation, Zheng et al. 2024 (arXiv 2402.19159): both jump to any time below.
 
@@ -70,7 +74,7 @@ def tcd(
     """
     objective = Consistency(
         pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=PseudoHuber(huber_c), weight=unweighted,
-        guidance=UniformScale(guidance, guidance), cfg=True, target="target", ends=AnyBelow(),
+        guidance=UniformScale(guidance, guidance), cfg=True, target="target", step=OdeStep(order), ends=AnyBelow(),
     )  # fmt: skip
     paper = "Zheng et al. 2024, Trajectory Consistency Distillation, arXiv:2402.19159"
     return single(
@@ -107,20 +111,22 @@ def pcm(
     points: int = 40,
     huber_c: float = 0.001,
     guidance: float = 3.0,
+    order: int = 1,
 ) -> Recipe:
     """Phased consistency model, Wang et al. 2024 (arXiv 2405.18407): each phase of the path has an end of its own.
 
     The deterministic chain over `phases` steps is its sampler. The adversarial term on noised landings is left out.
     """
     objective = Consistency(
-        pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=PseudoHuber(huber_c), weight=unweighted,
-        guidance=UniformScale(guidance, guidance), cfg=True, target="student", ends=PhaseEdges(Fixed(phases)),
+        pairs=GridPairs(points, to_clean=True), source=NoisedData(), jump=DdimJump(),
+        distance=PseudoHuber(huber_c), weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True,
+        target="student", step=OdeStep(order), ends=PhaseEdges(Fixed(phases)),
     )  # fmt: skip
     paper = "Wang et al. 2024, Phased Consistency Model, arXiv:2405.18407"
     return single("pcm", paper, objective, learn(lr), steps, chain((phases,), "phased", phases))
 
 
-def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance: float = 3.0) -> Recipe:
+def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance: float = 3.0, order: int = 1) -> Recipe:
     """Hyper-SD's trajectory part, Ren et al. 2024 (arXiv 2404.13686): 8 segments, then 4, 2 and 1, to random ends.
 
     Each stage goes on from the one before. Left out: the GAN, the human feedback, the one-step score distillation.
@@ -131,7 +137,7 @@ def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance:
     for k in (8, 4, 2, 1):
         objective = Consistency(
             pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=Squared(), weight=unweighted,
-            guidance=scale, cfg=True, target="student", ends=PhaseEdges(Fixed(k), drawn=True),
+            guidance=scale, cfg=True, target="student", step=OdeStep(order), ends=PhaseEdges(Fixed(k), drawn=True),
         )  # fmt: skip
         stages.append(
             Stage(
@@ -145,7 +151,7 @@ def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance:
 
 def tdd(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 250, huber_c: float = 0.001, eta: float = 0.3,
-    empty: float = 0.2, guidance: float = 3.0,
+    empty: float = 0.2, guidance: float = 3.0, order: int = 1,
 ) -> Recipe:  # fmt: skip
     """Target-driven distillation, Wang et al. 2024 (arXiv 2409.01347): landings on the times that 4 to 8 steps walk.
 
@@ -154,7 +160,8 @@ def tdd(
     grids = EvenGrids((4, 5, 6, 7, 8))
     objective = Consistency(
         pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=PseudoHuber(huber_c), weight=unweighted,
-        guidance=UniformScale(guidance, guidance), cfg=True, target="student", ends=MergedTargets(grids, eta=eta),
+        guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(order),
+        ends=MergedTargets(grids, eta=eta),
         empty_share=empty,
     )  # fmt: skip
     paper = "Wang et al. 2024, Target-Driven Distillation, arXiv:2409.01347"
@@ -163,7 +170,7 @@ def tdd(
 
 def std(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.001, strength: float = 1.0,
-    walk: int = 4, guidance: float = 3.0,
+    walk: int = 4, guidance: float = 3.0, order: int = 1,
 ) -> Recipe:  # fmt: skip
     """Single trajectory distillation, Xu et al. 2024 (arXiv 2412.18945): only states of walks that begin at one time.
 
@@ -172,7 +179,8 @@ def std(
     """
     objective = Consistency(
         pairs=GridPairs(points), source=TeacherWalk(walk, strength), jump=DdimJump(), distance=PseudoHuber(huber_c),
-        weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True, target="student", ends=AnyBelow(),
+        weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(order),
+        ends=AnyBelow(),
     )  # fmt: skip
     paper = "Xu et al. 2024, Single Trajectory Distillation, arXiv:2412.18945"
     return single("std", paper, objective, learn(lr), steps, hopping(LcmGrids((1, 2, 4, 8), points), 0.3))

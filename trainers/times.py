@@ -68,17 +68,21 @@ class GridPairs:
     """LCM's pairs: t uniform on a grid of `points`, s the grid point `skip` below, or the path's end below the first.
 
     The diffusers scripts space the grid by `points` = 50 of 1000 and step by one point, that is 20 native steps.
+    to_clean: clean data in place of the path's end, for jumps to clean data that are no identity at that end. Then the
+    step's own landing is the aim; without it the network's smoothness alone holds the lowest times in place.
     """
 
     points: int
     skip: int = 1
+    to_clean: bool = False
 
     def draw(self, path: Path, count: int, turn: Turn) -> tuple[Tensor, Tensor]:
         """(t, s), each [count]."""
         table = grid(path, self.points).to(turn.rng.device)
         i = turn.integers(self.points, count)
         low = table[(i - self.skip).clamp(min=0)]
-        return table[i], torch.where(i >= self.skip, low, torch.full_like(low, path.end))
+        last = clean(path) if self.to_clean else path.end
+        return table[i], torch.where(i >= self.skip, low, torch.full_like(low, last))
 
 
 @dataclass(frozen=True)
