@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.models import guidance_adapter
 from fewstep.models.altered import remade
 from fewstep.models.bundle import Bundle
 from fewstep.models.linear_attention import FIELD, linearise
@@ -115,8 +116,19 @@ def _refuse_unet_surgery(start: Bundle, plan: Student) -> None:
 
 
 def with_guidance(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
-    """The start's U-Net with the guidance input that the plan asks for, or without one."""
+    """The start's U-Net with the guidance input or the adapters that the plan asks for, or without.
+
+    Errors: `RecipeError` for a start whose guidance can be neither kept nor folded.
+    """
     unet = load_denoiser(start)
+    width = unet.config.get(guidance_adapter.FIELD)
+    if width not in (None, plan.adapter_width):
+        raise RecipeError(
+            f"{start.name!r} has guidance adapters of width {width}, and this recipe's student has "
+            f"{plan.adapter_width or 'none'}; start from the bundle that it was made of, {start.spec.teacher!r}"
+        )
+    if plan.adapter_width is not None and width is None:
+        unet = guidance_adapter.adapt(unet, plan.adapter_width)
     if plan.guidance_width is None and unet.config.time_cond_proj_dim is not None:
         unet = fold_guidance(unet, fold_scale)
     elif plan.guidance_width is not None:
@@ -155,8 +167,12 @@ def _answer(unet: Any) -> Any:
 
 
 def again(unet: Any, plan: Student) -> Any:
-    """A trainable copy of a network, with LoRA of its own where the plan asks for it; of runs only the new layers."""
+    """A trainable copy of a network, with LoRA of its own where the plan asks for it; of runs only the new layers, of
+    guidance adapters only these."""
     out = deepcopy(merged(unet)).requires_grad_(not plan.runs)
+    if plan.adapter_width is not None:
+        for name, weight in out.named_parameters():
+            weight.requires_grad_(guidance_adapter.is_adapter(name))
     for name in layer_twins(plan.runs):
         out.get_submodule(name).requires_grad_(True)
     if plan.lora_rank is not None:

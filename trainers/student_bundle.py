@@ -46,6 +46,12 @@ def check_contract(recipe: Recipe, teacher: Bundle) -> None:
             f"{teacher.name!r} is told where its jumps land, and answers for no trajectory without; name the bundle "
             f"that it was distilled from, {teacher.spec.teacher!r}, with --teacher"
         )
+    mode = teacher.spec.guidance.mode
+    if recipe.family == "guidance" and mode != "cfg":
+        raise RecipeError(
+            f"{recipe.name} takes in classifier-free guidance, and {teacher.name!r} has guidance {mode!r}, which costs "
+            "no second evaluation; name a teacher whose guidance is 'cfg'"
+        )
     if recipe.sampling is None:
         if recipe.run.init is not None:
             raise RecipeError(
@@ -130,7 +136,8 @@ def _write_pipeline(
         scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         if teacher.family.name == "sd":
-            embedded = recipe.sampling.guidance_mode == "embedded"
+            # either pipeline tells a U-Net the scale that it takes; the first insists on LCM's scheduler
+            embedded = recipe.sampling.guidance_mode == "embedded" and recipe.sampling.sampler == "lcm"
             index["_class_name"] = "LatentConsistencyModelPipeline" if embedded else "StableDiffusionPipeline"
     if library is not None:
         index[teacher.family.folder] = [library, index[teacher.family.folder][1]]
