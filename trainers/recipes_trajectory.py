@@ -38,27 +38,28 @@ def multistep_cm(
 
 
 def mlcm(
-    *, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 4, guidance: float = 3.0, order: int = 1
-) -> Recipe:
+    *, steps: int = 3000, lr: float = 3e-4, points: int = 50, walk: int = 8, guidance: float = 3.0, order: int = 1,
+    target_ema: float = 0.95,
+) -> Recipe:  # fmt: skip
     """MLCM / TLCM, Xie et al. 2024 (arXiv 2406.05768): no data; states of the teacher's own walk, 8 segments, then 1.
 
     The second stage takes three solver steps at once. Left out: the latent perceptual distance, rewards, DMD and GAN.
-    Unverified: how many solver steps the walk has at each time; decided: 4 even ones.
+    Unverified: how many solver steps the walk has at each time; decided: `walk` even ones. The
+    paper's target is the weights of the moment, target_ema 0; at learning rates as high as here those do not settle.
     """
     common = {
-        "source": TeacherWalk(walk), "distance": Squared(), "weight": unweighted, "cfg": True, "target": "student",
+        "source": TeacherWalk(walk), "distance": Squared(), "weight": unweighted, "cfg": True, "target": "target",
         "guidance": UniformScale(guidance, guidance), "jump": DdimJump(),
     }  # fmt: skip
-    segments = Consistency(
-        pairs=GridPairs(points, to_clean=True), ends=PhaseEdges(Fixed(8)), step=OdeStep(order), **common
-    )  # type: ignore[arg-type]
-    whole = Consistency(pairs=GridPairs(points, skip=3, to_clean=True), step=OdeStep(order, parts=3), **common)  # type: ignore[arg-type]
+    near, far = GridPairs(points, to_clean=True), GridPairs(points, skip=3, to_clean=True)
+    segments = Consistency(pairs=near, ends=PhaseEdges(Fixed(8)), step=OdeStep(order), **common)  # type: ignore[arg-type]
+    whole = Consistency(pairs=far, step=OdeStep(order, parts=3), **common)  # type: ignore[arg-type]
     paper = "Xie et al. 2024, MLCM: Multistep Consistency Distillation of Latent Diffusion Model, arXiv:2406.05768"
+    players = {"student": learn(lr, target=target_ema)}
+    half = steps // 2
     stages = (
-        Stage(name="segments", objective=segments, player_settings={"student": learn(lr)}, steps=steps // 2),
-        Stage(
-            name="whole", objective=whole, player_settings={"student": learn(lr)}, steps=steps // 2, start="previous"
-        ),
+        Stage(name="segments", objective=segments, player_settings=players, steps=half),
+        Stage(name="whole", objective=whole, player_settings=players, steps=half, start="previous"),
     )
     return staged("mlcm", paper, stages, multistep(), needs=Needs(data=False))
 
@@ -104,15 +105,9 @@ def ctm(
 
 
 def pcm(
-    *,
-    steps: int = 2000,
-    lr: float = 3e-4,
-    phases: int = 4,
-    points: int = 40,
-    huber_c: float = 0.001,
-    guidance: float = 3.0,
-    order: int = 1,
-) -> Recipe:
+    *, steps: int = 2000, lr: float = 3e-4, phases: int = 4, points: int = 40, huber_c: float = 0.001,
+    guidance: float = 3.0, order: int = 1, target_ema: float = 0.95,
+) -> Recipe:  # fmt: skip
     """Phased consistency model, Wang et al. 2024 (arXiv 2405.18407): each phase of the path has an end of its own.
 
     The deterministic chain over `phases` steps is its sampler. The adversarial term on noised landings is left out.
@@ -120,28 +115,31 @@ def pcm(
     objective = Consistency(
         pairs=GridPairs(points, to_clean=True), source=NoisedData(), jump=DdimJump(),
         distance=PseudoHuber(huber_c), weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True,
-        target="student", step=OdeStep(order), ends=PhaseEdges(Fixed(phases)),
+        target="target", step=OdeStep(order), ends=PhaseEdges(Fixed(phases)),
     )  # fmt: skip
     paper = "Wang et al. 2024, Phased Consistency Model, arXiv:2405.18407"
-    return single("pcm", paper, objective, learn(lr), steps, chain((phases,), "phased", phases))
+    return single("pcm", paper, objective, learn(lr, target=target_ema), steps, chain((phases,), "phased", phases))
 
 
-def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance: float = 3.0, order: int = 1) -> Recipe:
+def hyper_sd(
+    *, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance: float = 3.0, order: int = 1,
+    target_ema: float = 0.95,
+) -> Recipe:  # fmt: skip
     """Hyper-SD's trajectory part, Ren et al. 2024 (arXiv 2404.13686): 8 segments, then 4, 2 and 1, to random ends.
 
     Each stage goes on from the one before. Left out: the GAN, the human feedback, the one-step score distillation.
     Unverified: the weights of squares and GAN, as the training code is unreleased; decided: squares alone.
     """
     stages = []
-    scale = UniformScale(guidance, guidance)
+    scale, players = UniformScale(guidance, guidance), {"student": learn(lr, target=target_ema)}
     for k in (8, 4, 2, 1):
         objective = Consistency(
             pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=Squared(), weight=unweighted,
-            guidance=scale, cfg=True, target="student", step=OdeStep(order), ends=PhaseEdges(Fixed(k), drawn=True),
+            guidance=scale, cfg=True, target="target", step=OdeStep(order), ends=PhaseEdges(Fixed(k), drawn=True),
         )  # fmt: skip
         stages.append(
             Stage(
-                name=f"segments-{k}", objective=objective, player_settings={"student": learn(lr)}, steps=steps // 4,
+                name=f"segments-{k}", objective=objective, player_settings=players, steps=steps // 4,
                 start="init" if k == 8 else "previous",
             )
         )  # fmt: skip
@@ -151,7 +149,7 @@ def hyper_sd(*, steps: int = 3000, lr: float = 3e-4, points: int = 40, guidance:
 
 def tdd(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 250, huber_c: float = 0.001, eta: float = 0.3,
-    empty: float = 0.2, guidance: float = 3.0, order: int = 1,
+    empty: float = 0.2, guidance: float = 3.0, order: int = 1, target_ema: float = 0.95,
 ) -> Recipe:  # fmt: skip
     """Target-driven distillation, Wang et al. 2024 (arXiv 2409.01347): landings on the times that 4 to 8 steps walk.
 
@@ -160,17 +158,17 @@ def tdd(
     grids = EvenGrids((4, 5, 6, 7, 8))
     objective = Consistency(
         pairs=GridPairs(points), source=NoisedData(), jump=DdimJump(), distance=PseudoHuber(huber_c), weight=unweighted,
-        guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(order),
+        guidance=UniformScale(guidance, guidance), cfg=True, target="target", step=OdeStep(order),
         ends=MergedTargets(grids, eta=eta),
         empty_share=empty,
     )  # fmt: skip
     paper = "Wang et al. 2024, Target-Driven Distillation, arXiv:2409.01347"
-    return single("tdd", paper, objective, learn(lr), steps, hopping(grids, eta))
+    return single("tdd", paper, objective, learn(lr, target=target_ema), steps, hopping(grids, eta))
 
 
 def std(
     *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.001, strength: float = 1.0,
-    walk: int = 4, guidance: float = 3.0, order: int = 1,
+    walk: int = 4, guidance: float = 3.0, order: int = 1, target_ema: float = 0.95,
 ) -> Recipe:  # fmt: skip
     """Single trajectory distillation, Xu et al. 2024 (arXiv 2412.18945): only states of walks that begin at one time.
 
@@ -179,11 +177,13 @@ def std(
     """
     objective = Consistency(
         pairs=GridPairs(points), source=TeacherWalk(walk, strength), jump=DdimJump(), distance=PseudoHuber(huber_c),
-        weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(order),
+        weight=unweighted, guidance=UniformScale(guidance, guidance), cfg=True, target="target", step=OdeStep(order),
         ends=AnyBelow(),
     )  # fmt: skip
     paper = "Xu et al. 2024, Single Trajectory Distillation, arXiv:2412.18945"
-    return single("std", paper, objective, learn(lr), steps, hopping(LcmGrids((1, 2, 4, 8), points), 0.3))
+    return single(
+        "std", paper, objective, learn(lr, target=target_ema), steps, hopping(LcmGrids((1, 2, 4, 8), points), 0.3)
+    )
 
 
 TRAJECTORY: dict[str, RecipeFunction] = {
