@@ -115,5 +115,25 @@ def test_pages_name_only_recipes_that_exist():
         assert set(re.findall(r"`([a-z0-9+-]+)`", _headings(text))) <= set(RECIPES)
 
 
+COLUMNS = ({1}, {2, 3, 4}, set(range(8, 1000)))
+
+
+def test_the_table_of_choices_agrees_with_the_recipes():
+    """Whoever has no pictures or no teacher is sent to recipes that need none, and finds the steps asked for."""
+    readme = (DOCS / "recipes" / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in readme.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) > 8
+    for has, *cells in rows:
+        for cell, counts in zip(cells, COLUMNS, strict=True):
+            for name in re.findall("`([a-z0-9+-]+)`", cell):
+                recipe = RECIPES[name]()
+                assert not recipe.steps or counts & set(recipe.steps), f"{name} has {recipe.steps} steps"
+                assert not (recipe.needs.data and "no pictures" in has), f"{name} needs pictures"
+                if "no teacher" in has or "random weights" in has:
+                    assert not recipe.needs.teacher, f"{name} needs a teacher"
+                if "random weights" in has:
+                    assert recipe.stages[0].start == "noise", name
+
+
 def _headings(text):
     return "\n".join(line for line in text.splitlines() if line.startswith("#"))
