@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import guidance_adapter, linear_attention, second_time
+from . import guidance_adapter, linear_attention, negative_adapter, second_time
 from .errors import BundleError
 from .pipeline_folder import SECOND_TIME
 
 ALTERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     linear_attention.FIELD: linear_attention.alter,
     guidance_adapter.FIELD: guidance_adapter.adapt,
+    negative_adapter.FIELD: negative_adapter.add_negative,
     SECOND_TIME: second_time.add_second_time,
 }
 """Field of a config -> (network, its value) -> the same network changed in place; `BundleError` for a bad value."""

@@ -7,6 +7,8 @@ nasa (Nguyen et al. 2024, "SNOOPI", NASA):  Z = Z+ - s Z-
 nag (Chen et al. 2025, "Normalized Attention Guidance"):  G = Z+ + s (Z+ - Z-), made at most tau times as long as Z+ per
 token (L1 norms), then Z = Z+ + alpha (G - Z+). Their scale is 1 + s.
 
+sun (Chai et al. 2023, "SpeedUpNet"): the U-Net's own adapters, which were trained for it (`models.negative_adapter`).
+
 Shapes: neg_ctx [B, L, D] as ctx; neg_scale [B].
 """
 
@@ -21,11 +23,12 @@ from torch import Tensor, nn
 from .cross_attention import attend, finish, with_processors
 from .denoiser import expand
 from .errors import BundleError
+from .negative_adapter import FIELD
 from .networks import DenoiserNet, named
 from .pipeline_folder import read_config
 
 CLASS = "NegativeAttention"
-METHODS = ("nasa", "nag")
+METHODS = ("nasa", "nag", "sun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,11 @@ class NegativeDenoiser(nn.Module):
 
     def __init__(self, unet: Any, negative: Negative) -> None:
         super().__init__()
-        self.net = DenoiserNet(with_processors(unet, lambda _: _NegativeAttention(negative)))
+        adapted = FIELD in unet.config
+        if adapted != (negative.method == "sun"):
+            has = "has negative adapters" if adapted else "has no negative adapters"
+            raise BundleError(f"negative method is {negative.method!r}, and this U-Net {has}, which 'sun' is for")
+        self.net = DenoiserNet(unet if adapted else with_processors(unet, lambda _: _NegativeAttention(negative)))
         self.inputs = (*self.net.inputs, "neg_ctx", "neg_scale")
 
     def forward(self, *feeds: Tensor) -> Tensor:

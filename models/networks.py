@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .denoiser import Condition, Network, expand
 from .guidance_adapter import FIELD as GUIDANCE_ADAPTER
+from .negative_adapter import FIELD as NEGATIVE_ADAPTER
 
 
 class DenoiserNet(nn.Module):
@@ -29,6 +30,7 @@ class DenoiserNet(nn.Module):
         super().__init__()
         self.unet = unet
         self.adapted = GUIDANCE_ADAPTER in unet.config
+        self.avoids = NEGATIVE_ADAPTER in unet.config
         self.takes_w = self.adapted or unet.config.time_cond_proj_dim is not None
         count = residual_count(unet) if control else 0
         self.inputs = (
@@ -51,6 +53,8 @@ class DenoiserNet(nn.Module):
 
     def run(self, given: Mapping[str, Tensor], ctx: Any, **settings: Any) -> Tensor:
         """The U-Net's call. ctx: what its cross-attentions read; settings: further arguments of its `forward`."""
+        if self.avoids and not isinstance(ctx, tuple):
+            ctx = (ctx, self.unet.avoided.to(ctx.dtype).expand(ctx.shape[0], -1, -1))
         if self.adapted:
             ctx = (ctx, self.unet.guidance_tokens(given["w"], given["t"], ctx))
         elif self.takes_w:

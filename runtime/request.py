@@ -113,7 +113,7 @@ class GenerateRequest:
     clean estimate, in latent units; clip_quantile: the bound grows to this quantile of |x0| of the row, and what is
     clipped is scaled back to `clip` (dynamic thresholding). guidance_ramp: (tau1, tau2) in units of t / 1000, guidance
     is whole below tau1, none above tau2. negative_mode: how a negative prompt is heard: by classifier-free guidance
-    (None), or in the attention ("nasa", "nag") with `negative_scale`. residual: guidance against a kept estimate of the
+    (None), or in the attention ("nasa", "nag", "sun") with `negative_scale`. residual: guidance against a kept estimate of the
     unconditional output, "self" or "onetime" (StreamDiffusion), scaled by residual_delta. noise_correction: the first
     step's direction is the noise itself. invert: the served inverse student that takes `edit.image` to noise. loras:
     (name, weight) of LoRAs that the bundle registers. previews: progress events carry a picture.
@@ -163,7 +163,7 @@ class Limits:
 class Offers:
     """What a served model can do beyond its spec.
 
-    name: its name here. roles: of its engine. negative: how its graph hears negative prompts, "nasa" or "nag". models:
+    name: its name here. roles: of its engine. negative: how its graph hears negative prompts, as "nag". models:
     the specs of all models served here, by name; a helper or inverse student is one of them. loras: names that its
     engine can mix by row.
     """

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .request import Edit, GenerateRequest, Helper, Offers
 
 KEEPS = ("grey", "coarse")
-NEGATIVE_SCALES = {"nasa": (0.1, 2.0), "nag": (4.0, 20.0)}
-"""Mode -> (default, most). NASA's authors use 0.1 to 1, NAG's a scale of 5, which is 1 + 4."""
+NEGATIVE_SCALES = {"nasa": (0.1, 2.0), "nag": (4.0, 20.0), "sun": (1.0, 2.0)}
+"""Mode -> (default, most). NASA's authors use 0.1 to 1, NAG's a scale of 5, which is 1 + 4; SpeedUpNet's is 1."""
 HELPER_FIELDS = {"pull": ("weight",), "first": (), "refine": ("steps", "strength", "threshold")}
 RESIDUALS = ("self", "onetime")
 DIRECTED = ("ddim", "euler", "phased", "tcd")
@@ -156,7 +156,7 @@ def _check_image_prompt(given: Any, offers: "Offers | None") -> None:
 def _negative_scale(request: "GenerateRequest", spec: SamplerSpec, offers: "Offers | None") -> float:
     mode, scale = request.negative_mode, request.negative_scale
     if mode is None:
-        raise InvalidRequest("negative_scale", "negative_scale belongs to negative_mode: say 'nasa' or 'nag', too")
+        raise InvalidRequest("negative_scale", "negative_scale belongs to negative_mode: say which, too")
     _one_of("negative_mode", mode, tuple(NEGATIVE_SCALES))
     _needs("negative_mode", offers, "a graph for negative prompts", DENOISER_NEGATIVE)
     if offers is not None and offers.negative not in (None, mode):

@@ -9,10 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
+from mutants_adapted import ADAPTED_MUTANTS
 from mutants_coupled import COUPLED_MUTANTS
 from mutants_flow import FLOW_MUTANTS
-from mutants_straight import STRAIGHT_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
+from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
 from fewstep.runtime import samplers
@@ -196,6 +197,7 @@ FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = (
     CONSISTENCY_MUTANTS
     | COUPLED_MUTANTS
+    | ADAPTED_MUTANTS
     | FLOW_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS

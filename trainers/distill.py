@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.negative_adapter import avoids
+from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
+from .checkpoint_search import KeptFiles, Saving, settle, weights_of
 from .data import Latents, LatentSource
 from .discriminator import FakeWithCritic
 from .distillation import KnowledgeDistillation
@@ -27,6 +30,7 @@ from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
 from .partners import picture_partner
+from .picture_score import picture_score
 from .player import Player
 from .preview import sample, save_grid
 from .recipe import Recipe, Stage, configure, describe
@@ -114,7 +118,9 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
     spec, family = teacher.spec, teacher.family
 
     def denoiser(network: Any) -> Denoiser:
-        net = family.denoiser(network, False).train(network.training).to(learner.device)
+        hears = avoids(network)
+        net: Any = NegativeDenoiser(network, Negative(method="sun")) if hears else family.denoiser(network, False)
+        net = net.train(network.training).to(learner.device)
         return Denoiser(as_network(net), spec.path, spec.prediction)
 
     student = Player("student", learner.train(), stage.player_settings["student"])
@@ -181,10 +187,18 @@ def _run_stage(
     kept = _kept(method.players[0], stage)
     show = _painter(recipe, teacher, kept, source, folder)
     batches = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder)
+    shelf = KeptFiles(folder / "saved")
+    saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
     train(
-        method, batches, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(),
+        saving, batches, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(),
         label=stage.name, device=device, on_picture=show,
     )  # fmt: skip
+    if stage.search is not None:
+        plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
+        distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)
+        best = settle(plan, saved, kept, lambda network: distance(network, plan.steps), recipe.run.seed)
+        report = {"coefficients": best.alpha.tolist(), "distance": best.score, "last": best.plain}
+        (folder / "search.json").write_text(json.dumps(report, indent=1) + "\n")
     show(stage.steps)
     from safetensors.torch import save_model
 

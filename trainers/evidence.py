@@ -18,8 +18,9 @@ SOURCES = {
     "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
     "runtime": ("samplers",),
     "trainers": (
-        "backward", "invertible", "oracle_backward", "oracle_invertible", "oracle_variational", "recipes_coupled",
-        "variational",
+        "avoiding", "backward", "checkpoint_search", "invertible", "oracle_avoiding", "oracle_backward",
+        "oracle_invertible", "oracle_search",
+        "oracle_variational", "recipes_adapted", "recipes_coupled", "variational",
         "moments", "oracle_adversary", "oracle_matching", "oracle_straight", "recipes_matching", "recipes_straight",
         "self_corrected", "straight", "twin",
         "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.models.paths import Path
 
 from .curricula import Curriculum, Fixed
+from .ends import PhaseEdges
 from .objective import Turn
 from .times import clean, grid
 
@@ -182,6 +183,18 @@ class WholeWay:
     def draw(self, path: Path, count: int, turn: Turn) -> tuple[Tensor, Tensor]:
         t = grid(path, self.points).to(turn.rng.device)[turn.integers(self.points, count)]
         return t, torch.full_like(t, clean(path))
+
+
+@dataclass(frozen=True)
+class WholePhase:
+    """t uniform on an even grid of `points`, s the edge below of `phases` even phases: where one jump is to land."""
+
+    points: int
+    phases: int
+
+    def draw(self, path: Path, count: int, turn: Turn) -> tuple[Tensor, Tensor]:
+        t = grid(path, self.points).to(turn.rng.device)[turn.integers(self.points, count)]
+        return t, PhaseEdges(Fixed(self.phases))(path, t, t, turn)
 
 
 @dataclass(frozen=True)

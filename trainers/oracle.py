@@ -13,21 +13,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import (
+    oracle_avoiding,
     oracle_backward,
     oracle_consistency,
     oracle_continuous,
     oracle_distillation,
     oracle_distribution,
     oracle_flow,
+    oracle_guidance,
     oracle_invertible,
     oracle_matching,
-    oracle_guidance,
     oracle_players,
     oracle_progressive,
     oracle_reflow,
+    oracle_search,
     oracle_straight,
     oracle_variational,
 )
+from .avoiding import Avoiding
 from .backward import BackwardDistillation
 from .consistency import Consistency
 from .continuous import ContinuousConsistency
@@ -36,9 +39,9 @@ from .distribution import DistributionMatching
 from .evidence import write_evidence
 from .flow_map import FlowMap
 from .from_noise import FromNoise
+from .guidance import GuidanceDistillation
 from .invertible import Invertible
 from .moments import MomentMatching
-from .guidance import GuidanceDistillation
 from .oracle_samplers import all_sampler_checks, sampling_checks
 from .oracle_world import Check, holds
 from .progressive import ProgressiveHalving
@@ -52,6 +55,7 @@ from .variational import VariationalCoupling
 
 SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     AnnealingReflow: oracle_reflow.checks,
+    Avoiding: oracle_avoiding.checks,
     BackwardDistillation: oracle_backward.checks,
     Consistency: oracle_consistency.checks,
     ContinuousConsistency: oracle_continuous.checks,
@@ -83,7 +87,7 @@ def checks_of(recipe: Recipe) -> Iterator[Check]:
             yield holds(f"the suite knows {type(objective).__name__}", False)
             return
         suites.append(SUITES[type(objective)](recipe, objective))
-    for part in (*suites, sampling_checks(recipe), oracle_players.checks(recipe)):
+    for part in (*suites, sampling_checks(recipe), oracle_players.checks(recipe), oracle_search.checks(recipe)):
         try:
             yield from part
         except Exception as error:  # whatever a wrong method raises is its failure, not the suite's

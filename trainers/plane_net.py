@@ -28,12 +28,13 @@ class PlaneNet(nn.Module):
 
     At a time below 0 it answers as at -t, and is told so. A fresh input of w or s changes nothing at first: its
     projection starts at zero. adapter_width: of parts beside each block that know w, the time and the label, as
-    pictures' networks have beside each cross-attention.
+    pictures' networks have beside each cross-attention. avoids: whether
+    these also know `neg_label` [B, 4], a class to avoid, no class where none is told.
     """
 
     def __init__(
         self, path: Path, *, width: int = WIDTH, takes_w: bool = False, takes_s: bool = False,
-        adapter_width: int | None = None,
+        adapter_width: int | None = None, avoids: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.path, self.width = path, width
@@ -43,7 +44,8 @@ class PlaneNet(nn.Module):
         self.scale = _silent(SCALES, width) if takes_w else None
         self.second = _silent(features, width) if takes_s else None
         self.blocks = nn.ModuleList(_Block(width) for _ in range(BLOCKS))
-        told = SCALES + features + CLASSES
+        self.avoids = avoids
+        told = SCALES + features + CLASSES * (1 + avoids)
         each = range(BLOCKS if adapter_width else 0)
         self.adapters = nn.ModuleList(_Adapter(width, told, adapter_width or 0) for _ in each)
         self.leave = nn.Linear(width, 2)
@@ -74,7 +76,9 @@ class PlaneNet(nn.Module):
         for k, block in enumerate(self.blocks):
             h = block(h)
             if self.adapters:
-                told = [_scale_features(u, cond), _waves(*self._coefficients(t)), cond["label"].float()]
+                told = [_scale_features(u, cond), waves, cond["label"].float()]
+                if self.avoids:
+                    told.append(cond.get("neg_label", torch.zeros_like(cond["label"])).float())
                 h = h + self.adapters[k](h, torch.cat(told, 1))
         return h
 
@@ -114,11 +118,11 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
     torch.manual_seed(seed)
     net = PlaneNet(
         path, width=start.width, takes_w=plan.guidance_width is not None, takes_s=plan.second_time,
-        adapter_width=plan.adapter_width,
+        adapter_width=start.width if plan.negative else plan.adapter_width, avoids=plan.negative,
     )  # fmt: skip
     if not fresh:
         net.load_state_dict(start.state_dict(), strict=False)
-    if plan.adapter_width is not None:
+    if plan.adapter_width is not None or plan.negative:
         net.requires_grad_(False)
         net.adapters.requires_grad_(True)
     if plan.lora_rank is not None:

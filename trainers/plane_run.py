@@ -23,14 +23,16 @@ from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
 from fewstep.runtime.samplers import start_scale, updates
 
+from .checkpoint_search import Kept, Saving, settle, weights_of
 from .distill import Assembled
 from .errors import RecipeError
 from .loop import LoopSettings, train
 from .objective import Cast, Turn
 from .pairs import PairSource, draw_pairs
 from .partners import plane_partner
-from .plane import PREDICTIONS, Plane, PlaneSource
+from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, reference_points
 from .plane_net import PlaneFake, PlaneNet, plane_student
+from .plane_scores import sliced_distance
 from .player import Player, PlayerSettings
 from .recipe import Recipe, Stage
 from .times import clean
@@ -111,9 +113,16 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
         begun = previous if stage.start == "previous" and previous is not None else start
         net = plane_student(begun, recipe.student, path=path, seed=budget.seed, fresh=stage.start == "noise")
         method = _assemble(recipe, stage, net, previous, data, budget, count)
-        seconds += _train(recipe, stage, method, steps, data, budget)
+        shelf = Kept()
+        saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
+        seconds += _train(recipe, stage, method, saving, steps, data, budget)
         student = method.players[0]
         previous = student.module if stage.average is None else student.averages[stage.average]
+        if stage.search is not None:
+            begun_s = time.perf_counter()
+            saved = [*shelf.all(), weights_of(student, stage.average)]
+            settle(stage.search, saved, previous, _distance(recipe, stage, data, budget), budget.seed)
+            seconds += time.perf_counter() - begun_s
     assert previous is not None  # a recipe has a stage
     return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count)
 
@@ -216,7 +225,29 @@ def _assemble(
     return Assembled(stage.objective, Cast(roles, critic), tuple(players))
 
 
-def _train(recipe: Recipe, stage: Stage, method: Assembled, steps: int, data: Plane, budget: PlaneBudget) -> float:
+def _distance(recipe: Recipe, stage: Stage, data: Plane, budget: PlaneBudget) -> Callable[[Any], float]:
+    """The benchmark's distance of a network's samples, mean over classes and step counts, on draws of its own. A search
+    has four times the samples it asks for, since points are cheap."""
+    plan, spec, w = stage.search, plane_spec(recipe), sampling_scale(recipe)
+    assert plan is not None
+    labels = torch.arange(CLASSES).repeat_interleave(4 * plan.samples)
+    cond, uncond = conditions(labels)
+    aim = reference_points(data, labels, w, seed=budget.seed + 17).chunk(CLASSES)
+
+    def distance(net: Any) -> float:
+        student, found = Trained(net.eval(), spec, w, 0.0, Count()), 0.0
+        for steps in plan.steps:
+            points = sample_points(student, cond, uncond, steps, seed=budget.seed + 18).chunk(CLASSES)
+            found += sum(sliced_distance(a.double(), b.double()) for a, b in zip(points, aim, strict=True))
+        return found / (CLASSES * len(plan.steps))
+
+    return distance
+
+
+def _train(
+    recipe: Recipe, stage: Stage, method: Assembled, saving: Assembled | Saving, steps: int, data: Plane,
+    budget: PlaneBudget,
+) -> float:  # fmt: skip
     """Seconds of training, drawing of pairs included."""
     begun = time.perf_counter()
     source: Any = PlaneSource(data, budget.batch, seed=budget.seed)
@@ -230,7 +261,7 @@ def _train(recipe: Recipe, stage: Stage, method: Assembled, steps: int, data: Pl
         steps=steps, seed=budget.seed, bf16=False, checkpoint_every=0, max_bad_steps=recipe.run.max_bad_steps
     )
     with tempfile.TemporaryDirectory() as folder:
-        _quietly(lambda: train(method, source, settings, Path(folder), label=recipe.name))
+        _quietly(lambda: train(saving, source, settings, Path(folder), label=recipe.name))
     return time.perf_counter() - begun
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from fewstep.models.paths import Path
 from fewstep.models.spec import Boundary
 
+from .checkpoint_search import Search
 from .errors import RecipeError
 from .objective import Objective
 from .pairs import Pairs
@@ -59,7 +60,8 @@ class Stage:
     "init" is the bundle that `--set init=DIR` names, and the teacher where none is named; as a teacher it is whole, as
     a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
     players. `average` names the student's running average that is kept, None for its weights themselves. `pairs`: it
-    learns from samples of its teacher with their noise (`trainers.pairs`), not from the data.
+    learns from samples of its teacher with their noise (`trainers.pairs`), not from the data. `search`: its student is
+    the best combination of checkpoints saved on the way (`trainers.checkpoint_search`).
     """
 
     name: str
@@ -70,6 +72,7 @@ class Stage:
     start: str = "init"
     average: str | None = "kept"
     pairs: Pairs | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from .lcm import lcm, lcm_lora
 from .player import PlayerSettings
 from .progressive import ProgressiveHalving
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
+from .recipes_adapted import ADAPTED
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
 from .recipes_coupled import COUPLED
@@ -128,6 +129,7 @@ RECIPES: dict[str, RecipeFunction] = {
     **STRAIGHT,
     **MATCHING,
     **COUPLED,
+    **ADAPTED,
     **GUIDANCE,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,

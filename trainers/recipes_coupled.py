@@ -70,8 +70,8 @@ def icd(
     """Invertible consistency distillation, Starodubcev et al. 2024 (arXiv 2406.14539): a student and an inverse of it.
 
     The student lands on the lower edge of its phase, under a guidance scale that it is told; the inverse, a second
-    player, on the upper edge, unguided; both Huber. Preservation: across a whole phase each undoes the other, `preserve`
-    times Huber, unguided; added to the player's own loss where the paper takes steps of their own. Both are sold, the
+    player, on the upper edge, unguided; both Huber. Preservation: across a whole phase each undoes the other, unguided,
+    `preserve` times Huber; added to the player's own loss where the paper takes steps of their own. Both are sold, the
     inverse beside the student as NAME-inverse, for `invert` requests; scales from 1 on, so that `guidance_ramp`
     (dynamic guidance) may turn it off. Here all weights are trained, and the teacher is guided by two evaluations; the
     paper has LoRA of rank 64 on a teacher that was told the scale, and phases of 13, 13, 13 and 11 of 50 steps.
@@ -110,10 +110,11 @@ def imagine_flash(
 ) -> Recipe:
     """Imagine Flash, Kohler et al. 2024 (arXiv 2405.05224): the teacher corrects the student on its own walk.
 
-    Unverified: gamma(t), here `tau_T (tau / tau_T)^shift` in flow time, so that t = T keeps the whole picture to the
-    teacher and lower times leave it the details; which noise carries x^ to gamma(t), here the student's own estimate,
-    so that an exact student has no gradient at shift 1; the teacher's steps from there, here `parts`. The GAN is left
-    out. Noise correction is the runtime's: `noise_correction` of a request. The paper: 1 to 3 steps.
+    Its clean estimate, carried to gamma(t), is held against what the teacher makes of it there. Noise correction is the
+    runtime's, `noise_correction` of a request; the GAN is left out. The paper: 1 to 3 steps.
+    Unverified: gamma(t), which noise carries the estimate there, how many steps the teacher has from there; decided:
+    `tau_T (tau / tau_T)^shift` in flow time, so that t = T leaves the whole picture to the teacher and lower times the
+    details; the student's own noise estimate, so that an exact student has no gradient at shift 1; `parts`.
     """
     if shift < 1.0 or parts < 1:
         raise RecipeError(f"imagine-flash: shift is {shift} and parts {parts}; both must be at least 1")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.models import guidance_adapter
+from fewstep.models import guidance_adapter, negative_adapter
 from fewstep.models.altered import remade
 from fewstep.models.bundle import Bundle
 from fewstep.models.linear_attention import FIELD, linearise
@@ -19,6 +19,7 @@ from fewstep.models.networks import guidance_embedding
 from fewstep.models.second_time import add_second_time
 from fewstep.runtime.plan import span
 
+from .avoided import with_negative
 from .errors import RecipeError
 from .probing import Probe
 from .pruning import ranked_cut
@@ -37,7 +38,8 @@ class Student:
 
     guidance_width: size of the guidance embedding, None for no input. second_time: whether it also takes the time where
     a jump lands, as `s` of its condition. adapter_width: size of guidance adapters beside a frozen network
-    (`models.guidance_adapter`), None for none. cut: blocks it keeps (`trainers.surgery`).
+    (`models.guidance_adapter`), None for none. negative: whether it reads a prompt to avoid by adapters of its own,
+    beside a frozen network (`models.negative_adapter`). cut: blocks it keeps (`trainers.surgery`).
     remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
     as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
     replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
@@ -46,6 +48,7 @@ class Student:
     guidance_width: int | None = None
     second_time: bool = False
     adapter_width: int | None = None
+    negative: bool = False
     lora_rank: int | None = None
     cut: Cut | None = None
     remove: int | None = None
@@ -58,7 +61,7 @@ class Student:
     def unet_only(self) -> bool:
         """Whether it asks for what is done to U-Nets alone."""
         changes = (self.guidance_width, self.adapter_width, self.cut, self.remove, self.width)
-        return any(change is not None for change in changes) or self.attention != "softmax"
+        return any(change is not None for change in changes) or self.attention != "softmax" or self.negative
 
 
 def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
@@ -127,6 +130,13 @@ def with_guidance(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
             f"{start.name!r} has guidance adapters of width {width}, and this recipe's student has "
             f"{plan.adapter_width or 'none'}; start from the bundle that it was made of, {start.spec.teacher!r}"
         )
+    if negative_adapter.FIELD in unet.config and not plan.negative:
+        raise RecipeError(
+            f"{start.name!r} has negative adapters, which this recipe's student would lose; start from the bundle that "
+            f"it was made of, {start.spec.teacher!r}"
+        )
+    if plan.negative and negative_adapter.FIELD not in unet.config:
+        unet = with_negative(start, unet)
     if plan.adapter_width is not None and width is None:
         unet = guidance_adapter.adapt(unet, plan.adapter_width)
     if plan.guidance_width is None and unet.config.time_cond_proj_dim is not None:
@@ -173,6 +183,9 @@ def again(unet: Any, plan: Student) -> Any:
     if plan.adapter_width is not None:
         for name, weight in out.named_parameters():
             weight.requires_grad_(guidance_adapter.is_adapter(name))
+    if plan.negative:
+        for name, weight in out.named_parameters():
+            weight.requires_grad_(negative_adapter.is_negative_adapter(name))
     for name in layer_twins(plan.runs):
         out.get_submodule(name).requires_grad_(True)
     if plan.lora_rank is not None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from fewstep.models.adopting import adopt_negative
 from fewstep.models.altered import library_of
 from fewstep.models.bundle import Bundle, seal_bundle
+from fewstep.models.net_negative import Negative
 from fewstep.models.pipeline_folder import read_index
 from fewstep.models.schedulers import PREDICTION_TYPES
 from fewstep.models.spec import Guidance, SamplerSpec
@@ -95,6 +97,8 @@ def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> B
     network = network.eval().to(memory_format=torch.contiguous_format)
     (network.half() if recipe.run.fp16_weights else network.float()).save_pretrained(beside / folder)
     index |= {name: [None, None] for name in ADDED if name in index}
+    if recipe.student.negative:
+        adopt_negative(beside, Negative(method="sun"))
     _write_pipeline(recipe, teacher, beside, index, library=library_of(network.config))
     sealed = seal_bundle(beside, out.name, spec)
     shutil.rmtree(out, ignore_errors=True)
