@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import FewstepError
-from .events import Event, Failed, Finished, Result
+from .events import Failed, Finished, Result
 from .request import GenerateRequest
 from .ticket import Ticket
 
@@ -143,16 +143,14 @@ class LiveStream:
                 self._tell(Shown(number, error=error))
                 continue
             self._flying[number] = ticket.id
-            ticket.listen(lambda event, number=number: self._landed(number, event))  # type: ignore[misc]
+            ticket.at_end(lambda event, number=number: self._landed(number, event))  # type: ignore[misc]
 
-    def _landed(self, number: int, event: Event) -> None:
-        if not isinstance(event, Finished | Failed):
-            return
+    def _landed(self, number: int, event: Finished | Failed) -> None:
         with self._lock:
             self._flying.pop(number, None)
             if not self._closed:
-                made = isinstance(event, Finished)
-                self._tell(Shown(number, event.result) if made else Shown(number, error=event.error))  # type: ignore[union-attr]
+                failed = isinstance(event, Failed)
+                self._tell(Shown(number, error=event.error) if failed else Shown(number, event.result))  # type: ignore[union-attr]
             self._fly()
 
     def _tell(self, shown: Shown) -> None:

@@ -1,8 +1,8 @@
 """The live session: one WebSocket, frames in, pictures out, the latest frame wins.
 
-While a picture is made, at most one frame waits: the newest. Those it displaces are dropped and counted, so a caller
-may send as fast as a pen moves. A caller who reads slowly is sent less, by the same rule. A closed socket ends its
-request.
+While as many pictures are made as the caller wants at once, at most one frame waits: the newest. Those it displaces are
+dropped and counted, so a caller may send as fast as a pen moves. A caller who reads slowly is sent less, by the same
+rule. A picture that is done after a newer one is not sent. A closed socket ends its requests.
 """
 
 import asyncio
@@ -95,7 +95,9 @@ class Session:
     def __init__(self, socket: WebSocket, service: Service, lobby: Lobby) -> None:
         self.socket, self.service, self.lobby = socket, service, lobby
         self.inbox = Inbox()
-        self.answering: asyncio.Task[None] | None = None
+        self.answering: set[asyncio.Task[None]] = set()
+        self.depth, self.taken, self.newest = 1, 0, 0
+        self.reading, self.sending = asyncio.Lock(), asyncio.Lock()
         self.dropped = 0
         self.repeats = Repeats()
 
@@ -106,15 +108,15 @@ class Session:
         try:
             await self._read()
         finally:
-            tasks = [task for task in (making, leaving, self.answering) if task is not None]
+            tasks = [making, leaving, *self.answering]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _leave(self) -> None:
         await self.service.health.leaving.wait()
-        if self.answering is not None:
-            await asyncio.wait({self.answering}, timeout=self.service.settings.drain_s)
+        if self.answering:
+            await asyncio.wait(self.answering, timeout=self.service.settings.drain_s)
         await self.socket.close(GOING_AWAY, "the server is shutting down")
 
     async def _read(self) -> None:
@@ -122,25 +124,31 @@ class Session:
             try:
                 message = await _receive(self.socket, self.service.settings.max_body_bytes)
                 if isinstance(message, Frame):
-                    ended = message.number.replace and self.answering is not None and self.answering.cancel()
-                    dropped = ended + self.inbox.put(message)
-                    self.dropped += dropped
-                    self.lobby.frames["dropped"] += dropped
+                    self.depth = message.number.depth
+                    ended = sum(task.cancel() for task in self.answering) if message.number.replace else 0
+                    self._drop(ended + self.inbox.put(message))
             except (BadMessage, Refused) as error:
                 await self._fail(error, None)
 
     async def _make(self) -> None:
         while True:
-            frame = await self.inbox.take()
-            self.answering = asyncio.create_task(self._answer(frame))
-            await asyncio.wait({self.answering})
-            self.answering = None
+            while len(self.answering) >= self.depth:
+                await asyncio.wait(self.answering, return_when=asyncio.FIRST_COMPLETED)
+            frame, self.taken = await self.inbox.take(), self.taken + 1
+            task = asyncio.create_task(self._answer(frame, self.taken))
+            self.answering.add(task)
+            task.add_done_callback(self.answering.discard)
 
-    async def _answer(self, frame: Frame) -> None:
+    def _drop(self, count: int) -> None:
+        self.dropped += count
+        self.lobby.frames["dropped"] += count
+
+    async def _answer(self, frame: Frame, place: int) -> None:
+        """place: of the frame among those that were taken; one that ends after a later one is dropped."""
         number = frame.number.frame
         standing = False
         try:
-            await self._picture(frame)
+            await self._picture(frame, place)
             standing = True
         except (WebSocketDisconnect, WebSocketDisconnected):
             return
@@ -152,9 +160,10 @@ class Session:
             if not standing:  # a new one: a thread may still be busy with the old one
                 self.repeats = Repeats()
 
-    async def _picture(self, frame: Frame) -> None:
+    async def _picture(self, frame: Frame, place: int) -> None:
         service, number = self.service, frame.number.frame
-        job, skipped = await service.aside(_read, frame, service.runtime.models, self.repeats)
+        async with self.reading:  # frames are compared in their order
+            job, skipped = await service.aside(_read, frame, service.runtime.models, self.repeats)
         if skipped:
             self.lobby.frames["skipped"] += 1
             await self._say({"type": "skipped", "frame": number, "dropped": self.dropped})
@@ -163,20 +172,27 @@ class Session:
         try:
             ahead = service.runtime.metrics().live - 1
             await self._say({"type": "started", "frame": number, "ahead": max(0, ahead), "dropped": self.dropped})
-            result = await last(self._previewed(events(service.runtime, ticket), frame, job))
+            result = await last(self._previewed(events(service.runtime, ticket), frame, job, place))
         finally:
             service.runtime.cancel(ticket.id)  # nothing where it has ended
-        files = await service.encode(result, job)
-        height, width = result.pictures[0].shape[:2]
-        header = {"type": "picture", "frame": number, "seed": result.seeds[0], "format": job.format}
-        header |= {"width": width, "height": height, "dropped": self.dropped, **account(result, files)}
-        await self.socket.send_bytes(write_message(header, files.files[0]))
+        async with self.sending:  # of two that end together the first is sent first
+            if place < self.newest:
+                self._drop(1)
+                return
+            self.newest = place
+            files = await service.encode(result, job)
+            height, width = result.pictures[0].shape[:2]
+            header = {"type": "picture", "frame": number, "seed": result.seeds[0], "format": job.format}
+            header |= {"width": width, "height": height, "dropped": self.dropped, **account(result, files)}
+            await self.socket.send_bytes(write_message(header, files.files[0]))
         self.lobby.frames["made"] += 1
 
-    async def _previewed(self, stream: AsyncIterator[Event], frame: Frame, job: Job) -> AsyncIterator[Event]:
-        """A stream of events; those with a preview are told on the way."""
+    async def _previewed(
+        self, stream: AsyncIterator[Event], frame: Frame, job: Job, place: int
+    ) -> AsyncIterator[Event]:
+        """A stream of events; those with a preview are told on the way, unless a later frame was shown."""
         async for event in stream:
-            if isinstance(event, Progress) and event.preview is not None:
+            if isinstance(event, Progress) and event.preview is not None and place > self.newest:
                 file = await self.service.aside(preview_bytes, event.preview, job.format)
                 height, width = event.preview.shape[:2]
                 header = {"type": "partial", "frame": frame.number.frame, "step": event.step, "steps": event.steps}

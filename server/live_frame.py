@@ -32,12 +32,14 @@ class Hello(Body):
 
 class Number(Body):
     """What a frame's header says beside the fields of `GenerateBody`: the caller's number for it, which comes back with
-    the answer; whether the frame in the making is to end rather than be waited for; and the cosine between its picture
-    and the last one from which it may be skipped."""
+    the answer; whether the frames in the making are to end rather than be waited for; the cosine between its picture
+    and the last one from which it may be skipped; and how many frames of the session may be in the making at once: as
+    many as a picture has steps, and they share their engine calls (StreamDiffusion's stream batch)."""
 
     frame: int
     replace: bool = False
     similar: float | None = Field(None, ge=0.0, lt=1.0)
+    depth: int = Field(1, ge=1, le=8)
 
 
 @dataclass(frozen=True)

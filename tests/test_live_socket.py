@@ -135,6 +135,33 @@ def test_a_frame_may_replace_the_one_in_the_making():
         assert live.runtime.metrics().failed == {"Cancelled": 1}
 
 
+def test_as_many_frames_are_in_the_making_at_once_as_asked():
+    with held_server() as (live, gate), opened(live) as socket:
+        for number in (1, 2):
+            socket.send_binary(frame(number, steps=4, depth=2, priority=8 - 4 * number))
+            assert heard(socket, "started")[0]["frame"] == number, "the second does not wait for the first"
+        for number in (3, 4):
+            socket.send_binary(frame(number, steps=4, depth=2))
+        until(lambda: 'outcome="dropped"} 1.0' in live.http.get("/metrics").text)
+        assert live.runtime.metrics().live == 2
+        gate.set()
+        shown = [heard(socket, "picture")[0] for _ in range(3)]
+        assert [header["frame"] for header in shown] == [1, 2, 4], "of those that waited, the newest"
+        assert shown[-1]["dropped"] == 1
+
+
+def test_all_frames_in_the_making_may_be_replaced():
+    with held_server() as (live, gate), opened(live) as socket:
+        for number in (1, 2):
+            socket.send_binary(frame(number, depth=2))
+            heard(socket, "started")
+        socket.send_binary(frame(3, depth=2, replace=True))
+        assert heard(socket, "started")[0]["frame"] == 3
+        gate.set()
+        header = heard(socket, "picture")[0]
+        assert (header["frame"], header["dropped"]) == (3, 2)
+
+
 def test_a_closed_socket_ends_its_work():
     with held_server() as (live, gate):
         with opened(live) as socket:
