@@ -77,11 +77,22 @@ def recipes(argv: list[str]) -> int:
         json.dump(rows, sys.stdout, indent=1)
         print()
         return 0
-    print(f"{'recipe':<14}{'family':<14}{'steps':<12}{'needs':<22}{'oracle':<9}paper")
+    head = {
+        "name": "recipe",
+        "family": "family",
+        "steps": "steps",
+        "needs": "needs",
+        "oracle": "oracle",
+        "paper": "paper",
+    }
+    lines = [head]
     for row in rows:
         needs = ", ".join(name for name, wanted in row["needs"].items() if wanted)
         steps = " ".join(map(str, row["steps"])) or "as teacher"
-        print(f"{row['name']:<14}{row['family']:<14}{steps:<12}{needs:<22}{row['oracle']:<9}{row['paper']}")
+        lines.append({**row, "needs": needs, "steps": steps})
+    widths = {key: 2 + max(len(line[key]) for line in lines) for key in head}
+    for line in lines:
+        print("".join(f"{line[key]:<{width}}" for key, width in widths.items()).rstrip())
     return 0
 
 
