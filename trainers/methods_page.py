@@ -90,12 +90,13 @@ def needs(recipe: Recipe) -> str:
 
 def memory(recipe: Recipe) -> float:
     """Float32 copies of the denoiser's weights that training holds: weights, averages, and of what trains a gradient
-    and two moments; of LoRA and adapters, next to nothing. Activations come on top."""
+    and two moments; of LoRA, adapters and single layers, next to nothing. Activations come on top."""
     return max(_copies(recipe, stage) for stage in recipe.stages)
 
 
 def _copies(recipe: Recipe, stage: Any) -> float:
-    small = recipe.student.lora_rank is not None or recipe.student.adapter_width is not None
+    plan = recipe.student
+    small = any((plan.lora_rank, plan.adapter_width, plan.negative, plan.runs, plan.probe))
     held = 1.0 if "teacher" in stage.objective.roles else 0.0
     for name in stage.objective.players:
         trained = 0.0 if small and name == "student" else 3.0
