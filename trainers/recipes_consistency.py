@@ -113,15 +113,16 @@ def slct(
 
 
 def direct_cm(
-    *, steps: int = 1500, lr: float = 3e-4, points: int = 50, parts: int = 16, guidance: float = 3.0
+    *, steps: int = 1500, lr: float = 3e-4, points: int = 50, parts: int = 16, guidance: float = 3.0, order: int = 1
 ) -> Recipe:
     """Direct CM, Vouitsis et al. 2024 (arXiv 2411.08954): the student is held against the end of the teacher's ODE.
 
-    The teacher walks from x_t to clean data in `parts` steps each time; the paper walks its grid of 100 points.
+    The teacher walks from x_t to clean data in `parts` steps each time, of first or second order; the paper walks its
+    grid of 100 points.
     """
     objective = Consistency(
         pairs=WholeWay(points), source=NoisedData(), jump=LcmJump(), distance=Squared(), weight=unweighted,
-        guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(parts=parts),
+        guidance=UniformScale(guidance, guidance), cfg=True, target="student", step=OdeStep(order, parts),
     )  # fmt: skip
     paper = "Vouitsis et al. 2024, Inconsistencies In Consistency Models, arXiv:2411.08954"
     return single("direct-cm", paper, objective, learn(lr), steps, multistep(Boundary(), points))

@@ -17,7 +17,7 @@ from .transitions import NoisedData, TeacherWalk
 
 
 def scm(
-    *, steps: int = 3000, lr: float = 2e-4, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    *, steps: int = 3000, lr: float = 7e-5, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
     floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """sCM / sCD, Lu & Song 2024 (arXiv 2410.11081): tangent regression, normalised, with tangent warm-up.
@@ -26,7 +26,7 @@ def scm(
     0.5). The paper's learned weight is left out: it divides the loss at each time by its size, which the normalisation
     makes nearly 1, and cancels the prior weight beside it. floor: beside the root mean square of the tangent; the
     paper's 0.1 is beside its norm over all elements. difference: step of central differences, 0 for an exact
-    derivative. The paper: lr 7e-5, warm-up over 10,000 steps, 400,000 in all.
+    derivative. The paper: warm-up over 10,000 steps, 400,000 in all.
     """
     objective = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
     paper = "Lu & Song 2024, Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, arXiv:2410.11081"
@@ -34,7 +34,7 @@ def scm(
 
 
 def sana_sprint(
-    *, steps: int = 3000, lr: float = 2e-4, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    *, steps: int = 3000, lr: float = 7e-5, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
     floor: float = 1.0, difference: float = 0.0, guidance_low: float = 1.5, guidance_high: float = 6.0,
     guidance_default: float = 3.0, guidance_width: int = 256,
 ) -> Recipe:  # fmt: skip
