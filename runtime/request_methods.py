@@ -156,7 +156,8 @@ def _check_image_prompt(given: Any, offers: "Offers | None") -> None:
 def _negative_scale(request: "GenerateRequest", spec: SamplerSpec, offers: "Offers | None") -> float:
     mode, scale = request.negative_mode, request.negative_scale
     if mode is None:
-        raise InvalidRequest("negative_scale", "negative_scale belongs to negative_mode: say which, too")
+        modes = " or ".join(map(repr, NEGATIVE_SCALES))
+        raise InvalidRequest("negative_scale", f"negative_scale belongs to negative_mode: say {modes}, too")
     _one_of("negative_mode", mode, tuple(NEGATIVE_SCALES))
     _needs("negative_mode", offers, "a graph for negative prompts", DENOISER_NEGATIVE)
     if offers is not None and offers.negative not in (None, mode):
