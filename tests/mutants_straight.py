@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import consistency, moments, self_corrected, straight, twin
+from fewstep.trainers import consistency, moments, self_corrected, steps, straight, twin
 from fewstep.trainers.moments import Decrement, Laplace, LogSnrWeight, MomentMatching
 from fewstep.trainers.self_corrected import BothWays, SelfCorrected
 from fewstep.trainers.straight import Anchored, SameSlope, StraightTrajectory
@@ -175,6 +175,13 @@ STRAIGHT_MUTANTS: dict[str, Mutant] = {
     ),
     "twin: the shortest ways count least": Mutant(
         twin, "tangent_weight", lambda g: lambda path, t, s: 1.0 / g(path, t, s), ("twinflow",)
+    ),
+    "reference: rows of any condition": Mutant(
+        steps, "same_condition", lambda g: lambda cond: torch.ones_like(g(cond)), ("imm", "twinflow")
+    ),
+    "reference: the pair alone": Mutant(
+        steps, "reference_estimates", lambda g: lambda path, at: (at.x0.double(), at.noise.double()),
+        ("imm", "twinflow"),
     ),
     "twin: gradient elsewhere": Mutant(TwinFlow, "loss", attached, ("twinflow",)),
 }  # fmt: skip

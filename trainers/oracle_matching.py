@@ -22,8 +22,8 @@ from .oracle_steps import reference_checks
 from .oracle_straight import Gated, held_still
 from .oracle_world import Bent, Check, World, below, between, holds, turn, world
 from .recipe import Recipe
-from .steps import ReferenceBatch, SameNoise
-from .tangent import FLOW
+from .steps import ReferenceBatch, ReferenceField, SameNoise
+from .tangent import FLOW, DataField
 from .times import clean
 from .twin import ThreeKinds, TwinFlow, tangent_weight, twin
 
@@ -202,6 +202,9 @@ def twin_checks(recipe: Recipe, objective: TwinFlow) -> Iterator[Check]:
     yield from _kinds(objective.pairs)
     yield from _lesson(objective)
     yield from _parts(objective)
+    if isinstance(objective.field, ReferenceField):
+        yield from field_checks(objective.field)
+        yield from reference_checks(ReferenceBatch())
     for prediction in ("v", "eps"):
         stage = world(VP(), prediction)
         learner = Gated(_double(stage), 0.05, 0.02)
@@ -221,7 +224,7 @@ def _double(stage: World) -> Denoiser:
 
 
 def _unweighted(objective: TwinFlow) -> TwinFlow:
-    return replace(objective, empty_share=0.0, rho=0.0, distance=Squared())
+    return replace(objective, empty_share=0.0, rho=0.0, matching=0.0, distance=Squared())
 
 
 def _missing(label: str, stage: World, objective: TwinFlow) -> Iterator[Check]:
@@ -267,7 +270,7 @@ def _matched(label: str, stage: World, objective: TwinFlow) -> Iterator[Check]:
 
         learner = torch.zeros_like(batch.x0).requires_grad_()
         told = Denoiser(net, stage.path, stage.prediction)
-        plain = replace(objective, distance=Squared())
+        plain = replace(objective, pull=Squared())
         plain.matched(told, learner, batch.x0 + moved, batch.cond, turn()).backward()
         assert learner.grad is not None  # a smaller velocity u = eps - x0 is a larger sample
         yield holds(f"{label}pull back of samples off by {moved}", float(learner.grad.mean()) * moved < 0.0)
@@ -280,7 +283,7 @@ def _guided(objective: TwinFlow) -> Iterator[Check]:
     for rho in (0.0, 0.5, 2.0 / 3.0):
         w = torch.full((count,), 1.0 / (1.0 - rho), dtype=torch.float64)
         plain = replace(objective, rho=rho, distance=Squared(), missing=replace(objective.missing, bound=1e9))
-        plain = replace(plain, pairs=ThreeKinds(Spread(0.4, 0.6)))
+        plain = replace(plain, pairs=ThreeKinds(Spread(0.4, 0.6)), field=DataField())
         slopes = []
         for offset in (0.0, 0.1):
             student = Bent(_double(stage), 0.0, offset)
@@ -310,6 +313,25 @@ def _kinds(pairs: ThreeKinds) -> Iterator[Check]:
         weights = tangent_weight(path, t, s)
         yield between(f"{label}weight of the whole way", weights[whole].max(), 1.0, 1.1)
         yield between(f"{label}weight of the shortest", weights[short].max(), 3.5, 4.08)
+
+
+def field_checks(field: ReferenceField) -> Iterator[Check]:
+    """The data's own pair where a row is alone; near the teacher's answer where many are of its condition."""
+    stage, gaps = world(VP(), "v"), []
+    for count in (32, 512):
+        batch, noise = stage.batch(count), turn().noise(stage.batch(count).x0)
+        t = torch.full((count,), 600.0, dtype=torch.float64)
+        x = field.mixing.mix(stage.path, batch.x0, t, noise)
+        alone = {"ctx": torch.arange(float(count))[:, None, None]}
+        own = field(stage.teacher(), batch, noise, x, t, alone)
+        for name, found, wanted in zip(("sample", "noise"), own, (batch.x0, noise), strict=True):
+            yield below(f"field: the {name} itself, alone among {count}", found - wanted, 1e-9)
+        mean, eps = field(stage.teacher(), batch, noise, x, t, batch.cond)
+        x0, wanted = stage.teacher().both(x, t, batch.cond)
+        gaps.append(float((mean - x0).square().mean() / (batch.x0 - x0).square().mean()) ** 0.5)
+        yield below(f"field: noise and sample make x_t, of {count}", stage.teacher().mix(mean, eps, t) - x, 1e-9)
+    yield between("field: distance from the teacher over a pair's, of 512", gaps[1], 0.0, 0.5)
+    yield between("field: which falls with the rows", gaps[1] / gaps[0], 0.0, 0.8)
 
 
 def _parts(objective: TwinFlow) -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """Flow maps that learn a law rather than a point, from data alone. Guidance scales follow u + w (c - u)."""
 
-from .distances import Adaptive
+from .distances import Adaptive, ScaledPseudoHuber
 from .errors import RecipeError
 from .flow_map import FlowPairs
 from .laws import BetaTimes
@@ -8,7 +8,8 @@ from .moments import Decrement, Laplace, LogSnrWeight, MomentMatching
 from .recipe import Recipe, RecipeFunction
 from .recipe_forms import FROM_DATA, ONE, chain, learn, single
 from .recipes_flow import TWO_TIMES
-from .steps import ReferenceBatch, SameNoise
+from .steps import ReferenceBatch, ReferenceField, SameNoise
+from .tangent import DataField
 from .times import UniformScale
 from .transitions import NoisedData
 from .twin import Recursive, ThreeKinds, TwinFlow
@@ -40,21 +41,25 @@ def imm(
 
 def twinflow(
     *, steps: int = 3000, lr: float = 3e-4, h: float = 0.01, parts: int = 2, near: float = 0.05, matching: float = 0.5,
-    empty: float = 0.1, guidance: float = 3.0,
+    soft: float = 0.3, empty: float = 0.1, reference: bool = True, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TwinFlow, Cheng et al. 2025 (arXiv 2512.05150): a flow map whose negative times are its own fake score.
 
     A quarter of the batch each: the whole way, short ways, any way, and the twin. What u misses over a step of h is put
     right; one-step samples are pulled along the difference of both velocities, `matching` of the loss. The guidance is
     its own: rho = 1 - 1/w of the difference of its conditional and unconditional answers, the paper's 0.5 is w = 2.
+    reference: the data's velocity is the batch's mean given x_t over rows of one condition, where the paper takes the
+    pair's own; both are one where every row has a condition of its own. soft: differences of the two velocities below
+    it count by their size, where the paper's all count alike (0.001).
     """
     if guidance < 1.0:
         raise RecipeError(f"twinflow: guidance is {guidance}; its own guidance only adds, from 1 up")
-    times = BetaTimes()
+    times, source = BetaTimes(), NoisedData()
     objective = TwinFlow(
-        pairs=ThreeKinds(times, near), times=times, source=NoisedData(), missing=Recursive(h, parts),
-        distance=Adaptive(0.5, 1e-6), matching=matching, rho=1.0 - 1.0 / guidance, empty_share=empty,
-        guidance=UniformScale(guidance, guidance),
+        pairs=ThreeKinds(times, near), times=times, source=source, missing=Recursive(h, parts),
+        field=ReferenceField(source) if reference else DataField(),
+        distance=Adaptive(0.5, 1e-6), pull=ScaledPseudoHuber(soft), matching=matching, rho=1.0 - 1.0 / guidance,
+        empty_share=empty, guidance=UniformScale(guidance, guidance),
     )  # fmt: skip
     paper = "Cheng et al. 2025, TwinFlow: One-step Generation with Self-adversarial Flows, arXiv:2512.05150"
     return single(

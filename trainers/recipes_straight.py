@@ -67,7 +67,7 @@ def scflow(
 
 
 def traflow(
-    *, steps: int = 3000, lr: float = 3e-4, pairs: int = 8192, pair_steps: int = 32, output: float = 1.0,
+    *, steps: int = 3000, lr: float = 3e-4, pairs: int = 8192, pair_steps: int = 64, output: float = 1.0,
     velocity: float = 1.0, consistency: float = 1.0, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TraFlow / SCoT, Wu et al. 2025 (arXiv 2502.16972): a teacher's pairs joined by straight lines that compose.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, expand
 from fewstep.models.paths import Path
 
-from .objective import Turn
+from .objective import Batch, Turn
 from .transitions import NoisedData, ddim_chain
 
 
@@ -107,15 +107,34 @@ class ReferenceBatch:
     needs_teacher = False
 
     def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
-        path = teacher.path
-        alpha, sigma = at.mixing.coefficients(path, at.t)
-        flat, data = at.x.flatten(1).double(), at.x0.flatten(1).double()
-        apart = flat[:, None] / sigma[:, None, None] - (alpha / sigma)[:, None, None] * data[None]
-        logits = (-0.5 * apart.square().sum(2)).masked_fill(~same_condition(at.cond), float("-inf"))
-        mean = (torch.softmax(logits, 1) @ data).reshape(at.x0.shape)
-        eps = (at.x.double() - expand(alpha, mean) * mean) / expand(sigma, mean)
-        out: Tensor = expand(path.alpha(s), mean) * mean + expand(path.sigma(s), eps) * eps
+        mean, eps = reference_estimates(teacher.path, at)
+        out: Tensor = teacher.mix(mean, eps, s)
         return out.to(at.x.dtype)
+
+
+@dataclass(frozen=True)
+class ReferenceField:
+    """The trajectory through x_t by the batch's own estimates (a `tangent.Field` with no teacher and less noise)."""
+
+    mixing: NoisedData
+
+    def __call__(
+        self, teacher: Denoiser, batch: Batch, noise: Tensor, x: Tensor, t: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        mean, eps = reference_estimates(teacher.path, At(x, t, batch.x0, noise, cond, self.mixing))
+        return mean.to(x.dtype), eps.to(x.dtype)
+
+
+def reference_estimates(path: Path, at: At) -> tuple[Tensor, Tensor]:
+    """(sample, noise) of x_t in the mean over the batch's rows of one condition, float64; the row itself where it is
+    alone."""
+    alpha, sigma = at.mixing.coefficients(path, at.t)
+    flat, data = at.x.flatten(1).double(), at.x0.flatten(1).double()
+    gain = (alpha / sigma)[:, None]  # log N(x_t; alpha x^(i), sigma^2) but for what is the same for all i
+    logits = gain / sigma[:, None] * (flat @ data.T) - 0.5 * gain**2 * data.square().sum(1)
+    logits = logits.masked_fill(~same_condition(at.cond), float("-inf"))
+    mean = (torch.softmax(logits, 1) @ data).reshape(at.x0.shape)
+    return mean, (at.x.double() - expand(alpha, mean) * mean) / expand(sigma, mean)
 
 
 def heun(denoiser: Denoiser, x: Tensor, times: tuple[Tensor, ...], cond: Condition) -> Tensor:

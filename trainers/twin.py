@@ -19,7 +19,7 @@ from .errors import RecipeError
 from .laws import Law
 from .objective import Batch, Cast, Metrics, Turn
 from .straight import one_step
-from .tangent import FLOW
+from .tangent import FLOW, Field
 from .times import UniformScale, clean
 from .transitions import NoisedData, with_scale
 from .u_shape import flow_time_to_path
@@ -99,15 +99,18 @@ class Recursive:
 class TwinFlow:
     """The parts of TwinFlow. A quarter of the batch, the last, teaches the twin; the rest is of the three kinds.
 
-    matching: weight of the pull of one-step samples to the data. rho: how much of its own guidance, conditional less
-    unconditional velocity, is added to the data's. empty_share: of the rows that have no condition.
+    field: whose velocity at x_t is followed, of the data. matching: weight of the pull of one-step samples to the data,
+    pull the distance that it is. rho: how much of its own guidance, conditional less unconditional velocity, is added
+    to the data's. empty_share: of the rows that have no condition.
     """
 
     pairs: ThreeKinds
     times: Law
     source: NoisedData
+    field: Field
     missing: Recursive
     distance: Distance
+    pull: Distance
     matching: float
     rho: float
     empty_share: float
@@ -155,7 +158,7 @@ class TwinFlow:
         made, eps = student.both(x, t, {**cond, "s": s})
         u = FLOW.velocity(path, t, made, eps)
         with torch.no_grad():
-            v = noise - x0
+            v = FLOW.velocity(path, t, *self.field(student, Batch(x0, cond, empty), noise, x, t, cond))
             if self.rho:
                 sides = []
                 for side in (cond, {**cond, **empty}):
@@ -173,7 +176,7 @@ class TwinFlow:
             x = self.source.mix(student.path, made, t, turn.noise(made))
             ours, theirs = FLOW.ask(twin(student), x, t, cond), FLOW.ask(student, x, t, {**cond, "s": t})
             aim = u - (ours - theirs).clamp(-self.missing.bound, self.missing.bound)
-        return self.distance(u, aim).mean()
+        return self.pull(u, aim).mean()
 
     def mirrored(self, student: Denoiser, like: Tensor, cond: Condition, turn: Turn) -> Tensor:
         """The twin's own lesson: the velocity towards one-step samples, with noise that is not theirs."""
