@@ -210,8 +210,11 @@ def _plain(request: GenerateRequest, spec: SamplerSpec, steps: Sequence[Step]) -
 
 
 def _control_scale(request: GenerateRequest, k: int, steps: int) -> float:
-    """Residuals are on while step k of N lies inside [start, end], by diffusers' rule."""
+    """Residuals are on in the part of the steps that the request says."""
     control = request.control
-    if control is None or k / steps < control.start or (k + 1) / steps > control.end:
-        return 0.0
-    return control.scale
+    return 0.0 if control is None or not within(k, steps, control.start, control.end) else control.scale
+
+
+def within(k: int, steps: int, start: float, end: float) -> bool:
+    """Whether step k of `steps` lies inside [start, end], by diffusers' rule for ControlNets."""
+    return k / steps >= start and (k + 1) / steps <= end

@@ -7,7 +7,7 @@ from fewstep.models.paths import told_time
 from fewstep.models.predictions import Affine, estimates
 from fewstep.models.spec import SamplerSpec
 
-from .plan import Hooks, Plan, Residual, Row, chain, row_of
+from .plan import Hooks, Plan, Residual, Row, chain, row_of, within
 from .request import GenerateRequest, Helper
 from .samplers import SAMPLERS, Step, Update, ddim, start_scale, time_pairs
 
@@ -26,7 +26,7 @@ def compile_methods(request: GenerateRequest, spec: SamplerSpec, others: Mapping
         steps[0] = replace(steps[0], out=true_noise(steps[0].out, start_scale(spec, steps[0].t)))
     updates = [SAMPLERS[spec.sampler](step, spec) for step in steps]
     rows = [row_of(request, spec, k, len(steps), s.t, u) for k, (s, u) in enumerate(zip(steps, updates, strict=True))]
-    rows = [_steered(row, request) for row in rows]
+    rows = [_steered(row, request, len(rows)) for row in rows]
     rows = [_hooked(row, step, request) for row, step in zip(rows, steps, strict=True)]
     if helper is not None and helper.mode == "first":
         rows[0] = _by_helper(rows[0], steps[0], helper, others[helper.model])
@@ -155,11 +155,12 @@ def _guided(helper: Helper, other: SamplerSpec) -> tuple[float, bool]:
     return w, other.guidance.mode == "cfg" and w != 1.0
 
 
-def _steered(row: Row, request: GenerateRequest) -> Row:
+def _steered(row: Row, request: GenerateRequest, steps: int) -> Row:
     """Inputs of the network's inside; a scale of 0 needs none of them."""
     image = 0.0 if request.image_prompt is None else float(request.image_prompt.scale)
     negative = 0.0 if request.negative_mode is None else float(request.negative_scale or 0.0)
-    loras = tuple((name, weight) for name, weight in request.loras if weight)
+    acting = [lora for lora in request.loras if lora.weight and within(row.index, steps, lora.start, lora.end)]
+    loras = tuple((lora.name, lora.weight) for lora in acting)
     return replace(row, image=image, negative=negative, loras=loras) if image or negative or loras else row
 
 

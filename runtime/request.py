@@ -60,6 +60,17 @@ class Control:
     kind: str | None = None
 
 
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that the bundle registers, how strongly it acts, and in which part of the steps: from `start` to `end`, as
+    of `Control`."""
+
+    name: str
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """Begin from a picture: [H, W, 3] uint8 array of the request's size.
@@ -111,12 +122,12 @@ class GenerateRequest:
 
     times: a grid of its own, falling, in the path's native time; it decides the number of steps. clip: bound on the
     clean estimate, in latent units; clip_quantile: the bound grows to this quantile of |x0| of the row, and what is
-    clipped is scaled back to `clip` (dynamic thresholding). guidance_ramp: (tau1, tau2) in units of t / 1000, guidance
-    is whole below tau1, none above tau2. negative_mode: how a negative prompt is heard: by classifier-free guidance
-    (None), or in the attention ("nasa", "nag", "sun") with `negative_scale`. residual: guidance against a kept estimate of the
-    unconditional output, "self" or "onetime" (StreamDiffusion), scaled by residual_delta. noise_correction: the first
-    step's direction is the noise itself. invert: the served inverse student that takes `edit.image` to noise. loras:
-    (name, weight) of LoRAs that the bundle registers. previews: progress events carry a picture.
+    clipped is scaled back to `clip` (dynamic thresholding). guidance_ramp: (tau1, tau2) in units of t / 1000,
+    guidance is whole below tau1, none above tau2. negative_mode: how a negative prompt is heard: by classifier-free
+    guidance (None), or in the attention ("nasa", "nag", "sun") with `negative_scale`. residual: guidance against a
+    kept estimate of the unconditional output, "self" or "onetime" (StreamDiffusion), scaled by residual_delta.
+    noise_correction: the first step's direction is the noise itself. invert: the served inverse student that takes
+    `edit.image` to noise. previews: progress events carry a picture.
     """
 
     prompt: str
@@ -144,7 +155,7 @@ class GenerateRequest:
     residual_delta: float | None = None
     noise_correction: bool = False
     invert: str | None = None
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[Lora, ...] = ()
     previews: bool = False
 
 

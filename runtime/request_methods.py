@@ -23,7 +23,7 @@ from fewstep.models.spec import SamplerSpec
 from .errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from .request import Edit, GenerateRequest, Helper, Offers
+    from .request import Edit, GenerateRequest, Helper, Lora, Offers
 
 KEEPS = ("grey", "coarse")
 NEGATIVE_SCALES = {"nasa": (0.1, 2.0), "nag": (4.0, 20.0), "sun": (1.0, 2.0)}
@@ -293,18 +293,28 @@ def _refine(helper: "Helper", other: SamplerSpec | None, offers: "Offers | None"
     )
 
 
-def _loras(loras: Any, offers: "Offers | None") -> tuple[tuple[str, float], ...]:
-    if not isinstance(loras, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in loras):
-        raise InvalidRequest("loras", f"loras is {loras!r}; it must be pairs of a name and a weight")
+def _loras(loras: Any, offers: "Offers | None") -> "tuple[Lora, ...]":
+    from .request import Lora  # which reads this module
+
+    if not isinstance(loras, (tuple, list)) or not all(isinstance(lora, Lora) for lora in loras):
+        raise InvalidRequest(
+            "loras", f"loras is {loras!r}; it must hold `Lora` values: a name, a weight, start and end"
+        )
     _needs("loras", offers, "LoRAs that its engine mixes", DENOISER_LORA)
-    names = [name for name, _ in loras]
-    for name, weight in loras:
-        if offers is not None and name not in offers.loras:
-            raise InvalidRequest("loras", f"loras names {name!r}; registered are {', '.join(offers.loras) or '(none)'}")
-        _within(f"loras.{name}", weight, -4.0, 4.0)
+    names = [lora.name for lora in loras]
+    for lora in loras:
+        if offers is not None and lora.name not in offers.loras:
+            known = ", ".join(offers.loras) or "(none)"
+            raise InvalidRequest("loras", f"loras names {lora.name!r}; registered are {known}")
+        _within(f"loras.{lora.name}", lora.weight, -4.0, 4.0)
+        for end in ("start", "end"):
+            _within(f"loras.{lora.name}.{end}", getattr(lora, end), 0.0, 1.0)
+        if lora.start >= lora.end:
+            said = f"loras.{lora.name}.start is {lora.start} and end {lora.end}; start must be below end"
+            raise InvalidRequest(f"loras.{lora.name}.start", said)
     if len(set(names)) != len(names):
         raise InvalidRequest("loras", f"loras names {names}; name each once")
-    return tuple((name, float(weight)) for name, weight in loras)
+    return tuple(replace(lora, weight=float(lora.weight)) for lora in loras)
 
 
 def _served(field: str, name: Any, spec: SamplerSpec, offers: "Offers | None") -> SamplerSpec | None:

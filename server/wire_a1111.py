@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.images import decode_rgba
 from fewstep.runtime.local import Model
-from fewstep.runtime.request import Edit, GenerateRequest
+from fewstep.runtime.request import Edit, GenerateRequest, Lora
 
 from .errors import Refused
 from .units import control_of
@@ -168,12 +168,12 @@ def _check_extra(body: A1111Body, settings: Mapping[str, Any], notes: list[str])
         notes.append(f"without effect here: {', '.join(sorted(useless)[:40])[:2000]}")
 
 
-def _loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+def _loras(prompt: str) -> tuple[str, tuple[Lora, ...]]:
     """(the prompt without its `<lora:name:weight>`, the LoRAs)."""
     found = []
     for name, weight in _LORA.findall(prompt):
         try:
-            found.append((name, float(weight)))
+            found.append(Lora(name, float(weight)))
         except ValueError:
             raise InvalidRequest("prompt", f"prompt has a LoRA of weight {weight!r}; write a number") from None
     return _LORA.sub("", prompt).strip() if found else prompt, tuple(found)

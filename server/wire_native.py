@@ -6,7 +6,7 @@ from typing import Any
 
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.local import Model
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt
+from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
 
 from .uploads import grey, picture
 from .wire import LEVELS, Body, Format, Job, find_model, new_seed
@@ -52,10 +52,12 @@ class HelperBody(Body):
 
 
 class LoraBody(Body):
-    """A LoRA that the bundle registers, and how strongly it acts."""
+    """A LoRA that the bundle registers, how strongly it acts, and in which part of the steps."""
 
     name: str
-    weight: float = 1.0
+    weight: float = Lora.weight
+    start: float = Lora.start
+    end: float = Lora.end
 
 
 class GenerateBody(Body):
@@ -130,7 +132,7 @@ def generate_job(body: GenerateBody, models: Mapping[str, Model]) -> Job:
         helper=None if body.helper is None else Helper(**body.helper.model_dump()),
         times=None if body.times is None else tuple(body.times),
         guidance_ramp=_ramp(body.guidance_ramp),
-        loras=tuple((lora.name, lora.weight) for lora in body.loras or ()),
+        loras=tuple(Lora(lora.name, lora.weight, lora.start, lora.end) for lora in body.loras or ()),
         deadline_s=_deadline_s(body),
     )
     names = {**_NAMES, "size": "width" if body.width is not None else "height"}

@@ -16,6 +16,7 @@ from fewstep.models.spec import Guidance, Spacing
 from fewstep.runtime.events import Progress
 from fewstep.runtime.fake_engine import fake_spec
 from fewstep.runtime.images import read_metadata
+from fewstep.runtime.request import Lora
 from fewstep.server.sessions import MAX_CALLERS, Running, Seat, Sessions
 from fewstep.server.settings import Settings
 from fewstep.server.wire_a1111 import A1111Body, a1111_job
@@ -186,7 +187,7 @@ def test_a_negative_prompt_goes_to_the_attention_of_a_model_that_hears_it_there(
 
 def test_loras_in_a_prompt_are_loras(live: Live):
     call = a1111_job(A1111Body(prompt="a cat <lora:ink:0.8> <lora:old:-1>"), None, live.runtime.models)
-    assert (call.job.request.prompt, call.job.request.loras) == ("a cat", (("ink", 0.8), ("old", -1.0)))
+    assert (call.job.request.prompt, call.job.request.loras) == ("a cat", (Lora("ink", 0.8), Lora("old", -1.0)))
     assert live.http.get("/sdapi/v1/loras").json() == []
 
 

@@ -1,5 +1,7 @@
 """LoRAs mixed row by row: equal to merging them, for every row of a mixed call by itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,8 @@ from fewstep.models.shapes import make_folder
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.plan import compile_plan
+from fewstep.runtime.request import GenerateRequest, Lora
 from fewstep.runtime.torch_engine import TorchEngine
 
 TARGETS = {"ink": ["to_q", "to_k", "to_v", "to_out.0"], "oil": ["to_q", "conv1", "proj_in"]}
@@ -44,7 +47,9 @@ def bundle(tiny_dmd2, files, tmp_path_factory):
 
 
 def ask(*loras, **settings):
-    return GenerateRequest(**{"prompt": "a red cat", "seed": 3, "steps": 2, "loras": loras, **settings})
+    return GenerateRequest(
+        **{"prompt": "a red cat", "seed": 3, "steps": 2, "loras": tuple(Lora(*lora) for lora in loras), **settings}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +130,15 @@ def test_the_import_command_registers_them(tmp_path):
     assert load_bundle(tmp_path / "b").lora_names == ("style",)
     with pytest.raises(SystemExit):
         commands.import_([*common, "--row-lora", "style"])
+
+
+def test_each_lora_acts_in_its_part_of_the_steps_alone(bundle, engine):
+    """Two steps: the first with ink, the second with oil; the same as changing the whole mix between the steps."""
+    steps = []
+    request = ask(("ink", 1.0, 0.0, 0.5), ("oil", 0.7, 0.5, 1.0))
+    run_request(engine, bundle, request, watch=lambda _, k, x: steps.append(x))
+    first = []
+    run_request(engine, bundle, ask(("ink", 1.0)), watch=lambda _, k, x: first.append(x))
+    assert torch.equal(steps[1], first[1]) and not torch.equal(steps[2], first[2])
+    rows = compile_plan(replace(request, guidance=1.0), bundle.spec).rows
+    assert [row.loras for row in rows] == [(("ink", 1.0),), (("oil", 0.7),)]

@@ -27,7 +27,7 @@ from fewstep.models.spec import Boundary
 from fewstep.runtime.errors import EngineFailed
 from fewstep.runtime.inflight import row_state
 from fewstep.runtime.loop import admit
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt
+from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
 from fewstep.runtime.served import serve
 from fewstep.runtime.step import advance
 from fewstep.runtime.text import Prompts
@@ -121,7 +121,7 @@ def random_ask(rng, models):
         settings |= {"negative_prompt": "b", "negative_mode": "nag", "negative_scale": rng.uniform(0.5, 4.0)}
         settings["guidance"] = 1.0 if cfg else settings["guidance"]
     elif steer == "lora":
-        settings["loras"] = (("ink", rng.uniform(-1.0, 1.0)),)
+        settings["loras"] = (Lora("ink", rng.uniform(-1.0, 1.0), *rng.choice(((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)))),)
     helps = rng.choice(["none", "none", "pull", "first", "residual", "invert", "noise"])
     steps = settings["steps"] or 3
     if helps in ("pull", "first") and steps > 1:

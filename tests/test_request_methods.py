@@ -12,7 +12,7 @@ from fewstep.models.roles import DECODER, DENOISER, DENOISERS, ENCODER, ROLES, T
 from fewstep.models.spec import Guidance, Latent
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Offers, resolve
+from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora, Offers, resolve
 from fewstep.runtime.request_methods import NEGATIVE_SCALES, PULL_WEIGHT, REFINE
 
 CFG = Guidance(mode="cfg", default=4.0, range=(1.0, 9.0))
@@ -47,7 +47,7 @@ GOOD = [
     (DDIM, {"noise_correction": True, "previews": True}),
     (DDIM, {"invert": "base", "edit": replace(EDIT, prompt="a dog")}),
     (LCM, {"helper": Helper(model="base", mode="pull")}),
-    (LCM, {"loras": (("ink", 0.5),)}),
+    (LCM, {"loras": (Lora("ink", 0.5),)}),
 ]
 
 
@@ -128,10 +128,13 @@ BAD = [
     (LCM, {"helper": Helper(model="base", mode="pull", guidance=99.0)}, "helper.guidance", "1 to 9"),
     (LCM, {"helper": Helper(model="base", mode="pull"), "steps": 1}, "helper", "2 steps or more"),
     (LCM, {"helper": Helper(model="base", mode="refine", steps=3)}, "helper.steps", "not made for"),
-    (LCM, {"loras": (("oil", 1.0),)}, "loras", "registered are ink"),
-    (LCM, {"loras": ("ink",)}, "loras", "pairs"),
-    (LCM, {"loras": (("ink", 1.0), ("ink", 0.5))}, "loras", "once"),
-    (LCM, {"loras": (("ink", 9.0),)}, "loras.ink", "-4 to 4"),
+    (LCM, {"loras": (Lora("oil"),)}, "loras", "registered are ink"),
+    (LCM, {"loras": ("ink",)}, "loras", "`Lora` values"),
+    (LCM, {"loras": (("ink", 1.0),)}, "loras", "`Lora` values"),
+    (LCM, {"loras": (Lora("ink", start=0.5, end=0.5),)}, "loras.ink.start", "start must be below end"),
+    (LCM, {"loras": (Lora("ink", end=1.5),)}, "loras.ink.end", "0 to 1"),
+    (LCM, {"loras": (Lora("ink"), Lora("ink", 0.5))}, "loras", "once"),
+    (LCM, {"loras": (Lora("ink", 9.0),)}, "loras.ink", "-4 to 4"),
 ]
 
 
@@ -147,7 +150,7 @@ LACKING = [
     ({"image_prompt": ImagePrompt(image=PICTURE)}, "image_prompt", "an IP-Adapter"),
     ({"negative_mode": "nag", "negative_prompt": "blue"}, "negative_mode", "a graph for negative prompts"),
     ({"control": Control(edge=PICTURE)}, "control", "a ControlNet or an adapter"),
-    ({"loras": (("ink", 1.0),)}, "loras", "LoRAs"),
+    ({"loras": (Lora("ink"),)}, "loras", "LoRAs"),
     ({"helper": Helper(model="base", mode="pull")}, "helper.model", "(none)"),
 ]
 
