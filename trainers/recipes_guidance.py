@@ -63,7 +63,7 @@ def agd(
 def lora_guided(*, steps: int = 2000, lr: float = 1e-3, rank: int = 16, guidance: float = 3.0) -> Recipe:
     """LoRA-enhanced guided distillation, Golnari 2023 (arXiv 2312.06899): low-rank updates take in one scale.
 
-    `|F_theta(x_t) - F_w(x_t)|^2` on noised data; merged when saved, and kept beside as LCM-LoRA's are. Unverified: rank,
+    `|F_theta(x_t) - F_w(x_t)|^2` on noised data; merged when saved, kept beside as LCM-LoRA's are. Unverified: rank,
     scale, data; decided: 16, the scale of the other recipes, the usual pictures.
     """
     objective = GuidanceDistillation(
