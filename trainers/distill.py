@@ -133,7 +133,7 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
         if name not in ("student", "fake"):
             partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
             players.append(Player(name, partner, stage.player_settings[name]))
-            roles[name] = denoiser(partner)
+            roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
     critic = None
     if "fake" in stage.objective.players:
         if not is_unet(teacher):

@@ -76,7 +76,10 @@ class Invertible:
     cycle: Distance
 
     players = ("student", "inverse")
-    roles = ("student", "teacher", "inverse")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.reverse.roles, "inverse", self.forward.target)))
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         if player == "student":

@@ -68,7 +68,8 @@ def _told(objective: Invertible) -> Invertible:
 def _cast(stage: World, objective: Invertible, gain: float = 0.0) -> tuple[Cast, dict[str, Bent]]:
     student = Bent(perfect_student(stage, objective.reverse), gain, 0.5 * gain)
     inverse = Bent(stage.jumper(lambda t, cond: cond["s"]), 0.8 * gain, -0.5 * gain)
-    modules = {"student": student, "inverse": inverse, "teacher": Bent(stage.teacher())}
+    modules = {objective.reverse.target: deepcopy(student), objective.forward.target: deepcopy(inverse)}
+    modules |= {"student": student, "inverse": inverse, "teacher": Bent(stage.teacher())}
     return Cast({name: module.denoiser() for name, module in modules.items()}), modules
 
 

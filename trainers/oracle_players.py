@@ -118,7 +118,8 @@ def _watched(stage: Stage) -> Watched:
         player = Player(name, module, settings)
         players.append(player)
         roles[name] = module.denoiser()
-        roles |= {average: _bent(m).denoiser() for average, m in player.averages.items()}
+        own = "" if name == "student" else f"{name}."
+        roles |= {f"{own}{average}": _bent(m).denoiser() for average, m in player.averages.items()}
     teacher = Bent(bench.teacher()).requires_grad_(False)
     roles["teacher"] = teacher.denoiser()
     critic = None

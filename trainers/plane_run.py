@@ -211,7 +211,8 @@ def _assemble(
         if name not in ("student", "fake"):
             partner = plane_partner(name, net, path=path, seed=budget.seed)
             players.append(Player(name, partner.train(), settings(name)))
-            roles[name] = count.watch(partner.denoiser(), "student")
+            for role, module in {name: partner, **players[-1].roles()}.items():
+                roles[role] = count.watch(module.denoiser(), "student")  # type: ignore[operator]
     critic = None
     if "fake" in stage.objective.players:
         base = plane_student(

@@ -91,6 +91,10 @@ class Player:
                 groups.setdefault(factor, []).append(weight)
         return [{"params": weights, "factor": factor} for factor, weights in groups.items()]
 
+    def roles(self) -> dict[str, nn.Module]:
+        """Its averages by the roles they play, "PLAYER.AVERAGE"."""
+        return {f"{self.name}.{average}": module for average, module in self.averages.items()}
+
     def acts(self, step: int) -> bool:
         return (step + 1) % self.settings.every == 0
 
