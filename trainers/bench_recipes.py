@@ -35,10 +35,14 @@ NEAR = 1.2
 FEW = ("lcm", "progressive", "w-embedding")
 """What `--quick` trains where no recipes are named: one of each way of being sampled."""
 
-SETTINGS = {"order": 2, "pair_steps": 200, "pairs": 16384, "start_steps": 64, "difference": 0.005, "guidance_high": 2.0}
-"""What two dimensions need and pictures can do without: solvers of second order or many steps, since 50 of first order
-leave as much error by themselves as is allowed, and this teacher costs little. Derivatives are by differences, since a
-forward derivative of so small a network costs ten of its evaluations."""
+SETTINGS = {
+    "order": 2, "points": 24, "pair_steps": 200, "pairs": 16384, "start_steps": 64, "difference": 0.005,
+    "guidance_high": 2.0,
+}  # fmt: skip
+"""What two dimensions need and pictures can do without. Solvers are of second order or of many steps, since 50 of first
+order leave as much error by themselves as is allowed, and this teacher costs little. So fewer points will do for a grid,
+and a student has fewer links to carry its end through. Derivatives are by differences, as a forward derivative of so
+small a network costs ten of its evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True)
