@@ -40,7 +40,7 @@ SETTINGS = {
     "guidance_high": 2.0,
 }  # fmt: skip
 """What two dimensions need and pictures can do without. Solvers are of second order or of many steps, since 50 of first
-order leave as much error by themselves as is allowed, and this teacher costs little. So fewer points will do for a grid,
+order leave as much error by themselves as is allowed, and this teacher costs little. So a grid does with fewer points,
 and a student has fewer links to carry its end through. Derivatives are by differences, as a forward derivative of so
 small a network costs ten of its evaluations."""
 
