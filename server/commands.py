@@ -29,34 +29,7 @@ Every setting is also an environment variable, FEWSTEP_PORT for --port; docs/ser
 
 def serve(argv: list[str]) -> int:
     """Exit codes: 0 stopped as asked, 1 a model failed to warm up, 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        prog="fewstep serve",
-        description="Serve bundles over HTTP: OpenAI's images API, a native API, metrics and a page.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "bundles", nargs="+", metavar="DIR", help="bundle folder or short name; the first is the default model"
-    )
-    parser.add_argument("--host", help="address to listen at (127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, help="port to listen at (8000; 0 picks a free one)")
-    parser.add_argument("--engine", metavar="KIND", help="engine of every model: auto, torch, onnx, openvino-bf16, ...")
-    parser.add_argument(
-        "--allow-unproven",
-        action="store_true",
-        default=None,
-        help="serve an engine built for a GPU that none has run yet",
-    )
-    parser.add_argument(
-        "--group", dest="groups", action="append", metavar="F", help="a JSON file of models served as one; repeatable"
-    )
-    parser.add_argument(
-        "--scorer", metavar="MODULE:FUNCTION", help="says how good a picture is, for requests whose helper refines"
-    )
-    parser.add_argument("--key-file", metavar="F", help="API keys, as `fewstep keys` makes them")
-    parser.add_argument("--log", choices=("quiet", "text", "json"), help="a line per call, or faults only (quiet)")
-    parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -90,6 +63,37 @@ def serve(argv: list[str]) -> int:
         )
         with runtime:
             return run_async(run(create_app(runtime, settings), settings, listener))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fewstep serve",
+        description="Serve bundles over HTTP: OpenAI's images API, a native API, metrics and a page.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "bundles", nargs="+", metavar="DIR", help="bundle folder or short name; the first is the default model"
+    )
+    parser.add_argument("--host", help="address to listen at (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen at (8000; 0 picks a free one)")
+    parser.add_argument("--engine", metavar="KIND", help="engine of every model: auto, torch, onnx, openvino-bf16, ...")
+    parser.add_argument(
+        "--allow-unproven",
+        action="store_true",
+        default=None,
+        help="serve an engine built for a GPU that none has run yet",
+    )
+    parser.add_argument(
+        "--group", dest="groups", action="append", metavar="F", help="a JSON file of models served as one; repeatable"
+    )
+    parser.add_argument(
+        "--scorer", metavar="MODULE:FUNCTION", help="says how good a picture is, for requests whose helper refines"
+    )
+    parser.add_argument("--key-file", metavar="F", help="API keys, as `fewstep keys` makes them")
+    parser.add_argument("--log", choices=("quiet", "text", "json"), help="a line per call, or faults only (quiet)")
+    parser.add_argument("--max-queue", type=int, help="requests held before new ones get 429 (256)")
+    return parser
 
 
 def named_function(name: str) -> Callable[..., Any]:
