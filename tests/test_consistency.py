@@ -7,8 +7,10 @@ from fewstep.models.analytic import exact, mixture
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.spec import Boundary
+from fewstep.trainers.curricula import Fixed
 from fewstep.trainers.distances import PseudoHuber, SamplePseudoHuber, Squared, snr, snr_plus_one, truncated_snr
 from fewstep.trainers.jumps import DdimJump, LcmJump, ToClean
+from fewstep.trainers.laws import KarrasPairs
 from fewstep.trainers.objective import Batch, Turn
 from fewstep.trainers.times import GridPairs, UniformScale, UniformTimes, clean
 from fewstep.trainers.transitions import NoisedData, ddim_chain, guided, noised
@@ -26,6 +28,19 @@ def test_lcm_pairs_are_twenty_apart():
     assert set(t.tolist()) == {20.0 * (i + 1) - 1 for i in range(50)}
     assert torch.equal(s, (t - 20).clamp(min=0))
     assert (t == 19).sum() > 20 and (s[t == 19] == 0).all()
+
+
+@pytest.mark.parametrize("path", [path for path, _ in PATHS], ids=lambda path: path.kind)
+def test_pairs_that_land_on_clean_data_differ_in_the_lowest_alone(path):
+    """There the aim is the step's own landing, not what the network says of the path's end."""
+    for plain, landing in (
+        (GridPairs(50, skip=3), GridPairs(50, skip=3, to_clean=True)),
+        (KarrasPairs(Fixed(20)), KarrasPairs(Fixed(20), to_clean=True)),
+    ):
+        (t, s), (t_again, landed) = plain.draw(path, 2000, turn()), landing.draw(path, 2000, turn())
+        lowest = s == s.min()
+        assert torch.equal(t, t_again) and 0 < lowest.sum() < 2000 and torch.equal(s[~lowest], landed[~lowest])
+        assert (landed[lowest] == clean(path)).all()
 
 
 @pytest.mark.parametrize(("path", "prediction"), PATHS)
