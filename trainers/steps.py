@@ -14,6 +14,7 @@ from fewstep.models.denoiser import Condition, Denoiser, expand
 from fewstep.models.paths import Path
 
 from .objective import Batch, Turn
+from .times import clean
 from .transitions import NoisedData, ddim_chain
 
 
@@ -37,15 +38,24 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class OdeStep:
-    """`parts` steps of the probability-flow ODE, even in native time, of order 1 (DDIM) or 2 (Heun)."""
+    """`parts` steps of the probability-flow ODE, even in native time, of order 1 (DDIM) or 2 (Heun).
+
+    No second-order step ends at clean data, so there order 2 goes to the path's end first, and on by one of order 1.
+    """
 
     order: int = 1
     parts: int = 1
     needs_teacher = True
 
     def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
-        solve = heun if self.order == 2 else ddim_chain
-        return solve(teacher, at.x, between(at.t, s, self.parts), at.cond)
+        if self.order == 1:
+            return ddim_chain(teacher, at.x, between(at.t, s, self.parts), at.cond)
+        there = s == clean(teacher.path)
+        low = torch.where(there, torch.full_like(s, teacher.path.end), s)
+        x = heun(teacher, at.x, between(at.t, low, self.parts), at.cond)
+        if not bool(there.any()):
+            return x
+        return torch.where(expand(there, x) > 0, teacher.jump(x, low, s, at.cond), x)
 
 
 @dataclass(frozen=True)
