@@ -22,6 +22,7 @@ from fewstep.models.paths import VP, RectifiedFlow, told_time
 from fewstep.models.second_time import SecondTime, TwoTimes, add_second_time
 from fewstep.models.shapes import make_folder
 from fewstep.models.spec import Guidance, SamplerSpec
+from fewstep.runtime.compiled_engine import Rounded
 from fewstep.runtime.fake_engine import FakeEngine, fake_spec
 from fewstep.runtime.plan import compile_plan
 from fewstep.runtime.request import GenerateRequest, resolve
@@ -178,6 +179,20 @@ def test_engines_say_whether_they_take_it_and_are_fed_it(told, tiny_teacher):
     feeds = random_feeds(told, "denoiser", batch=4, size=(32, 32), seed=1)
     pairs = {(t, told_time(VP(), u.lands)) for t, u in updates(told.spec, 8)}
     assert set(zip(feeds["t"].tolist(), feeds["s"].tolist(), strict=True)) <= pairs, "as its sampler asks"
+
+
+def test_rounding_a_network_does_not_round_its_times(told):
+    feeds = random_feeds(told, "denoiser", batch=2, size=(32, 32), seed=2)
+    exact, rounded = told.denoiser_net(), Rounded(told.denoiser_net())
+    with torch.no_grad():
+        for s in (998.0, 999.0):  # one number in bfloat16
+            given = [{**feeds, "s": torch.tensor([s, 3.0])}[name] for name in exact.inputs]
+            wanted = exact(*given)
+            assert (rounded(*given) - wanted).norm() < 0.03 * wanted.norm()
+        second = next(part for part in rounded.modules() if isinstance(part, SecondTime))
+        second.call.s = torch.tensor([998.0, 999.0])
+        one, other = second()
+    assert one.dtype == torch.bfloat16 and not torch.equal(one, other)
 
 
 def test_diffusers_refuses_the_folder(told, tmp_path):

@@ -1,6 +1,8 @@
 """Students that are told where their jumps land, from the recipe to the server: trained, exported, verified, served."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -47,26 +49,28 @@ def data(teacher):
 
 @pytest.fixture(scope="module")
 def students(teacher, data, tmp_path_factory):
+    """A recipe's name -> its student, trained when first asked for."""
     root = tmp_path_factory.mktemp("told")
-    return {name: distill(name, teacher, root / name, FAST, data=data, device="cpu") for name in NAMES}
+    return cache(lambda name: distill(name, teacher, root / name, FAST, data=data, device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def exported(students):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    out = {}
-    for name in EXPORTED:
-        bundle = make_golden(students[name])
+
+    def export(name):
+        bundle = make_golden(students(name))
         assert exporting.export([str(bundle.root), "--engine", "onnx"]) == 0
         assert exporting.verify([str(bundle.root)]) == 0
-        out[name] = load_bundle(bundle.root)
-    return out
+        return load_bundle(bundle.root)
+
+    return cache(export)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_learns_its_second_time_and_says_so(students, teacher, name):
-    bundle = students[name]
+    bundle = students(name)
     assert bundle.spec.second_time and bundle.spec.recipe == name and bundle.spec.teacher == teacher.name
     network = bundle.load("unet")
     assert network.config["fewstep_second_time"] == 1.0
@@ -76,20 +80,22 @@ def test_a_student_learns_its_second_time_and_says_so(students, teacher, name):
 
 
 def test_what_does_not_fit_a_second_time_is_refused(students, teacher, data, tmp_path):
-    told = students["ctm"]
+    told = students("ctm")
     with pytest.raises(RecipeError, match=rf"{told.name!r} is told where .*distilled from, {teacher.name!r}"):
         distill("lcm", told, tmp_path / "a", FAST, data=data)
     with pytest.raises(RecipeError, match="this recipe's student would lose"):
         build_student(told, Student(), fold_scale=1.0)
     with pytest.raises(RecipeError, match="a second time and LoRA"):
         build_student(teacher, Student(second_time=True, lora_rank=2), fold_scale=1.0)
+    with pytest.raises(RecipeError, match=r"'ctm' of ctm \(Consistency\) tells its student .* takes one time"):
+        replace(RECIPES["ctm"](), student=Student())
     again = build_student(told, Student(second_time=True), fold_scale=1.0)
     assert list(again.state_dict()) == list(told.load("unet").state_dict()), "a start may have it already"
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_its_graph_takes_the_second_time(exported, name, tmp_path, capsys):
-    bundle = exported[name]
+    bundle = exported(name)
     manifest = read_manifest(bundle, "onnx")
     assert manifest.verified and [p.name for p in manifest.roles["denoiser"].inputs] == ["x", "t", "ctx", "s"]
     engine, torch_engine = open_engine(bundle, "onnx"), TorchEngine(bundle)
@@ -100,9 +106,27 @@ def test_its_graph_takes_the_second_time(exported, name, tmp_path, capsys):
     assert torch.allclose(there, here, atol=1e-4) and (elsewhere - there).abs().max() > 1e-3, "s is heard in the graph"
     with pytest.raises(EngineFailed):
         engine.run("denoiser", {name: value for name, value in feeds.items() if name != "s"})
+    capsys.readouterr()  # what export and verify said
     command = [str(bundle.root), "a red circle", "--engine", "onnx", "--steps", "2", "--seed", "5", "--json"]
     assert generate([*command, "--out", str(tmp_path / "a.png")]) == 0
     assert json.loads(capsys.readouterr().out)["engine"] == "onnx"
+
+
+def test_openvino_and_tensorrt_take_the_same_graph(exported):
+    pytest.importorskip("openvino")
+    pytest.importorskip("tensorrt_rtx")
+    from fewstep.export.tensorrt import parses_and_builds
+
+    bundle = exported("ctm")
+    assert parses_and_builds(bundle, ("denoiser",)) == {"denoiser": None}
+    assert exporting.export([str(bundle.root), "--engine", "openvino"]) == 0
+    engine = open_engine(bundle, "openvino")
+    assert engine.capabilities.takes_s and engine.name == "openvino"
+    feeds = random_feeds(bundle, "denoiser", batch=1, size=(32, 32), seed=4)
+    for s in (-1.0, 499.0):
+        at = {**feeds, "s": torch.tensor([s])}
+        (there,), (here,) = engine.run("denoiser", at), TorchEngine(bundle).run("denoiser", at)
+        assert torch.allclose(there, here, atol=1e-4)
 
 
 def asks():
@@ -113,7 +137,7 @@ def asks():
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_it_is_served_beside_rows_of_other_counts(exported, name):
-    bundle = exported[name]
+    bundle = exported(name)
     alone = [run_request(TorchEngine(bundle), bundle, ask).pictures[0].astype(int) for ask in asks()]
     with Runtime([bundle], engine="onnx") as runtime:
         tickets = [runtime.submit(ask) for ask in asks()]

@@ -17,7 +17,7 @@ from fewstep.models.paths import Path
 
 from .distances import Distance, Weight
 from .ends import AtClean, Ends
-from .jumps import Jump
+from .jumps import Jump, TwoTimeJump
 from .objective import Batch, Cast, Metrics, Turn
 from .steps import At, OdeStep, Step
 from .times import UniformScale, clean
@@ -152,6 +152,11 @@ class Consistency:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("student", "teacher", self.target)))
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the student is told where it lands."""
+        return isinstance(self.jump, TwoTimeJump)
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         student, target = cast["student"], cast[self.target]

@@ -121,6 +121,7 @@ class FlowMap:
     target: str = "student"
 
     players = ("student",)
+    two_times = True
 
     @property
     def roles(self) -> tuple[str, ...]:

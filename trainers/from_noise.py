@@ -95,6 +95,7 @@ class FromNoise:
     last_share: float = 0.1
 
     players = ("student",)
+    two_times = True
     roles = ("student", "teacher")
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:

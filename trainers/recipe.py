@@ -115,6 +115,15 @@ class Recipe:
     beside: Mapping[str, Sampling] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
 
+    def __post_init__(self) -> None:
+        told = [stage for stage in self.stages if getattr(stage.objective, "two_times", False)]
+        if told and not self.student.second_time:
+            raise RecipeError(
+                f"stage {told[0].name!r} of {self.name} ({type(told[0].objective).__name__}) tells its student where a "
+                "jump lands, and the student takes one time; give it Student(second_time=True), or a jump that is not "
+                "told, such as DdimJump"
+            )
+
     @property
     def objective(self) -> Objective:
         """The objective of the last stage, which is the method's own."""

@@ -24,8 +24,9 @@ def meanflow(
     """MeanFlow, Geng et al. 2025 (arXiv 2505.13447): `u = v - (t - s) du/dt`, v of the data, no teacher.
 
     Adaptive weight 1 / (|d|^2 + floor)^power. t is even in flow time, s even below it, and s = t in the share `equal`:
-    the paper draws both logit-normal(-0.4, 1) with 75 % equal; a student that starts from a teacher has v already. Its
-    guidance within the target is left out. difference: step of central differences, 0 for an exact derivative.
+    the paper draws both logit-normal(-0.4, 1) with 75 % equal; a student that starts from a teacher has v already. The
+    network is told s, the paper's t - s. Its guidance within the target is left out. difference: step of central
+    differences, 0 for an exact derivative.
     """
     objective = FlowMap(
         pairs=FlowPairs(equal), source=NoisedData(pure_at_start=False), field=DataField(),
@@ -60,7 +61,7 @@ def shortcut(*, steps: int = 3000, lr: float = 3e-4, equal: float = 0.5, target_
     """Shortcut models, Frans et al. 2024 (arXiv 2410.12557): one step is two of half its length, of an average.
 
     Steps are of any length, where the paper's are powers of 1/2 and three quarters of the batch have none; its target
-    average moves by 0.001 a step. No teacher.
+    average moves by 0.001 a step. The network is told s, the paper's the length of the step. No teacher.
     """
     objective = FlowMap(
         pairs=FlowPairs(equal), source=NoisedData(pure_at_start=False), field=DataField(), aim=Halves(),
