@@ -16,7 +16,7 @@ from fewstep.trainers.variational import VariationalCoupling
 
 def fresh_point(original):
     """Noise of its own carries x^ to gamma(t)."""
-    return lambda self, teacher, x0, eps, t, cond: original(self, teacher, x0, torch.randn_like(eps), t, cond)
+    return lambda self, teacher, x0, eps, *rest: original(self, teacher, x0, torch.randn_like(eps), *rest)
 
 
 def attached_walk(original):

@@ -16,10 +16,10 @@ from fewstep.models.paths import Path
 from .distances import Distance
 from .objective import Batch, Cast, Metrics, Turn
 from .rollout import BackwardSimulation
-from .steps import between
+from .steps import At, OdeStep
 from .tangent import FLOW
 from .times import UniformScale, clean
-from .transitions import ddim_chain, guided, with_scale
+from .transitions import NoisedData, guided, with_scale
 from .u_shape import flow_time_to_path
 
 
@@ -40,13 +40,13 @@ class Shift:
 class BackwardDistillation:
     """`distance(x^, sg teacher(alpha_g x^ + sigma_g e^))`, g = gamma(t), x^ and e^ the student's at its own x_t.
 
-    parts: first-order steps of the teacher from gamma(t) to clean data. Only the student's evaluation at t has a
+    step: the teacher's way from gamma(t) to clean data. Only the student's evaluation at t has a
     gradient, and the batch gives conditions alone.
     """
 
     rollout: BackwardSimulation
     shift: Shift
-    parts: int
+    step: OdeStep
     distance: Distance
     guidance: UniformScale
     cfg: bool
@@ -62,14 +62,14 @@ class BackwardDistillation:
         x_t, t = self.rollout.reach(student, batch.x0, cond, turn)
         turn.share_dropout()
         x0, eps = student.both(x_t, t, cond)
-        aim = self.aim(teacher, x0.detach(), eps.detach(), t, cond)
+        aim = self.aim(teacher, x0.detach(), eps.detach(), t, cond, turn)
         residual = float((x0.detach() - aim).square().mean().sqrt())
         return self.distance(x0, aim).mean(), {"residual": residual}
 
     @torch.no_grad()
-    def aim(self, teacher: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def aim(self, teacher: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition, turn: Turn) -> Tensor:
         """The teacher's sample from the student's estimates, carried to gamma(t)."""
         path = teacher.path
         low = self.shift(path, t)
-        steps = between(low, torch.full_like(low, clean(path)), self.parts)
-        return ddim_chain(teacher, teacher.mix(x0, eps, low), steps, cond)
+        here = At(teacher.mix(x0, eps, low), low, x0, eps, cond, NoisedData())
+        return self.step(teacher, here, torch.full_like(low, clean(path)), turn)

@@ -18,6 +18,7 @@ from .objective import Cast, Turn
 from .oracle_parts import guidance_checks, rollout_checks
 from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, holds, slope_of, turn, world
 from .recipe import Recipe
+from .steps import OdeStep
 from .tangent import FLOW
 
 COUNT = 32
@@ -61,20 +62,20 @@ def _zero(label: str, stage: World, objective: BackwardDistillation) -> Iterator
     cast, _, _ = _cast(stage, plain)
     batch, found = stage.batch(COUNT), []
     for parts in (16, 32, 64):
-        kind = replace(plain, parts=parts)
+        kind = replace(plain, step=OdeStep(parts=parts))
         residuals = [kind.loss("student", cast, batch, turn(step))[1]["residual"] for step in range(4)]
         found.append(sum(residuals) / len(residuals))
     for coarse, finer in pairwise(found):
         yield between(f"{label}residual ratio when the teacher's steps double", coarse / finer, 1.6, 2.4)
     yield below(f"{label}residual at the exact student, 64 steps", found[-1], 0.1)
-    bent, _, _ = _cast(stage, plain, 0.2)
-    beside = replace(plain, parts=16).loss("student", bent, batch, turn())[1]["residual"]
+    bent, _, _ = _cast(stage, plain, 0.5)
+    beside = replace(plain, step=OdeStep(parts=16)).loss("student", bent, batch, turn())[1]["residual"]
     yield between(f"{label}residual beside it", beside, 3.0 * found[0], float("inf"))
 
 
 def _aim(label: str, stage: World, objective: BackwardDistillation) -> Iterator[Check]:
     """The aim is where the exact flow carries `alpha_g x^ + sigma_g e^` from g = gamma(t), shifted as declared."""
-    path, many = stage.path, replace(objective, parts=256)
+    path, many = stage.path, replace(objective, step=OdeStep(parts=256))
     t = path.end + (path.start - path.end) * torch.linspace(0.3, 0.9, COUNT, dtype=torch.float64)
     x, cond = stage.marginal(t), stage.batch(COUNT).cond
     rough = Bent(stage.teacher(), 0.3, 0.1).denoiser()
@@ -82,7 +83,7 @@ def _aim(label: str, stage: World, objective: BackwardDistillation) -> Iterator[
     low = objective.shift(path, t)
     point = expand(path.alpha(low), x0) * x0 + expand(path.sigma(low), eps) * eps
     truth = flow_map(stage.data.moved(SHIFT), path, point, low, None)
-    found = many.aim(stage.teacher(), x0, eps, t, cond)
+    found = many.aim(stage.teacher(), x0, eps, t, cond, turn())
     yield below(f"{label}aim: the teacher's sample of the carried point", found - truth, 0.05)
 
 

@@ -20,7 +20,7 @@ from .recipe_forms import FROM_DATA, ONE, chain, learn, multistep, single, stage
 from .recipes_consistency import tuned
 from .reflow import Annealing, AnnealingReflow
 from .rollout import BackwardSimulation
-from .steps import SameNoise
+from .steps import OdeStep, SameNoise
 from .student import Student
 from .times import EvenGrids, GridPairs, GridTimes, UniformScale
 from .transitions import NoisedData
@@ -66,7 +66,7 @@ def vct(
 def icd(
     *, steps: int = 3000, lr: float = 3e-4, phases: int = 4, points: int = 40, huber_c: float = 0.001,
     preserve: float = 1.5, guidance_high: float = 6.0, guidance_default: float = 3.0, guidance_width: int = 256,
-    target_ema: float = 0.95,
+    target_ema: float = 0.95, order: int = 1,
 ) -> Recipe:  # fmt: skip
     """Invertible consistency distillation, Starodubcev et al. 2024 (arXiv 2406.14539): a student and an inverse of it.
 
@@ -82,7 +82,10 @@ def icd(
         raise RecipeError(
             f"icd: {phases} phases do not divide the {points} points of its grid; change points or phases"
         )
-    parts = {"source": NoisedData(), "jump": DdimJump(), "distance": PseudoHuber(huber_c), "weight": unweighted}
+    parts = {
+        "source": NoisedData(), "jump": DdimJump(), "distance": PseudoHuber(huber_c), "weight": unweighted,
+        "step": OdeStep(order),
+    }  # fmt: skip
     reverse = Consistency(
         pairs=GridPairs(points, to_clean=True), ends=PhaseEdges(Fixed(phases)), cfg=True, target="target",
         guidance=UniformScale(1.0, guidance_high), **parts,  # type: ignore[arg-type]
@@ -107,7 +110,7 @@ def icd(
 
 
 def imagine_flash(
-    *, steps: int = 2000, lr: float = 3e-4, parts: int = 8, shift: float = 1.5, guidance: float = 3.0
+    *, steps: int = 2000, lr: float = 3e-4, parts: int = 8, shift: float = 1.5, guidance: float = 3.0, order: int = 1
 ) -> Recipe:
     """Imagine Flash, Kohler et al. 2024 (arXiv 2405.05224): the teacher corrects the student on its own walk.
 
@@ -121,8 +124,8 @@ def imagine_flash(
         raise RecipeError(f"imagine-flash: shift is {shift} and parts {parts}; both must be at least 1")
     counts = (1, 2, 3, 4)
     objective = BackwardDistillation(
-        rollout=BackwardSimulation(EvenGrids(counts), (), ToClean(), chained=True), shift=Shift(shift), parts=parts,
-        distance=Squared(), guidance=UniformScale(guidance, guidance), cfg=True,
+        rollout=BackwardSimulation(EvenGrids(counts), (), ToClean(), chained=True), shift=Shift(shift),
+        step=OdeStep(order, parts), distance=Squared(), guidance=UniformScale(guidance, guidance), cfg=True,
     )  # fmt: skip
     paper = "Kohler et al. 2024, Imagine Flash: Accelerating Emu Diffusion Models with Backward Distillation, "
     sampling = chain(counts)
