@@ -41,7 +41,7 @@ def imm(
 
 def twinflow(
     *, steps: int = 3000, lr: float = 3e-4, h: float = 0.01, parts: int = 2, near: float = 0.05, matching: float = 0.5,
-    soft: float = 0.3, empty: float = 0.1, reference: bool = True, guidance: float = 3.0,
+    floor: float = 1.0, soft: float = 0.3, empty: float = 0.1, reference: bool = True, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TwinFlow, Cheng et al. 2025 (arXiv 2512.05150): a flow map whose negative times are its own fake score.
 
@@ -49,8 +49,9 @@ def twinflow(
     right; one-step samples are pulled along the difference of both velocities, `matching` of the loss. The guidance is
     its own: rho = 1 - 1/w of the difference of its conditional and unconditional answers, the paper's 0.5 is w = 2.
     reference: the data's velocity is the batch's mean given x_t over rows of one condition, where the paper takes the
-    pair's own; both are one where every row has a condition of its own. soft: differences of the two velocities below
-    it count by their size, where the paper's all count alike (0.001).
+    pair's own; both are one where every row has a condition of its own. What is missed below `floor`, and differences
+    of the two velocities below `soft`, count by their square, where the paper's all count alike (0.001): the mean of a
+    noisy aim is kept so, and there is no drift to its median.
     """
     if guidance < 1.0:
         raise RecipeError(f"twinflow: guidance is {guidance}; its own guidance only adds, from 1 up")
@@ -58,7 +59,7 @@ def twinflow(
     objective = TwinFlow(
         pairs=ThreeKinds(times, near), times=times, source=source, missing=Recursive(h, parts),
         field=ReferenceField(source) if reference else DataField(),
-        distance=Adaptive(0.5, 1e-6), pull=ScaledPseudoHuber(soft), matching=matching, rho=1.0 - 1.0 / guidance,
+        distance=Adaptive(0.5, floor**2), pull=ScaledPseudoHuber(soft), matching=matching, rho=1.0 - 1.0 / guidance,
         empty_share=empty, guidance=UniformScale(guidance, guidance),
     )  # fmt: skip
     paper = "Cheng et al. 2025, TwinFlow: One-step Generation with Self-adversarial Flows, arXiv:2512.05150"
