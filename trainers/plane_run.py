@@ -45,7 +45,7 @@ class PlaneBudget:
     proportion to what they ask for. rate: factor on every recipe's learning rates, since this network is small.
     start_steps: those of the network that students start from."""
 
-    steps: int = 7000
+    steps: int = 4000
     batch: int = 256
     rate: float = 5.0
     start_steps: int = 8000
