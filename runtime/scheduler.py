@@ -26,8 +26,8 @@ STRETCH, DEADLINE_STRETCH = 20.0, 10.0
 """A request's waiting time is in proportion when it takes this many times its own cost. With 10 for those without a
 deadline, long ones that wait in a burst come due ahead of short ones (`tests/test_load_claims.py`)."""
 
-CALLS, REQUESTS = 16, 64
-"""How far the schedule is run ahead for a prediction: so many calls, and only where no more requests are here."""
+CALLS, REQUESTS = 16, 32
+"""How far the schedule is run ahead to keep a deadline: so many calls, and only where no more requests are here."""
 
 Change = Stepped | Paused | Ended
 
@@ -66,7 +66,8 @@ class _Live:
 class Scheduler:
     """See the module text. `costs` is read here and filled by whoever measures.
 
-    calls: how many calls are run ahead to predict when a request ends; 0 to go by what is in front of it alone.
+    calls: how many calls are run ahead to predict when a request with a deadline ends. It costs as much as a tenth of a
+    small network's call, so those to whom nothing is promised are told what follows from the work in front of them.
     """
 
     def __init__(self, lanes: Mapping[str, Lane], costs: Costs, *, max_queue: int, calls: int = CALLS) -> None:
@@ -79,7 +80,7 @@ class Scheduler:
         self._left: list[float] = []  # what each of `_order` still costs
         self._deadlines: list[tuple[float, str]] = []
         self._queues: dict[Key, list[Entry]] = {}
-        self._running: dict[int, tuple[float, Work]] = {}  # (predicted end, the call) by its id
+        self._running: dict[int, tuple[float, Work, Sequence[Entry]]] = {}  # (predicted end, the call, its items) by id
         self._held: set[str] = set()
         self._users: Counter[str] = Counter()
         self._arrivals = 0
@@ -307,18 +308,28 @@ class Scheduler:
         self.forecast.ran(alone_s, call_s)
         work = Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
         if now_s is not None:
-            self._running[id(work)] = now_s + call_s, work
+            self._running[id(work)] = now_s + call_s, work, entries
         return work
 
     def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, now_s: float) -> float:
         """Seconds until a request would end that enters now, if no other came: the schedule itself, run ahead."""
         if not self._live:
             return price.total_s
-        if not self._calls or len(self._live) >= REQUESTS:
-            return max(price.total_s, (sum(self._left[:place]) + price.total_s) / self.forecast.speed)
+        if job.deadline_s is None or not self._calls or len(self._live) >= REQUESTS:
+            running_s, counted_s = self._running_s(due_s, now_s)
+            ahead_s = sum(self._left[:place]) - counted_s
+            return running_s + max(price.total_s, (ahead_s + price.total_s) / self.forecast.speed)
         ahead = self.copy()
         ahead._enter(job, price, due_s, place)
         return rehearse(ahead, job, now_s, self._calls)
+
+    def _running_s(self, due_s: float, now_s: float) -> tuple[float, float]:
+        """(seconds until the calls that run are done, what they do of requests due before `due_s`, each alone)."""
+        until, counted = 0.0, 0.0
+        for end_s, _, entries in self._running.values():
+            until = max(until, end_s - now_s)
+            counted += sum([entry.alone_s for entry in entries if entry.due_s <= due_s and entry.item.id in self._live])
+        return until, counted
 
     def copy(self) -> "Scheduler":
         """A scheduler in the same state with requests of its own, to be run ahead. What it learns is its own."""
@@ -333,7 +344,7 @@ class Scheduler:
     @property
     def running(self) -> list[tuple[float, Work]]:
         """The calls that are out, with their predicted ends in seconds."""
-        return list(self._running.values())
+        return [(end_s, work) for end_s, work, _ in self._running.values()]
 
     def left_s(self, request_id: str) -> float:
         """Seconds that a request and all that is due before it still take, at the pace of late."""
