@@ -27,6 +27,7 @@ SUMMARIES = {
     "distill-tiny-decoder": "give a bundle a small decoder that draws what its own draws",
     "bench-compression": "size, operations, time and quality of compressed students",
     "bench-recipes": "every training recipe on one small teacher with one budget",
+    "bench-scenes": "training recipes on the built-in teacher with one budget",
     "bench-quality": "Frechet distance, prompt compliance and diversity per step count",
     "pictures": "models and step counts side by side on one sheet",
     "demo": "the whole loop on the built-in family",

@@ -60,3 +60,17 @@ def exported_lcm(tiny_lcm, tmp_path_factory):
     bundle = make_golden(load_bundle(copy_bundle(tiny_lcm, tmp_path_factory.mktemp("exported") / "lcm")))
     export_onnx(bundle)
     return bundle
+
+
+@pytest.fixture
+def short_prompts(monkeypatch):
+    """Captions that fit the tiny bundles' 24 tokens."""
+    import random
+
+    from fewstep.trainers import quality, scenes
+
+    rng = random.Random(1)
+    claims = [scenes.ObjectClaim(rng.choice(scenes.SHAPES), rng.choice(("red", "blue"))) for _ in range(8)]
+    captions = tuple(scenes.Caption(f"{c.colour} {c.shape}", (c,)) for c in claims)
+    real = quality.draw_prompts(8).real
+    monkeypatch.setattr(quality, "draw_prompts", lambda prompts, seed=0: quality.PromptSet(captions, real, seed))

@@ -130,16 +130,6 @@ def test_new_rows_replace_old_ones():
     assert quality.merge_rows(old, [row(4, 0.9), row(2)]) == (row(1), row(2), row(4, 0.9), row(4, guidance=3.0))
 
 
-@pytest.fixture
-def short_prompts(monkeypatch):
-    """Captions that fit the tiny bundles' 24 tokens."""
-    rng = random.Random(1)
-    claims = [scenes.ObjectClaim(rng.choice(scenes.SHAPES), rng.choice(("red", "blue"))) for _ in range(8)]
-    captions = tuple(scenes.Caption(f"{c.colour} {c.shape}", (c,)) for c in claims)
-    real = quality.draw_prompts(8).real
-    monkeypatch.setattr(quality, "draw_prompts", lambda prompts, seed=0: quality.PromptSet(captions, real, seed))
-
-
 def test_the_command_writes_figures_and_curve(tiny_teacher, tiny_lcm, tmp_path, capsys, short_prompts):
     copies = [copy_bundle(b, tmp_path / b.name) for b in (tiny_teacher, tiny_lcm)]
     file = tmp_path / "quality.json"
