@@ -200,8 +200,8 @@ def test_negative_export_and_settings(tiny_dmd2, tmp_path):
     bundle = adopted(tiny_dmd2, tmp_path / "b", lambda root: adopt_negative(root, Negative()))
     assert "denoiser+negative" in bundle.roles and "denoiser+negative" not in tiny_dmd2.roles
     assert_exports(bundle, "denoiser+negative")
-    with pytest.raises(BundleError, match="method is 'sun'; use one of nasa, nag"):
-        Negative(method="sun")
+    with pytest.raises(BundleError, match="method is 'moon'; use one of nasa, nag, sun"):
+        Negative(method="moon")
     with pytest.raises(BundleError, match=r"tau is 0.5"):
         Negative(tau=0.5)
     with pytest.raises(BundleError, match=r"alpha is 0.0"):

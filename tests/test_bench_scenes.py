@@ -20,7 +20,7 @@ def test_every_flagship_gets_the_same_budget():
         assert (recipe.run.batch, recipe.run.seed) == (8, 3)
 
 
-@pytest.mark.parametrize(("name", "said"), [("lcn", "recipes are"), ("bk-sdm", "sampled as their teacher")])
+@pytest.mark.parametrize(("name", "said"), [("lcn", "recipes are"), ("ppcl", "sampled as their teacher")])
 def test_what_cannot_be_compared_is_refused_before_any_training(name, said):
     with pytest.raises(RecipeError, match=said):
         bench_scenes.command(["lcm", name])

@@ -195,11 +195,11 @@ def exchanged(x0: Tensor, noise: Tensor, cond: Condition, turn: Turn, rounds: in
     Rows of equal condition are paired off at random, and exchange their noise where that shortens the two distances; so
     each condition keeps the very noise it drew. Exact transport would be the limit of many rounds.
     """
-    order = torch.arange(len(x0))
+    order = torch.arange(len(x0), device=x0.device)
     flat, far = x0.flatten(1).double(), noise.flatten(1).double()
     same = same_condition(cond)
     for _ in range(rounds):
-        pairs = torch.randperm(len(x0), generator=turn.rng)[: len(x0) // 2 * 2].reshape(2, -1)
+        pairs = torch.randperm(len(x0), generator=turn.rng, device=turn.rng.device).to(x0.device)[: len(x0) // 2 * 2].reshape(2, -1)
         a, b = pairs[0], pairs[1]
         gain = ((flat[a] - flat[b]) * (far[order[b]] - far[order[a]])).sum(1)
         swap = (gain > 0) & same[a, b]
