@@ -199,8 +199,8 @@ def exchanged(x0: Tensor, noise: Tensor, cond: Condition, turn: Turn, rounds: in
     flat, far = x0.flatten(1).double(), noise.flatten(1).double()
     same = same_condition(cond)
     for _ in range(rounds):
-        pairs = torch.randperm(len(x0), generator=turn.rng, device=turn.rng.device).to(x0.device)[: len(x0) // 2 * 2].reshape(2, -1)
-        a, b = pairs[0], pairs[1]
+        drawn = torch.randperm(len(x0), generator=turn.rng, device=turn.rng.device).to(x0.device)
+        a, b = drawn[: len(x0) // 2 * 2].reshape(2, -1)
         gain = ((flat[a] - flat[b]) * (far[order[b]] - far[order[a]])).sum(1)
         swap = (gain > 0) & same[a, b]
         order[a], order[b] = torch.where(swap, order[b], order[a]), torch.where(swap, order[a], order[b])
