@@ -54,13 +54,13 @@ def sana_sprint(
 
 
 def tbcm(
-    *, steps: int = 3000, lr: float = 2e-4, walk: int = 6, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    *, steps: int = 3000, lr: float = 7e-5, walk: int = 6, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
     floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TBCM, 2025 (hustvl/TBCM): sCM's loss at states of the teacher's own walks from noise, with no data.
 
-    Each state has a walk of `walk` even steps of its own, where the paper takes all of one walk of 16. Its filter of
-    black pictures is left out. Unverified: the paper's calming of the tangent late in the run; decided: none.
+    Each state has a walk of `walk` even steps of its own, where the paper takes all of one walk of 16; the rate is
+    sCM's. Its filter of black pictures is left out. Unverified: the paper's calming of the tangent late in the run; decided: none.
     """
     base = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
     objective = replace(base, source=TeacherWalk(walk))
