@@ -1,5 +1,6 @@
 """Students that are told where their jumps land, from the recipe to the server: trained, exported, verified, served."""
 
+import inspect
 import json
 from dataclasses import replace
 from functools import cache
@@ -29,7 +30,7 @@ from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.student import Student, build_student
 from tiny import make_tiny_bundle, two_times
 
-FAST = {"batch": 2, "steps": 2, "lr": 0.01, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
+FAST = {"batch": 4, "steps": 2, "lr": 0.01, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
 NAMES = [name for name, recipe in RECIPES.items() if recipe().student.second_time]
 EXPORTED = ("meanflow", "ctm")
 
@@ -51,7 +52,12 @@ def data(teacher):
 def students(teacher, data, tmp_path_factory):
     """A recipe's name -> its student, trained when first asked for."""
     root = tmp_path_factory.mktemp("told")
-    return cache(lambda name: distill(name, teacher, root / name, FAST, data=data, device="cpu"))
+
+    def train(name):
+        few = {"pairs": 4, "pair_steps": 2} if "pairs" in inspect.signature(RECIPES[name]).parameters else {}
+        return distill(name, teacher, root / name, FAST | few, data=data, device="cpu")
+
+    return cache(train)
 
 
 @pytest.fixture(scope="module")
