@@ -60,7 +60,8 @@ def tbcm(
     """TBCM, 2025 (hustvl/TBCM): sCM's loss at states of the teacher's own walks from noise, with no data.
 
     Each state has a walk of `walk` even steps of its own, where the paper takes all of one walk of 16; the rate is
-    sCM's. Its filter of black pictures is left out. Unverified: the paper's calming of the tangent late in the run; decided: none.
+    sCM's. Its filter of black pictures is left out. Unverified: the paper's calming of the tangent late in the run;
+    decided: none.
     """
     base = _objective(mean, std, warmup, floor, difference, UniformScale(guidance, guidance))
     objective = replace(base, source=TeacherWalk(walk))
