@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(ahead: "Scheduler", job: Job, now_s: float, calls: int) -> float:
-    """Seconds from `now_s` until `job`, which is in `ahead`, would end, every call taking what the table says.
+    """Seconds from `now_s` until `job`, which has just entered `ahead`, would end; calls take what the table says.
 
     ahead: it is run on, and of no use afterwards. calls: after so many, and where nothing can run, the rest is what is
     left of this request and of those due before it.
@@ -17,17 +17,12 @@ def rehearse(ahead: "Scheduler", job: Job, now_s: float, calls: int) -> float:
     time_s = now_s
     for end_s, work in ahead.running:
         time_s = max(time_s, end_s)
-        if any(_ends(event, job) for event in ahead.complete(work, [None] * len(work.items), time_s)):
-            return time_s - now_s
+        ahead.complete(work, [None] * len(work.items), time_s)
     for _ in range(calls):
-        found = ahead.next(time_s)
-        if found is None:
+        if ahead.next(time_s) is None:
             break
         ((time_s, work),) = ahead.running
-        if any(_ends(event, job) for event in ahead.complete(work, [None] * len(work.items), time_s)):
-            return time_s - now_s + (job.then_s or 0.0)
+        for event in ahead.complete(work, [None] * len(work.items), time_s):
+            if isinstance(event, Ended | Paused) and event.id == job.id:
+                return time_s - now_s + (job.then_s or 0.0)
     return time_s - now_s + ahead.left_s(job.id)
-
-
-def _ends(event: object, job: Job) -> bool:
-    return isinstance(event, Ended | Paused) and event.id == job.id

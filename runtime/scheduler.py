@@ -139,7 +139,7 @@ class Scheduler:
         due = soft if job.deadline_s is None else min(soft, job.deadline_s - own)
         place = bisect.bisect_left(self._order, (due, self._arrivals))
         ahead = sum(self._left[:place])
-        undisturbed = self._undisturbed_s(job, price, due, place, now_s)
+        undisturbed = self._undisturbed_s(job, price, due, place, ahead, now_s)
         passed = self.forecast.ends_in(now_s, due - now_s, undisturbed)
         predicted = passed * self.forecast.drift(due - now_s)
         if len(self._live) >= self._max_queue:
@@ -311,14 +311,16 @@ class Scheduler:
             self._running[id(work)] = now_s + call_s, work, entries
         return work
 
-    def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, now_s: float) -> float:
-        """Seconds until a request would end that enters now, if no other came: the schedule itself, run ahead."""
+    def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, ahead_s: float, now_s: float) -> float:
+        """Seconds until a request would end that enters now, if no other came; with a deadline, by the schedule itself.
+
+        ahead_s: what all that is due before it still costs.
+        """
         if not self._live:
             return price.total_s
         if job.deadline_s is None or not self._calls or len(self._live) >= REQUESTS:
             running_s, counted_s = self._running_s(due_s, now_s)
-            ahead_s = sum(self._left[:place]) - counted_s
-            return running_s + max(price.total_s, (ahead_s + price.total_s) / self.forecast.speed)
+            return running_s + max(price.total_s, (ahead_s - counted_s + price.total_s) / self.forecast.speed)
         ahead = self.copy()
         ahead._enter(job, price, due_s, place)
         return rehearse(ahead, job, now_s, self._calls)

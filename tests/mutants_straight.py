@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from mutants import Mutant
+from mutants_flow import attached
 
 from fewstep.trainers import consistency, moments, self_corrected, steps, straight, twin
 from fewstep.trainers.moments import Decrement, Laplace, LogSnrWeight, MomentMatching
@@ -12,18 +13,6 @@ from fewstep.trainers.straight import Anchored, SameSlope, StraightTrajectory
 from fewstep.trainers.tangent import FLOW
 from fewstep.trainers.times import clean
 from fewstep.trainers.twin import Recursive, ThreeKinds, TwinFlow
-
-
-def attached(original):
-    """A further term, whose gradient is not the method's."""
-
-    def loss(self, player, cast, batch, turn):
-        kept, metrics = original(self, player, cast, batch, turn)
-        student = cast["student"]
-        t = torch.full((batch.x0.shape[0],), student.path.start, dtype=torch.float64)
-        return kept + student.x0(batch.x0, t, {**batch.cond, "s": t}).square().mean(), metrics
-
-    return loss
 
 
 def unpaired(original):

@@ -13,7 +13,6 @@ from fewstep.runtime.served import serve
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
 from fewstep.trainers.checkpoint_search import Kept, KeptFiles, Search, settle
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, conditions, plane
@@ -22,6 +21,7 @@ from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_adapted import ADAPTED, lcsc, speedupnet
+from tiny import tiny_latents
 
 BUDGET = PlaneBudget(steps=8, start_steps=4, batch=16, pairs=32)
 FAST = {"batch": 4, "steps": 4, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
@@ -36,11 +36,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def data(tiny_teacher):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    return Latents(
-        torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    )
+    return tiny_latents(tiny_teacher)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
 
 from fewstep.trainers import bench_scenes
 from fewstep.trainers.bench_scenes import FLAGSHIPS, SceneBudget, budgeted, markdown
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.errors import RecipeError
+from tiny import tiny_latents
 
 TINY = SceneBudget(steps=2, batch=4, prompts=8)
 
@@ -27,11 +26,7 @@ def test_what_cannot_be_compared_is_refused_before_any_training(name, said):
 
 
 def test_recipes_are_trained_measured_and_read_back(tiny_teacher, tmp_path, short_prompts, monkeypatch):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    data = Latents(
-        torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    )
+    data = tiny_latents(tiny_teacher)
     saved = []
     report = bench_scenes.bench_scenes(
         ("lcm", "anyflow"),

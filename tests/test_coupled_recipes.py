@@ -14,7 +14,6 @@ from fewstep.runtime.served import serve
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
 from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.invertible import LowerEdges, UpperEdges
@@ -28,6 +27,7 @@ from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_consistency import slct
 from fewstep.trainers.recipes_coupled import COUPLED, icd, imagine_flash, vct
 from fewstep.trainers.variational import VariationalCoupling
+from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
@@ -44,11 +44,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def data(tiny_teacher):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    return Latents(
-        torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    )
+    return tiny_latents(tiny_teacher)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from fewstep.models.paths import TrigFlow
 from fewstep.trainers import distill as module
 from fewstep.trainers.budget import estimate
 from fewstep.trainers.commands import distill as command
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import CheckpointError, RecipeError
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.student import Student, add_guidance, build_student, fold_guidance, merged
+from tiny import tiny_latents
 
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
 INPUT = (torch.randn(2, 4, 16, 16), torch.tensor([999.0, 259.0]), torch.randn(2, 24, 32))
@@ -27,10 +27,7 @@ INPUT = (torch.randn(2, 4, 16, 16), torch.tensor([999.0, 259.0]), torch.randn(2,
 
 @pytest.fixture(scope="module")
 def data(tiny_teacher):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    empty = {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    return Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
+    return tiny_latents(tiny_teacher)
 
 
 def answer(unet, w=None):

@@ -14,7 +14,6 @@ from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import DenoiserNet
 from fewstep.models.paths import VP
 from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, conditions, plane
@@ -23,7 +22,7 @@ from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.preview import sample
 from fewstep.trainers.recipes_guidance import GUIDANCE, agd, w_embedding
 from fewstep.trainers.recipes_report import markdown
-from tiny import copy_bundle
+from tiny import copy_bundle, tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
@@ -38,11 +37,7 @@ def answer(unet, w=None):
 
 @pytest.fixture(scope="module")
 def data(tiny_teacher):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    return Latents(
-        torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    )
+    return tiny_latents(tiny_teacher)
 
 
 @pytest.fixture(scope="module")

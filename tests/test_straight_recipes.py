@@ -19,6 +19,7 @@ from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_matching import MATCHING, imm, twinflow
 from fewstep.trainers.recipes_straight import STRAIGHT, consistency_fm, scflow, traflow
 from fewstep.trainers.twin import twin
+from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
@@ -101,12 +102,7 @@ def test_the_planes_network_knows_negative_times(start):
 
 @pytest.fixture(scope="module")
 def pictures(tiny_teacher):
-    from fewstep.trainers.data import Latents, tokenize
-
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    empty = {"ids": tokenize(tiny_teacher.tokenizer, [""])[0]}
-    return Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
+    return tiny_latents(tiny_teacher)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,6 @@ from diffusers import AutoencoderTiny
 
 from fewstep.models.bundle import load_bundle
 from fewstep.trainers import dial
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.tiny_decoder import (
     COMPONENT,
@@ -21,7 +20,7 @@ from fewstep.trainers.tiny_decoder import (
     with_tiny_decoder,
 )
 from fewstep.trainers.tiny_decoder import command as distil_command
-from tiny import copy_bundle
+from tiny import copy_bundle, tiny_latents
 
 FAST = TinyDecoderSettings(blocks=(1, 0), steps=30, batch=4, pictures=4, bf16=False)
 
@@ -31,10 +30,7 @@ def latents(tiny_lcm, tmp_path_factory):
     from fewstep.trainers.data import save_latents
 
     file = tmp_path_factory.mktemp("latents") / "latents.safetensors"
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(tiny_lcm.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    empty = {"ids": tokenize(tiny_lcm.tokenizer, [""])[0]}
-    data = Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
+    data = tiny_latents(tiny_lcm)
     save_latents(file, data)
     return data, file
 

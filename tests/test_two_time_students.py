@@ -23,12 +23,11 @@ from fewstep.runtime.loop import run_request
 from fewstep.runtime.manifest import read_manifest
 from fewstep.runtime.request import Edit, GenerateRequest
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers.data import Latents, tokenize
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.student import Student, build_student
-from tiny import make_tiny_bundle, two_times
+from tiny import make_tiny_bundle, tiny_latents, two_times
 
 FAST = {"batch": 4, "steps": 2, "lr": 0.01, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
 NAMES = [name for name, recipe in RECIPES.items() if recipe().student.second_time]
@@ -42,10 +41,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(teacher):
-    rng = torch.Generator().manual_seed(0)
-    ids = tokenize(teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
-    empty = {"ids": tokenize(teacher.tokenizer, [""])[0]}
-    return Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
+    return tiny_latents(teacher)
 
 
 @pytest.fixture(scope="module")

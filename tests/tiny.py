@@ -14,6 +14,7 @@ from fewstep.models.bundle import Bundle, seal_bundle
 from fewstep.models.paths import VP
 from fewstep.models.second_time import SecondTime, add_second_time
 from fewstep.models.spec import Boundary, Guidance, Latent, SamplerSpec, Spacing
+from fewstep.trainers.data import Latents, tokenize
 
 LCM_GRIDS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 759.0, 499.0, 259.0)}
 LCM_GRIDS[8] = (999.0, 879.0, 759.0, 639.0, 499.0, 379.0, 259.0, 139.0)
@@ -119,3 +120,11 @@ def copy_bundle(bundle: Bundle, folder: Path) -> Path:
     """A private copy, for tests that damage it."""
     shutil.copytree(bundle.root, folder)
     return folder
+
+
+def tiny_latents(teacher: Bundle) -> Latents:
+    """Four samples, with captions, to train a tiny student on."""
+    rng = torch.Generator().manual_seed(0)
+    ids = tokenize(teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
+    empty = {"ids": tokenize(teacher.tokenizer, [""])[0]}
+    return Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)

@@ -99,11 +99,12 @@ def trained(
         rows: list[dict[str, Any]] = json.loads(kept.read_text())
         return rows
     root = out / f"{name}-{key[:12]}"
-    begun_s = time.perf_counter()
+    run, begun_s = root.with_name(root.name + ".run"), time.perf_counter()
+    whole = not (root.exists() or run.exists())  # else part of its time was spent before
     student = load_bundle(root) if (root / "bundle.json").is_file() else distill(
-        recipe, teacher, root, resume=root.with_name(root.name + ".run").is_dir(), device=device, data=data
+        recipe, teacher, root, resume=run.is_dir(), device=device, data=data
     )  # fmt: skip
-    seconds = round(time.perf_counter() - begun_s, 1)
+    seconds = round(time.perf_counter() - begun_s, 1) if whole else None
     counts = [count for count in STUDENT_STEPS if student.spec.allows(count)]
     rows = [{**_row(student, name, count, prompt_set), "train_seconds": seconds} for count in counts]
     write_whole(kept, (json.dumps(rows, indent=1) + "\n").encode())

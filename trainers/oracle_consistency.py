@@ -21,7 +21,7 @@ from .objective import Cast, Turn
 from .oracle_parts import guidance_checks, perfect_student, source_checks
 from .oracle_steps import end_checks, pair_checks, step_checks
 from .oracle_straight import slope_checks
-from .oracle_world import Bent, Check, World, below, between, holds, slope_of, turn, world
+from .oracle_world import Bent, Check, World, below, between, gradient_checks, holds, turn, world
 from .recipe import Recipe
 from .steps import AdjustedStep, OdeStep, SdeStep
 
@@ -172,9 +172,7 @@ def _slopes(label: str, stage: World, objective: Consistency) -> Iterator[Check]
     if deterministic(objective) is not None and objective.aside is None:
         low = 5.0 if isinstance(objective.step, OdeStep) else 2.0
         yield between(f"{label}a bent student's loss over the perfect one's", bent.detach() / least, low, float("inf"))
-    for name, weight in student.named_parameters():
-        slope = slope_of(loss, weight)
-        yield below(f"{label}gradient of {name} against differences", abs(float(weight.grad) / slope - 1.0), 0.02)
+    yield from gradient_checks(label, loss, student, 0.02)
 
 
 def _conventions(stage: World, objective: Consistency) -> Iterator[Check]:

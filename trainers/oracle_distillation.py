@@ -13,7 +13,7 @@ from fewstep.models.paths import VP, Path
 from .distillation import KnowledgeDistillation, Times, feature_loss
 from .objective import Batch, Cast, Turn
 from .oracle_parts import source_checks
-from .oracle_world import Bent, Check, World, below, between, holds, recipe_spec, slope_of, turn, world
+from .oracle_world import Bent, Check, World, below, between, gradient_checks, holds, recipe_spec, turn, world
 from .recipe import Recipe
 from .surgery import Run
 from .watch import Twin, lead, stage_pairs, watch_both
@@ -59,9 +59,7 @@ def _output(label: str, stage: World, objective: KnowledgeDistillation) -> Itera
 
     again().backward()
     yield holds(f"{label}no gradient reaches the teacher", all(w.grad is None for w in teacher.parameters()))
-    for name, weight in student.named_parameters():
-        found = 0.0 if weight.grad is None else float(weight.grad)
-        yield below(f"{label}gradient of {name} against differences", abs(found / slope_of(again, weight) - 1.0), 0.01)
+    yield from gradient_checks(label, again, student)
     yield between(f"{label}the loss pulls a bent student back", student.gain.grad or 0.0, 1e-3, float("inf"))
 
 

@@ -17,7 +17,7 @@ from .guidance import GuidanceDistillation
 from .objective import Cast
 from .oracle_distillation import time_checks
 from .oracle_parts import guidance_checks, source_checks
-from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, holds, slope_of, turn, world
+from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, gradient_checks, holds, turn, world
 from .recipe import Recipe
 from .transitions import TeacherWalk, guided
 
@@ -72,9 +72,7 @@ def _slopes(label: str, stage: World, objective: GuidanceDistillation) -> Iterat
 
     again().backward()
     yield holds(f"{label}no gradient reaches the teacher", all(w.grad is None for w in teacher.parameters()))
-    for name, weight in student.named_parameters():
-        found = 0.0 if weight.grad is None else float(weight.grad)
-        yield below(f"{label}gradient of {name} against differences", abs(found / slope_of(again, weight) - 1.0), 0.01)
+    yield from gradient_checks(label, again, student)
 
 
 def _scales(recipe: Recipe, stage: World, objective: GuidanceDistillation) -> Iterator[Check]:

@@ -20,7 +20,7 @@ from .distances import Squared
 from .invertible import Invertible, RisingPairs, UpperEdges
 from .objective import Cast, Turn
 from .oracle_parts import perfect_student
-from .oracle_world import Bent, Check, World, below, between, holds, recipe_spec, slope_of, turn, world
+from .oracle_world import Bent, Check, World, below, between, gradient_checks, holds, recipe_spec, turn, world
 from .recipe import Recipe
 from .times import grid
 
@@ -186,7 +186,4 @@ def _routing(label: str, stage: World, objective: Invertible) -> Iterator[Check]
         def loss(fixed: Invertible = fixed, player: str = player, roles: dict[str, Denoiser] = roles) -> Tensor:
             return fixed.loss(player, Cast(roles), batch, turn())[0]
 
-        for name, weight in modules[player].named_parameters():
-            assert weight.grad is not None
-            slope = float(weight.grad) / slope_of(loss, weight, 1e-4) - 1.0
-            yield below(f"{label}{player}: gradient of {name} against differences", slope, 0.02)
+        yield from gradient_checks(f"{label}{player}: ", loss, modules[player], 0.02, 1e-4)

@@ -14,7 +14,7 @@ from fewstep.runtime.samplers import time_pairs, updates
 
 from .objective import Cast, Turn
 from .oracle_parts import guidance_checks, source_checks
-from .oracle_world import Bent, Check, World, absorbed, below, between, holds, recipe_spec, slope_of, turn, world
+from .oracle_world import Bent, Check, World, absorbed, below, between, gradient_checks, holds, recipe_spec, turn, world
 from .progressive import ProgressiveHalving, halving_target
 from .recipe import Recipe, Stage
 from .times import clean
@@ -158,9 +158,7 @@ def _gradients(label: str, stage: World, objective: ProgressiveHalving) -> Itera
     bent.backward()
     yield holds(f"{label}no gradient reaches the teacher", all(w.grad is None for w in teacher.parameters()))
     yield between(f"{label}a bent student's loss over the perfect one's", bent.detach() / least, 5.0, float("inf"))
-    for name, weight in student.named_parameters():
-        found = 0.0 if weight.grad is None else float(weight.grad)
-        yield below(f"{label}gradient of {name} against differences", abs(found / slope_of(loss, weight) - 1.0), 0.01)
+    yield from gradient_checks(label, loss, student)
 
 
 def _inverse(stage: World) -> Check:

@@ -4,7 +4,7 @@ Everything is float64 and small. A perfect network is wrapped as `Bent`, whose t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,15 @@ def slope_of(loss: Callable[[], Tensor], weight: nn.Parameter, h: float = 1e-3) 
         low = float(loss().detach())
         weight.add_(h)
     return (high - low) / (2 * h)
+
+
+def gradient_checks(
+    label: str, loss: Callable[[], Tensor], learner: nn.Module, bound: float = 0.01, h: float = 1e-3
+) -> Iterator[Check]:
+    """Each weight's gradient, which a backward pass of `loss` has left, against differences of it."""
+    for name, weight in learner.named_parameters():
+        found = 0.0 if weight.grad is None else float(weight.grad)
+        yield below(f"{label}gradient of {name} against differences", found / slope_of(loss, weight, h) - 1.0, bound)
 
 
 AS_TEACHER = Sampling(
