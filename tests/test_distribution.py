@@ -11,8 +11,8 @@ from fewstep.trainers.discriminator import Adversary, FakeWithCritic, critic_los
 from fewstep.trainers.distances import unweighted
 from fewstep.trainers.jumps import ToClean
 from fewstep.trainers.objective import Batch, Cast, Turn
-from fewstep.trainers.recipes import dmd2
-from fewstep.trainers.rollout import BackwardSimulation
+from fewstep.trainers.recipes_distribution import dmd2
+from fewstep.trainers.rollout import BackwardSimulation, Made
 from fewstep.trainers.scores import carry, denoising_loss, dmd_gradient
 from fewstep.trainers.times import LcmGrids, UniformTimes
 
@@ -39,7 +39,7 @@ def test_gradient_points_from_the_teacher_and_is_normalised_per_sample():
     x[1] = 30.0
     t = torch.full((2,), 700.0, dtype=torch.float64)
     cond = {"ctx": torch.zeros(2, 1)}
-    g = dmd_gradient(real, fake, x, t, torch.zeros(2, 2), cond)
+    g = dmd_gradient(real, fake, Made(x, x, t), t, torch.zeros(2, 2), cond)
     assert (g > 0).all()  # descending x - g moves the samples from the fake's mean 3 to the teacher's mean 0
     x_t = PATH.alpha(700.0) * x.double()
     mu_real, mu_fake = real.x0(x_t, t, cond), fake.x0(x_t, t, cond)
@@ -51,9 +51,9 @@ def test_fake_loss_is_zero_at_the_sample_and_detached():
     x = torch.randn(3, 2, requires_grad=True)
     perfect = Denoiser(lambda x_t, t, cond: x.detach(), PATH, "x0")
     t = torch.full((3,), 300.0, dtype=torch.float64)
-    assert denoising_loss(perfect, x, t, torch.randn(3, 2), {}, unweighted) == 0
+    assert denoising_loss(perfect, Made(x, x, t), t, torch.randn(3, 2), {}, unweighted) == 0
     off = Denoiser(lambda x_t, t, cond: x_t * 0 + x.detach() + 2.0, PATH, "x0")
-    loss = denoising_loss(off, x, t, torch.randn(3, 2), {}, unweighted)
+    loss = denoising_loss(off, Made(x, x, t), t, torch.randn(3, 2), {}, unweighted)
     assert float(loss) == pytest.approx(4.0) and not loss.requires_grad
 
 
@@ -75,8 +75,8 @@ def rollout(step, weights=()):
     value = torch.tensor(5.0, requires_grad=True)
     seen = Recorder(value)
     simulation = BackwardSimulation(LcmGrids((1, 2, 4)), weights, ToClean())
-    out = simulation.run(Denoiser(seen, PATH, "x0"), torch.zeros(512, 8), {}, turn(step), grad=True)
-    return seen, out
+    made = simulation.make(Denoiser(seen, PATH, "x0"), Batch(torch.zeros(512, 8), {}, {}), turn(step))
+    return seen, made.x0
 
 
 def test_rollout_walks_the_sampler_and_grades_only_the_last_step():
@@ -101,8 +101,9 @@ def test_rollout_weights_choose_the_grid():
 def test_rollout_without_gradient():
     simulation = BackwardSimulation(LcmGrids((2,)), (), ToClean())
     seen = Recorder(torch.tensor(1.0, requires_grad=True))
-    out = simulation.run(Denoiser(seen, PATH, "x0"), torch.zeros(2, 3), {}, turn(), grad=False)
-    assert not out.requires_grad and not any(seen.graded)
+    with torch.no_grad():
+        made = simulation.make(Denoiser(seen, PATH, "x0"), Batch(torch.zeros(2, 3), {}, {}), turn())
+    assert not made.x0.requires_grad and not any(seen.graded)
 
 
 def test_gan_losses_at_zero_and_their_directions():

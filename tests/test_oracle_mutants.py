@@ -11,6 +11,7 @@ import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
 from mutants_adapted import ADAPTED_MUTANTS
 from mutants_coupled import COUPLED_MUTANTS
+from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
@@ -20,14 +21,11 @@ from fewstep.runtime import samplers
 from fewstep.runtime.samplers import Update
 from fewstep.trainers import (
     distillation,
-    distribution,
-    loop,
     oracle_distillation,
     pairs,
     plot,
     progressive,
     reflow,
-    rollout,
     steps,
     transitions,
 )  # fmt: skip
@@ -36,7 +34,6 @@ from fewstep.trainers.jumps import LcmJump
 from fewstep.trainers.objective import Switch, Turn
 from fewstep.trainers.oracle import checks_of
 from fewstep.trainers.oracle_samplers import sampler_checks
-from fewstep.trainers.player import Player
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.reflow import Annealing
 from fewstep.trainers.times import GridPairs, GridTimes, HalvingPairs
@@ -91,39 +88,6 @@ def swapped_triples(original):
         return t, torch.where(mid > s, s, mid), torch.where(mid > s, mid, s)
 
     return draw
-
-
-def averaging_every_step(original):
-    """Averages follow the loop's steps, not the player's own."""
-
-    def play(method, player, *args):
-        out = original(method, player, *args)
-        for other in method.players:
-            if other is not player:
-                other._average(0.5)
-        return out
-
-    return play
-
-
-def noise_target(original):
-    """eps taken for x0 in the fake's own loss."""
-
-    def loss(fake, x, t, noise, cond, weight):
-        x_t = transitions.noised(fake.path, x, t, noise)
-        return ((fake.x0(x_t, t, cond) - noise).square().flatten(1).mean(1) * weight(fake.path, t)).mean()
-
-    return loss
-
-
-def old_noise(original):
-    """A rollout that keeps its first noise: the deterministic chain, where the student is sampled with fresh noise."""
-    kept = {}
-
-    def mixed(path, x0, t, noise):
-        return original(path, x0, t, kept.setdefault(x0.shape, noise))
-
-    return mixed
 
 
 def with_noise(rule):
@@ -192,11 +156,12 @@ def even_times(original):
     return lambda self, path, count, turn: original(GridTimes(self.points, 0.0), path, count, turn)
 
 
-LCM, PD, DMD = ("lcm",), ("progressive",), ("dmd2",)
+LCM, PD = ("lcm",), ("progressive",)
 FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = (
     CONSISTENCY_MUTANTS
     | COUPLED_MUTANTS
+    | DISTRIBUTION_MUTANTS
     | ADAPTED_MUTANTS
     | FLOW_MUTANTS
     | STRAIGHT_MUTANTS
@@ -250,19 +215,6 @@ MUTANTS = (
         "pairs: one noise for all": Mutant(
             Turn, "noise", lambda g: lambda self, x: g(self, x[:1]).expand_as(x), ("slim",)
         ),
-        "surrogate: sign flipped": Mutant(distribution, "carry", lambda g: lambda x, grad: g(x, -grad), DMD),
-        "scores: real and fake swapped": Mutant(
-            distribution, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD
-        ),
-        "fake: trained on the noise": Mutant(distribution, "denoising_loss", noise_target, DMD),
-        "critic: data called fake": Mutant(
-            distribution, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD
-        ),
-        "critic: student pushed down": Mutant(distribution, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
-        "rollout: noise kept where it should be fresh": Mutant(rollout, "noised", old_noise, DMD),
-        "players: the student acts every step": Mutant(Player, "acts", lambda g: lambda self, step: True, DMD),
-        "players: averages step with the loop": Mutant(loop, "_play", averaging_every_step, DMD),
-        "players: gradients reach everybody": Mutant(Player, "gradients", lambda g: lambda self, wanted: None, DMD),
     }
 )
 SAMPLER_MUTANTS = {

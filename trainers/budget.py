@@ -27,7 +27,7 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     if "fake" in stage.objective.players:
         from .discriminator import FakeWithCritic
 
-        networks["fake"] = FakeWithCritic(again(teacher_unet, type(recipe.student)()))
+        networks["fake"] = FakeWithCritic(again(teacher_unet, recipe.fake))
     total = count(teacher_unet) * BYTES
     players = {}
     for name, network in networks.items():

@@ -6,12 +6,16 @@ Logits are [B, ...], positive for real. With `softplus` losses the best logit is
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fewstep.models.denoiser import Condition
 
+from .objective import Batch, Cast, Critic, Metrics, Turn
+from .rollout import Made
 from .times import UniformTimes
+from .transitions import noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,52 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 def deceiver_loss(fake: Tensor) -> Tensor:
     """`softplus(-l(fake))`: what the student minimises."""
     return softplus(-fake.float()).mean()
+
+
+@dataclass(frozen=True)
+class Deceive:
+    """The student's GAN term: `student_weight softplus(-l(x_t))` on samples noised to the adversary's times."""
+
+    adversary: Adversary
+
+    roles = ()
+
+    def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
+        path, rows = cast["student"].path, self.adversary.rows(len(made.x0))
+        seen, cond = made.x0[rows], {name: value[rows] for name, value in batch.cond.items()}
+        t = self.adversary.times.draw(path, len(seen), turn)
+        gan = deceiver_loss(critic_of(cast)(noised(path, seen, t, turn.noise(seen)), t, cond))
+        return self.adversary.student_weight * gan, {"gan_student": float(gan.detach())}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The critic's own loss on data against the student's samples, each noised by times and noise of its own."""
+
+    adversary: Adversary
+
+    roles = ()
+
+    def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
+        path, rows = cast["student"].path, self.adversary.rows(len(made.x0))
+        cond = {name: torch.cat([value[rows], value[rows]]) for name, value in batch.cond.items()}
+        sides = []
+        for x in (batch.x0[rows], made.x0[rows].detach()):
+            t = self.adversary.times.draw(path, len(x), turn)
+            sides.append((noised(path, x, t, turn.noise(x)), t))
+        (real, t_real), (fake, t_fake) = sides
+        seen, t = torch.cat([real, fake]), torch.cat([t_real, t_fake])
+        real, fake = critic_of(cast)(seen, t, cond).chunk(2)
+        gan = critic_loss(real, fake)
+        right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+        return self.adversary.critic_weight * gan, {"gan_critic": float(gan.detach()), "critic_right": float(right)}
+
+
+def critic_of(cast: Cast) -> Critic:
+    """Errors: `TypeError` where nobody judges."""
+    if cast.critic is None:
+        raise TypeError("an adversarial term was given a cast with no critic")
+    return cast.critic
 
 
 class CriticHead(nn.Module):

@@ -141,7 +141,7 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
                 f"recipe {recipe.name!r} has a critic on the middle of a U-Net, and {teacher.name!r} is a "
                 f"{type(frozen).__name__}; use ppcl or progressive"
             )
-        fake = FakeWithCritic(deepcopy(frozen).requires_grad_(True)).to(frozen.device).train()
+        fake = FakeWithCritic(again(frozen, recipe.fake)).to(frozen.device).train()
         players.append(Player("fake", fake, stage.player_settings["fake"]))
         roles["fake"], critic = denoiser(fake.unet), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:

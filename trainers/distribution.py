@@ -1,82 +1,67 @@
-"""Distribution matching distillation: the student's law is pulled to the teacher's by a difference of two scores.
+"""Distribution matching: a student is trained on its own samples, by terms that say where they should move.
 
-DMD2 (Yin et al. 2024, "Improved Distribution Matching Distillation") is this with a fake score that trains more often
-than the student, a GAN term on the fake network's features, and backward simulation for several steps.
+A method is a rollout and, for each player, a sum of terms. DMD2 (Yin et al. 2024) is a score gap and a GAN term for the
+student, and denoising and the critic's loss for the fake score.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Condition
-
-from .discriminator import Adversary, critic_loss, deceiver_loss
-from .distances import Weight
 from .objective import Batch, Cast, Metrics, Turn
-from .rollout import BackwardSimulation
-from .scores import carry, denoising_loss, dmd_gradient
-from .times import UniformScale, UniformTimes
-from .transitions import guided, noised
+from .rollout import Made, Rollout
+from .times import UniformScale
+
+
+class Term(Protocol):
+    """A part of one player's loss on what the student made; in the student's turn `made` has a gradient."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The denoisers it asks for beside the student."""
+        ...
+
+    def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
-    """The parts of DMD2. `guidance` is the teacher's scale, which the student takes in for good."""
+    """terms: player -> what its loss sums, in the order of their turns; the student first."""
 
-    rollout: BackwardSimulation
-    score_times: UniformTimes
-    fake_times: UniformTimes
-    fake_weight: Weight
-    guidance: UniformScale
-    cfg: bool
-    adversary: Adversary | None
+    rollout: Rollout
+    terms: Mapping[str, tuple[Term, ...]]
 
-    players = ("student", "fake")
-    roles = ("student", "teacher", "fake")
+    @property
+    def players(self) -> tuple[str, ...]:
+        return tuple(self.terms)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        asked = [role for terms in self.terms.values() for term in terms for role in term.roles]
+        return tuple(dict.fromkeys(("student", *self.terms, *asked)))
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the student is told where its step lands."""
+        return bool(getattr(self.rollout, "two_times", False))
+
+    @property
+    def guidance(self) -> UniformScale | None:
+        """The teacher's scale, which the student takes in for good; None where no term has one."""
+        scales = (getattr(term, "guidance", None) for term in self.terms["student"])
+        return next((scale for scale in scales if scale is not None), None)
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        return self._student(cast, batch, turn) if player == "student" else self._fake(cast, batch, turn)
-
-    def _student(self, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        """`carry(x, (mu_fake - mu_real) / |x - mu_real|) + student_weight * softplus(-l(x_t))`."""
-        x = self.rollout.run(cast["student"], batch.x0, batch.cond, turn, grad=True)
-        count = x.shape[0]
-        w = self.guidance.draw(count, turn)
-        teacher = guided(cast["teacher"], batch.uncond, w) if self.cfg else cast["teacher"]
-        t = self.score_times.draw(teacher.path, count, turn)
-        gradient = dmd_gradient(teacher, cast["fake"], x, t, turn.noise(x), batch.cond)
-        total = carry(x, gradient)
-        metrics = {"dmd_gradient": float(gradient.square().mean().sqrt())}
-        if self.adversary is not None and cast.critic is not None:
-            seen, cond = _rows(self.adversary.rows(count), x, batch.cond)
-            t = self.adversary.times.draw(teacher.path, len(seen), turn)
-            logits = cast.critic(noised(teacher.path, seen, t, turn.noise(seen)), t, cond)
-            gan = deceiver_loss(logits)
-            total = total + self.adversary.student_weight * gan
-            metrics["gan_student"] = float(gan.detach())
+        with torch.set_grad_enabled(player == "student"):
+            made = self.rollout.make(cast["student"], batch, turn)
+        total: Tensor | float = 0.0
+        metrics: Metrics = {}
+        for term in self.terms[player]:
+            value, told = term.loss(made, cast, batch, turn)
+            total, metrics = total + value, metrics | told
+        if not isinstance(total, Tensor):
+            raise TypeError(f"the player {player!r} has no term")
         return total, metrics
-
-    def _fake(self, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        """Denoising score matching on fresh student samples, and the critic on data against them."""
-        x = self.rollout.run(cast["student"], batch.x0, batch.cond, turn, grad=False)
-        path, count = cast["fake"].path, x.shape[0]
-        t = self.fake_times.draw(path, count, turn)
-        total = denoising_loss(cast["fake"], x, t, turn.noise(x), batch.cond, self.fake_weight)
-        metrics = {"denoising": float(total.detach())}
-        if self.adversary is not None and cast.critic is not None:
-            rows = self.adversary.rows(count)
-            made, cond = _rows(rows, x, batch.cond)
-            seen = torch.cat([batch.x0[rows], made])
-            cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-            t = self.adversary.times.draw(path, len(seen), turn)
-            real, fake = cast.critic(noised(path, seen, t, turn.noise(seen)), t, cond).chunk(2)
-            gan = critic_loss(real, fake)
-            total = total + self.adversary.critic_weight * gan
-            right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
-            metrics |= {"gan_critic": float(gan.detach()), "critic_right": float(right)}
-        return total, metrics
-
-
-def _rows(rows: slice, x: Tensor, cond: Condition) -> tuple[Tensor, dict[str, Tensor]]:
-    return x[rows], {name: value[rows] for name, value in cond.items()}

@@ -8,42 +8,37 @@ of them changes the key is stale and the evidence counts as none, until it is ma
 
 import hashlib
 import json
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOMS = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "evidence_files"
-SOURCES = {
-    "models": ("analytic", "denoiser", "paths", "predictions", "spec"),
-    "runtime": ("samplers",),
-    "trainers": (
-        "avoiding", "backward", "checkpoint_search", "invertible", "oracle_avoiding", "oracle_backward",
-        "oracle_invertible", "oracle_search",
-        "oracle_variational", "recipes_adapted", "recipes_coupled", "variational",
-        "moments", "oracle_adversary", "oracle_matching", "oracle_straight", "recipes_matching", "recipes_straight",
-        "self_corrected", "straight", "twin",
-        "compression", "consistency", "continuous", "curricula", "discriminator", "distances", "distillation",
-        "distribution", "ends", "flow_map", "from_noise", "guidance", "jumps", "laws", "lcm", "loop", "objective",
-        "oracle", "oracle_consistency", "oracle_continuous", "oracle_distillation", "oracle_distribution",
-        "oracle_flow", "oracle_guidance", "oracle_parts", "oracle_players", "oracle_progressive", "oracle_reflow",
-        "oracle_samplers", "oracle_steps", "oracle_world", "pairs", "player", "progressive", "recipe", "recipe_forms",
-        "recipes", "recipes_consistency", "recipes_continuous", "recipes_flow", "recipes_guidance",
-        "recipes_trajectory", "reflow", "rollout", "scores", "steps", "tangent", "times", "transitions", "u_shape",
-        "watch",
-    ),
-}  # fmt: skip
-"""The files that decide what a recipe computes, and those that check it."""
+SOURCES = {"models": ("analytic", "denoiser", "paths", "predictions", "spec"), "runtime": ("samplers",)}
+APART = (
+    "bench_*", "budget", "checkpoint", "commands", "compliance", "data", "demo", "dial", "distill", "diversity",
+    "engine_quality", "errors", "evidence", "family", "features", "frechet", "grids", "headlines", "methods_page",
+    "picture_score", "pictures", "plane*", "plot", "preview", "quality", "recipes_report", "scenes", "student_bundle",
+    "surgery", "teacher*", "tiny_decoder", "__init__",
+)  # fmt: skip
+"""The files that decide what a recipe computes, and those that check it: of the trainers all but those `APART`."""
+
+
+def sources() -> list[tuple[str, str]]:
+    """(room, module) of each, in order."""
+    own = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    apart = [(room, name) for room, names in SOURCES.items() for name in names]
+    return apart + [("trainers", name) for name in own if not any(fnmatch(name, kind) for kind in APART)]
 
 
 @cache
 def source_digest() -> str:
-    """SHA-256 over `SOURCES`, names and contents; line endings do not count."""
+    """SHA-256 over `sources`, names and contents; line endings do not count."""
     digest = hashlib.sha256()
-    for room, names in SOURCES.items():
-        for name in names:
-            text = (ROOMS / room / f"{name}.py").read_bytes().replace(b"\r\n", b"\n")
-            digest.update(f"{room}/{name}:{len(text)}:".encode() + text)
+    for room, name in sources():
+        text = (ROOMS / room / f"{name}.py").read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{room}/{name}:{len(text)}:".encode() + text)
     return digest.hexdigest()
 
 

@@ -99,6 +99,10 @@ class Turn:
         """[count] indices drawn with probability proportional to `weights`."""
         return torch.multinomial(weights.to(self.rng.device), count, replacement=True, generator=self.rng)
 
+    def pick(self, weights: Tensor) -> int:
+        """One index for the whole batch, drawn with probability proportional to `weights`."""
+        return int(torch.multinomial(weights.double().to(self.rng.device), 1, generator=self.rng))
+
     def share_dropout(self) -> None:
         """Begin the turn's dropout stream anew: two forwards that both call this first get the same masks.
 

@@ -18,7 +18,6 @@ from . import (
     oracle_consistency,
     oracle_continuous,
     oracle_distillation,
-    oracle_distribution,
     oracle_flow,
     oracle_guidance,
     oracle_invertible,
@@ -28,6 +27,7 @@ from . import (
     oracle_reflow,
     oracle_search,
     oracle_straight,
+    oracle_terms,
     oracle_variational,
 )
 from .avoiding import Avoiding
@@ -59,7 +59,7 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     BackwardDistillation: oracle_backward.checks,
     Consistency: oracle_consistency.checks,
     ContinuousConsistency: oracle_continuous.checks,
-    DistributionMatching: oracle_distribution.checks,
+    DistributionMatching: oracle_terms.checks,
     FlowMap: oracle_flow.checks,
     FromNoise: oracle_flow.noise_checks,
     Invertible: oracle_invertible.checks,

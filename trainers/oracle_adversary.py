@@ -12,9 +12,12 @@ from fewstep.models.analytic import Mixture, gaussian, log_density
 from fewstep.models.denoiser import Condition
 from fewstep.models.paths import VP
 
-from .discriminator import critic_loss, deceiver_loss
+from .discriminator import Deceive, Judge, critic_loss, deceiver_loss
+from .distribution import DistributionMatching, Term
 from .objective import Cast
+from .oracle_distribution import cast_of
 from .oracle_world import SHIFT, Bent, Check, World, below, between, holds, turn, world
+from .recipe import Recipe
 from .times import UniformScale
 
 COUNT = 512
@@ -63,19 +66,51 @@ def critic_checks() -> Iterator[Check]:
 
 
 def adversary_checks(objective: Any, player: Player) -> Iterator[Check]:
-    """Through the whole objective: who is real and who is fake, and where the GAN term pulls the student."""
-    stage = world(VP(), "x0", mean=0.0)
+    """Through a whole objective with a field `adversary`: who is real and fake, and where the student is pulled."""
     plain = replace(objective, guidance=UniformScale(1.0, 1.0))
+    silent = replace(plain, adversary=None)
+    yield from _sharpens(plain, player, "fake")
+    yield from _pulls(plain, player, lambda cast, batch: silent.loss("student", cast, batch, turn())[0])
+
+
+def deceive_checks(recipe: Recipe, objective: DistributionMatching, term: Deceive) -> Iterator[Check]:
+    yield from _pulls(_unguided(objective, "student", term), cast_of)
+
+
+def judge_checks(recipe: Recipe, objective: DistributionMatching, term: Judge) -> Iterator[Check]:
+    judge = next(name for name, terms in objective.terms.items() if term in terms)
+    yield from _sharpens(_unguided(objective, judge, term), cast_of, judge)
+
+
+def _unguided(objective: DistributionMatching, player: str, term: Term) -> DistributionMatching:
+    """The objective with one term alone, so at scale 1."""
+    return replace(objective, terms={**dict.fromkeys(objective.terms, ()), player: (term,)})
+
+
+def _sharpens(objective: Any, player: Player, judge: str) -> Iterator[Check]:
+    """A critic that is half as sure as it should be learns to be surer: it is told who is real."""
+    stage = world(VP(), "x0", mean=0.0)
     for offset in (0.6, -0.6):
-        cast, student = player(stage, plain, offset)
-        p = stage.data.moved(SHIFT)
-        critic = LogRatio(p, p.moved(offset), scale=0.5)
-        seen = Cast(cast.roles, critic)
-        plain.loss("fake", seen, stage.batch(COUNT), turn(player="fake"))[0].backward()
+        cast, critic = _judged(objective, stage, player(stage, objective, offset)[0], offset)
+        objective.loss(judge, cast, stage.batch(COUNT), turn(player=judge))[0].backward()
         yield holds(f"critic sharpens, student off by {offset}", float(critic.scale.grad or 0.0) < 0.0)
-        slopes = []
-        for kind in (plain, replace(plain, adversary=None)):
-            student.zero_grad()
-            kind.loss("student", seen, stage.batch(COUNT), turn())[0].backward()
-            slopes.append(float(student.offset.grad or 0.0))
-        yield holds(f"GAN term pulls the mean back, off by {offset}", (slopes[0] - slopes[1]) * offset > 0.0)
+
+
+def _pulls(objective: Any, player: Player, without: Callable[[Cast, Any], Tensor] | None = None) -> Iterator[Check]:
+    """The GAN term alone moves the student's mean back. without: the loss with no such term."""
+    stage = world(VP(), "x0", mean=0.0)
+    for offset in (0.6, -0.6):
+        theirs, student = player(stage, objective, offset)
+        cast, _ = _judged(objective, stage, theirs, offset)
+        loss = objective.loss("student", cast, stage.batch(COUNT), turn())[0]
+        if without is not None:
+            loss = loss - without(cast, stage.batch(COUNT))
+        loss.backward()
+        yield holds(f"GAN term pulls the mean back, off by {offset}", float(student.offset.grad or 0.0) * offset > 0.0)
+
+
+def _judged(objective: Any, stage: World, cast: Cast, offset: float) -> tuple[Cast, LogRatio]:
+    """The cast with a critic that knows the ratio of data and samples, half as sure as it should be."""
+    p = stage.data.moved(SHIFT)
+    critic = LogRatio(p, p.moved(offset), scale=0.5)
+    return Cast(cast.roles, critic), critic

@@ -1,4 +1,4 @@
-"""The oracle of distribution matching: golden values of the KL gradient, descent, and the best critic and fake.
+"""The oracle of the score gap: golden values of the KL gradient, descent, the best fake, and who learns in whose turn.
 
 Expectations over two Gaussians are Gauss-Hermite sums, so the golden numbers (computed apart from this code, by
 quadrature over the closed forms) are met to their last printed digit.
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,13 +18,15 @@ from fewstep.models.analytic import Mixture, exact, gaussian, mixture
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP
 
-from . import distribution
-from .distribution import DistributionMatching
+from . import score_gap
+from .distribution import DistributionMatching, Term
+from .jumps import ToClean
 from .objective import Cast
-from .oracle_adversary import adversary_checks, critic_checks
-from .oracle_parts import guidance_checks, perfect_student, rollout_checks
+from .oracle_parts import guidance_checks, perfect_student
 from .oracle_world import Bent, Check, World, absorbed, below, between, holds, turn, world
 from .recipe import Recipe
+from .rollout import Made
+from .score_gap import Denoise, ScoreGap
 from .times import UniformScale
 
 COUNT = 512
@@ -33,22 +36,22 @@ GOLDEN = (-0.18963, -0.00390)
 N(-3, .25) and N(3, .25)."""
 
 
-def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
+def gap_checks(recipe: Recipe, objective: DistributionMatching, term: ScoreGap) -> Iterator[Check]:
     yield from _gaussian_kl()
     yield from _golden_mixture()
-    yield _carried()
-    yield from _zero(objective)
-    yield from _descent(objective)
-    yield from _fake(objective)
-    yield from critic_checks()
-    if objective.adversary is not None:
-        yield from adversary_checks(objective, _cast)
-    yield from _routing(objective)
-    yield from rollout_checks(recipe, objective.rollout)
+    yield carry_check()
+    alone = with_terms(objective, "student", term)
+    yield from zero_checks(alone)
+    yield from descent_checks(alone)
     yield from guidance_checks(world(VP(), "v"))
 
 
-def _nodes() -> tuple[Tensor, Tensor, Tensor]:
+def with_terms(objective: DistributionMatching, player: str, *terms: Term) -> DistributionMatching:
+    """The objective with these terms alone for one player."""
+    return replace(objective, terms={**objective.terms, player: terms})
+
+
+def nodes() -> tuple[Tensor, Tensor, Tensor]:
     """Two standard normal variables on a grid, each [NODES^2, 1], and the weights of the expectation [NODES^2]."""
     points, weights = np.polynomial.hermite_e.hermegauss(NODES)
     z, noise = (torch.tensor(v.reshape(-1, 1)) for v in np.meshgrid(points, points, indexing="ij"))
@@ -59,11 +62,11 @@ def _nodes() -> tuple[Tensor, Tensor, Tensor]:
 def _matched(teacher: Mixture, student: tuple[float, float], sigma: float) -> tuple[float, float]:
     """E[g] and E[g z] of `dmd_gradient`'s g without its normaliser, at one noise level; student (mean, std)."""
     path, (mean, std) = EDM(), student
-    z, noise, weights = _nodes()
+    z, noise, weights = nodes()
     x, t = mean + std * z, torch.full((len(z),), sigma, dtype=torch.float64)
     real = exact(teacher, path, "x0")
     fake = exact(gaussian(torch.tensor([mean], dtype=torch.float64), std), path, "x0")
-    scaled = distribution.dmd_gradient(real, fake, x, t, noise, {})
+    scaled = score_gap.dmd_gradient(real, fake, Made(x, x, t), t, noise, {})
     normaliser = (x - real.x0(x + sigma * noise, t, {})).abs().clamp(min=1e-6)
     g = (scaled * normaliser)[:, 0]
     return float((weights * g).sum()), float((weights * g * z[:, 0]).sum())
@@ -89,68 +92,58 @@ def _golden_mixture() -> Iterator[Check]:
         yield below(f"T13: gradient in the {name}, two bumps", found - wanted, 1e-5)
 
 
-def _carried() -> Check:
+def carry_check() -> Check:
     """The surrogate's gradient in x is the carried one over the number of elements, and downhill in it."""
     x = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(2, 6).requires_grad_()
     wanted = torch.linspace(3.0, -2.0, 12, dtype=torch.float64).reshape(2, 6)
-    distribution.carry(x, wanted).backward()
+    score_gap.carry(x, wanted).backward()
     assert x.grad is not None
     return below("carry: gradient in x", x.grad * x.numel() - wanted, 1e-5)
 
 
-def _cast(stage: World, objective: DistributionMatching, offset: float = 0.0, gain: float = 1.0) -> tuple[Cast, Bent]:
+def cast_of(stage: World, objective: DistributionMatching, offset: float = 0.0, gain: float = 1.0) -> tuple[Cast, Bent]:
     """A student whose samples are N(mean + offset, (gain std)^2), with its exact fake score, and the exact teacher."""
-    w = objective.guidance.low
+    scale = objective.guidance or UniformScale(1.0, 1.0)
     moved = Mixture(stage.data.means + offset, stage.data.stds * gain, stage.data.weights)
     theirs = World(stage.path, stage.prediction, moved)
-    student = Bent(perfect_student(theirs, _Aim(objective)))
+    aim = SimpleNamespace(jump=getattr(objective.rollout, "jump", ToClean()), guidance=scale)
+    student = Bent(perfect_student(theirs, aim))
     teacher = Bent(stage.teacher())
-    fake = absorbed(theirs.teacher(), w)
+    fake = absorbed(theirs.teacher(), scale.low)
     roles = {"student": student.denoiser(), "teacher": teacher.denoiser(), "fake": fake}
     return Cast(roles), student
 
 
-class _Aim:
-    """What `perfect_student` asks of an objective: its jump and its guidance."""
-
-    def __init__(self, objective: DistributionMatching) -> None:
-        self.jump = objective.rollout.jump
-        self.guidance = objective.guidance
-
-
-def _zero(objective: DistributionMatching) -> Iterator[Check]:
+def zero_checks(objective: DistributionMatching) -> Iterator[Check]:
     """Where the student's law is the guided teacher's the gradient is zero in every sample, at every time."""
-    plain = replace(objective, adversary=None)
     for prediction in ("v", "eps"):
         stage = world(VP(), prediction)
-        cast, _ = _cast(stage, plain)
-        metrics = plain.loss("student", cast, stage.batch(COUNT), turn())[1]
+        cast, _ = cast_of(stage, objective)
+        metrics = objective.loss("student", cast, stage.batch(COUNT), turn())[1]
         yield below(f"{prediction}: gradient at the guided data", metrics["dmd_gradient"], 1e-8)
 
 
-def _descent(objective: DistributionMatching) -> Iterator[Check]:
+def descent_checks(objective: DistributionMatching) -> Iterator[Check]:
     """The student's own loss pulls its mean and its spread towards the teacher's."""
-    plain = replace(objective, adversary=None)
     stage = world(VP(), "x0", mean=0.0)
-    centred = replace(plain, guidance=UniformScale(1.0, 1.0))
     for offset in (0.4, -0.4):
-        found = _slope(stage, plain, "offset", offset=offset)
+        found = slope_at(stage, objective, "offset", offset=offset)
         yield between(f"descent: mean off by {offset}", found / offset, 0.01, float("inf"))
+    ones = [replace(term, guidance=UniformScale(1.0, 1.0)) for term in objective.terms["student"]]  # type: ignore[type-var]
     for gain in (1.5, 0.6):
-        found = _slope(stage, centred, "gain", gain=gain)
+        found = slope_at(stage, with_terms(objective, "student", *ones), "gain", gain=gain)
         yield between(f"descent: spread off by {gain}", found / (gain - 1.0), 0.01, float("inf"))
 
 
-def _slope(stage: World, objective: DistributionMatching, weight: str, **changes: float) -> float:
+def slope_at(stage: World, objective: DistributionMatching, weight: str, **changes: float) -> float:
     """Gradient of the student's loss in one weight of its bend, averaged over turns."""
-    cast, student = _cast(stage, objective, **changes)
+    cast, student = cast_of(stage, objective, **changes)
     for step in range(8):
         (objective.loss("student", cast, stage.batch(COUNT, step), turn(step))[0] / 8).backward()
-    grad = getattr(student, weight).grad
-    return float(grad)
+    return float(getattr(student, weight).grad)
 
 
-def _fake(objective: DistributionMatching) -> Iterator[Check]:
+def denoise_checks(recipe: Recipe, objective: DistributionMatching, term: Denoise) -> Iterator[Check]:
     """T5: denoising is least at the exact fake score. Four points carry the moments that decide it."""
     stage = world(VP(), "v")
     data = gaussian(torch.tensor([0.5], dtype=torch.float64), 0.8)
@@ -160,14 +153,14 @@ def _fake(objective: DistributionMatching) -> Iterator[Check]:
         t = torch.full((4,), time, dtype=torch.float64)
         for bend, sign in ((0.0, 0.0), (0.1, 1.0), (-0.1, -1.0)):
             fake = Bent(exact(data, stage.path, "v"), offset=bend)
-            distribution.denoising_loss(fake.denoiser(), x, t, noise, {}, objective.fake_weight).backward()
+            score_gap.denoising_loss(fake.denoiser(), Made(x, x, t), t, noise, {}, term.weight).backward()
             slopes = [float(weight.grad) for weight in (fake.gain, fake.offset) if weight.grad is not None]
             if sign == 0.0:
                 yield below(f"T5: slope at the exact fake, time {time}", max(map(abs, slopes)), 1e-5)
             else:
                 yield holds(f"T5: slope beside it, time {time}, bend {bend}", sign * slopes[1] > 1e-4)
-    plain = replace(objective, adversary=None)
-    cast, _ = _cast(stage, plain)
+    plain = with_terms(objective, "fake", term)
+    cast, _ = cast_of(stage, plain)
     batch = stage.batch(4096)
     for sign in (1.0, -1.0):
         learner = Bent(cast["fake"], offset=0.3 * sign)
@@ -176,16 +169,19 @@ def _fake(objective: DistributionMatching) -> Iterator[Check]:
         yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(learner.offset.grad) > 0.0)
 
 
-def _routing(objective: DistributionMatching) -> Iterator[Check]:
+def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     """The student's turn teaches neither teacher nor fake; the fake's turn teaches neither student nor teacher."""
-    plain = replace(objective, adversary=None)
     stage = world(VP(), "v")
-    cast, student = _cast(stage, plain, offset=0.3)
+    cast, student = cast_of(stage, objective, offset=0.3)
     modules = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in modules.items()}
-    for player in plain.players:
+
+    def critic(x: Tensor, t: Tensor, cond: object) -> Tensor:
+        return x.flatten(1).mean(1)
+
+    for player in objective.players:
         for module in modules.values():
             module.zero_grad()
-        plain.loss(player, Cast(roles), stage.batch(COUNT), turn(player=player))[0].backward()
+        objective.loss(player, Cast(roles, critic), stage.batch(COUNT), turn(player=player))[0].backward()
         learned = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
         yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

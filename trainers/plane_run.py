@@ -112,7 +112,7 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
         steps = max(1, round(budget.steps * stage.steps / asked))
         begun = previous if stage.start == "previous" and previous is not None else start
         net = plane_student(begun, recipe.student, path=path, seed=budget.seed, fresh=stage.start == "noise")
-        method = _assemble(recipe, stage, net, previous, data, budget, count)
+        method = _assemble(recipe, stage, net, start, previous, data, budget, count)
         shelf = Kept()
         saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
         seconds += _train(recipe, stage, method, saving, steps, data, budget)
@@ -189,8 +189,9 @@ def sample_points(trained: Trained, cond: Condition, uncond: Condition, steps: i
 
 
 def _assemble(
-    recipe: Recipe, stage: Stage, net: PlaneNet, previous: Any, data: Plane, budget: PlaneBudget, count: Count
-) -> Assembled:
+    recipe: Recipe, stage: Stage, net: PlaneNet, start: PlaneNet, previous: Any, data: Plane, budget: PlaneBudget,
+    count: Count,
+) -> Assembled:  # fmt: skip
     """The stage's cast: the closed-form teacher or the stage before, the student, its averages, a fake and a critic."""
     path = recipe_path(recipe)
 
@@ -215,9 +216,7 @@ def _assemble(
                 roles[role] = count.watch(module.denoiser(), "student")  # type: ignore[operator]
     critic = None
     if "fake" in stage.objective.players:
-        base = plane_student(
-            net, replace(recipe.student, guidance_width=None, lora_rank=None), path=path, seed=budget.seed
-        )
+        base = plane_student(start, recipe.fake, path=path, seed=budget.seed)
         fake = PlaneFake(base)
         players.append(Player("fake", fake, settings("fake")))
         roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge

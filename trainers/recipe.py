@@ -101,7 +101,8 @@ class Recipe:
     """A whole configuration. `stages` run in order; most methods have one. `sampling` None: sampled as its teacher.
 
     path: what its student lives on, None for whatever its teacher does. beside: further players that are sold, each in
-    a bundle of its own beside the student's, and how they are sampled.
+    a bundle of its own beside the student's, and how they are sampled. fake: what is done to the teacher's network to
+    make the fake score's, LoRA for one.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Recipe:
     sampling: Sampling | None
     path: Path | None = None
     beside: Mapping[str, Sampling] = field(default_factory=dict)
+    fake: Student = field(default_factory=Student)
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:

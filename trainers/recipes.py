@@ -5,14 +5,9 @@ Defaults suit the built-in family (3 million weights, 8x8 latents, one to two CP
 Guidance scales follow u + w (c - u); a paper's omega of the form c + omega (c - u) is w = 1 + omega.
 """
 
-from fewstep.models.spec import Boundary
-
 from .compression import a_sdm, bk_sdm, edgefusion, linfusion, ppcl, slim, vdmini
-from .discriminator import Adversary
-from .distances import Squared, snr_plus_one, truncated_snr
-from .distribution import DistributionMatching
+from .distances import Squared, truncated_snr
 from .errors import RecipeError
-from .jumps import LcmJump
 from .lcm import lcm, lcm_lora
 from .player import PlayerSettings
 from .progressive import ProgressiveHalving
@@ -21,56 +16,15 @@ from .recipes_adapted import ADAPTED
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
 from .recipes_coupled import COUPLED
+from .recipes_distribution import DISTRIBUTION
 from .recipes_flow import FLOWS
 from .recipes_guidance import GUIDANCE
 from .recipes_matching import MATCHING
 from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
-from .rollout import BackwardSimulation
 from .student import Student
-from .times import EvenGrids, HalvingPairs, LcmGrids, UniformScale, UniformTimes
+from .times import EvenGrids, HalvingPairs, UniformScale
 from .transitions import NoisedData
-
-
-def dmd2(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
-    gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5,
-    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0),
-) -> Recipe:  # fmt: skip
-    """DMD2, Yin et al. 2024 (arXiv 2405.14867): distribution matching, two time scales, GAN, backward simulation.
-
-    Student: `carry(x, (mu_fake - mu_real) / |x - mu_real|) + gan_student softplus(-l(x_t))` every `every` steps. Fake:
-    denoising of fresh student samples `+ gan_critic (softplus(l(x_t)) + softplus(-l(data_t)))` every step. One student
-    serves 1, 2 and 4 steps; the teacher's guidance is taken in. The paper: ratio 5 to 10, lr 5e-7 to 1e-5.
-    """
-    grids = LcmGrids((1, 2, 4))
-    objective = DistributionMatching(
-        rollout=BackwardSimulation(grids, grid_weights, LcmJump()),
-        score_times=UniformTimes(0.02, 0.98),
-        fake_times=UniformTimes(),
-        fake_weight=snr_plus_one,
-        guidance=UniformScale(guidance, guidance),
-        cfg=True,
-        adversary=Adversary(
-            student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share
-        ),
-    )
-    players = {
-        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
-        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
-    }
-    return Recipe(
-        name="dmd2",
-        family="distribution",
-        paper="Yin et al. 2024, Improved Distribution Matching Distillation, arXiv:2405.14867",
-        needs=Needs(critic=True),
-        student=Student(),
-        stages=(Stage(name="dmd2", objective=objective, player_settings=players, steps=steps),),
-        sampling=Sampling(
-            sampler="lcm", grids=grids, stochastic=True, boundary=Boundary(),
-            guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
-        ),
-    )  # fmt: skip
 
 
 def progressive(
@@ -120,8 +74,8 @@ def progressive(
 RECIPES: dict[str, RecipeFunction] = {
     "lcm": lcm,
     "lcm-lora": lcm_lora,
-    "dmd2": dmd2,
     "progressive": progressive,
+    **DISTRIBUTION,
     **CONSISTENCY,
     **TRAJECTORY,
     **CONTINUOUS,

@@ -1,18 +1,46 @@
-"""Backward simulation: a student's training inputs are its own states, made as its sampler makes them."""
+"""What a student makes to be trained on: a rollout from noise to its own samples, as its sampler makes them."""
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Condition, Denoiser, times
+from fewstep.models.denoiser import Condition, Denoiser, renoise, times
 from fewstep.models.paths import Path
 
 from .jumps import Jump
-from .objective import Turn
+from .objective import Batch, Turn
 from .times import Grids
 from .transitions import noised, pure_noise
+
+
+@dataclass(frozen=True)
+class Made:
+    """A student's samples: x0 [B, C, ...], its clean estimate of `x` [B, C, ...] at `t` [B].
+
+    s [B], x_s: where its step landed and the state there, for methods that match the law of that state; None where the
+    step ends at clean data, which is x0.
+    """
+
+    x0: Tensor
+    x: Tensor
+    t: Tensor
+    s: Tensor | None = None
+    x_s: Tensor | None = None
+
+    def at(self, path: Path, t: Tensor, noise: Tensor) -> Tensor:
+        """The sample noised to t [B], from where its step landed: `alpha_t|s x_s + sigma_t|s noise`, s = clean or s."""
+        if self.s is None or self.x_s is None:
+            return noised(path, self.x0, t, noise)
+        return renoise(path, self.x_s, self.s, t, noise)
+
+
+class Rollout(Protocol):
+    """How samples are made; with a gradient where torch's mode asks for one."""
+
+    def make(self, student: Denoiser, batch: Batch, turn: Turn) -> Made: ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +61,8 @@ class BackwardSimulation:
         """The times walked, the last being the one that is taken with gradient."""
         grids = self.grids.of(path)
         weights = torch.tensor(self.weights or [1.0] * len(grids), dtype=torch.float64)
-        grid = grids[self.grids.counts[int(turn.choose(weights, 1))]]
-        return grid[: int(turn.integers(len(grid), 1)) + 1]
+        grid = grids[self.grids.counts[turn.pick(weights)]]
+        return grid[: turn.pick(torch.ones(len(grid))) + 1]
 
     def reach(self, student: Denoiser, like: Tensor, cond: Condition, turn: Turn) -> tuple[Tensor, Tensor]:
         """(x, t): the states at the drawn step, walked to without gradient; x is shaped as `like`, t is [B]."""
@@ -50,11 +78,9 @@ class BackwardSimulation:
                     x = noised(path, x0, times(after, x), turn.noise(x))
         return x, times(walked[-1], x)
 
-    def run(self, student: Denoiser, like: Tensor, cond: Condition, turn: Turn, *, grad: bool) -> Tensor:
-        """Student samples, shaped as `like`; with gradient through the last evaluation where `grad`."""
-        x, t = self.reach(student, like, cond, turn)
-        with torch.set_grad_enabled(grad):
-            return self._step(student, x, t, cond)
+    def make(self, student: Denoiser, batch: Batch, turn: Turn) -> Made:
+        x, t = self.reach(student, batch.x0, batch.cond, turn)
+        return Made(self._step(student, x, t, batch.cond), x, t)
 
     def _step(self, student: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.jump(student, x, t, torch.zeros_like(t), cond)

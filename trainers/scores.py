@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from .distances import Squared, Weight
-from .transitions import noised
+from .rollout import Made
 
 
 def carry(x: Tensor, gradient: Tensor) -> Tensor:
@@ -20,20 +20,20 @@ def carry(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (x.float() - aim.float()).square().mean()
 
 
-def dmd_gradient(real: Denoiser, fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
+def dmd_gradient(real: Denoiser, fake: Denoiser, made: Made, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
     """`(mu_fake - mu_real) / mean|x - mu_real|` at x_t, the normalised KL gradient of DMD, equation 8; no gradient.
 
     The normaliser is per sample, over all its elements.
     """
     with torch.no_grad():
-        x_t = noised(real.path, x, t, noise)
+        x_t = made.at(real.path, t, noise)
         mu_real, mu_fake = real.x0(x_t, t, cond), fake.x0(x_t, t, cond)
-        scale = (x - mu_real).flatten(1).abs().mean(1).clamp(min=1e-6)
-        return (mu_fake - mu_real) / expand(scale, x)
+        scale = (made.x0 - mu_real).flatten(1).abs().mean(1).clamp(min=1e-6)
+        return (mu_fake - mu_real) / expand(scale, mu_real)
 
 
-def denoising_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, cond: Condition, weight: Weight) -> Tensor:
-    """Denoising score matching of student samples: mean of `weight(t) |mu_fake(x_t) - x|^2`; x is detached."""
-    x = x.detach()
-    guess = fake.x0(noised(fake.path, x, t, noise), t, cond)
-    return (Squared()(guess, x) * weight(fake.path, t).to(guess.device, torch.float32)).mean()
+def denoising_loss(fake: Denoiser, made: Made, t: Tensor, noise: Tensor, cond: Condition, weight: Weight) -> Tensor:
+    """Denoising score matching of student samples: mean of `weight(t) |mu_fake(x_t) - x0|^2`; x0 is detached."""
+    x0 = made.x0.detach()
+    guess = fake.x0(made.at(fake.path, t, noise).detach(), t, cond)
+    return (Squared()(guess, x0) * weight(fake.path, t).to(guess.device, torch.float32)).mean()
