@@ -1,5 +1,6 @@
 """The oracle suite passes on every registered recipe and sampler, and its evidence is read only while it is true."""
 
+import inspect
 import json
 from itertools import pairwise
 
@@ -132,17 +133,23 @@ def test_stale_evidence_counts_as_none(tmp_path, monkeypatch):
 
 
 def test_the_digest_covers_files_that_exist_and_all_of_the_suite():
-    listed = {f"{room}/{name}.py" for room, names in evidence.SOURCES.items() for name in names}
+    listed = {f"{room}/{name}.py" for room, name in evidence.sources()}
     assert all((evidence.ROOMS / name).is_file() for name in listed)
-    suite = {f"trainers/{path.name}" for path in (evidence.ROOMS / "trainers").glob("oracle*.py")}
+    rooms = evidence.ROOMS / "trainers"
+    suite = {f"trainers/{path.name}" for path in rooms.glob("oracle*.py")}
     assert suite <= listed
+    from fewstep.trainers.recipes import RECIPES
+
+    parts = {inspect.getmodule(type(stage.objective)) for recipe in RECIPES.values() for stage in recipe().stages}
+    made = {f"trainers/{module.__name__.rpartition('.')[2]}.py" for module in parts}
+    assert made <= listed and not {"trainers/plot.py", "trainers/bench_scenes.py"} & listed
 
 
 def test_the_digest_follows_the_sources(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text(name)
     monkeypatch.setattr(evidence, "ROOMS", tmp_path)
-    monkeypatch.setattr(evidence, "SOURCES", {".": ("a", "b")})
+    monkeypatch.setattr(evidence, "sources", lambda: [(".", "a"), (".", "b")])
     first = evidence.source_digest.__wrapped__()
     (tmp_path / "a.py").write_bytes(b"a\r\n")
     second = evidence.source_digest.__wrapped__()

@@ -66,7 +66,7 @@ def test_settings_are_read_from_text():
 
 
 def test_an_unknown_recipe_lists_the_known():
-    with pytest.raises(RecipeError, match="lcm, lcm-lora, dmd2, progressive"):
+    with pytest.raises(RecipeError, match="lcm, lcm-lora, progressive"):
         find_recipe("lmc")
 
 

@@ -101,9 +101,9 @@ def listed(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def key_of(name: str, setup: Setup) -> str:
-    """A digest of everything that a recipe's result follows from, but the code."""
-    whole = {"recipe": describe(on_plane(name, setup)), "setup": describe(setup)}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    """A digest of everything that a recipe's result follows from, but the code; a new part's default changes none."""
+    said = {"recipe": describe(on_plane(name, setup), whole=False), "setup": describe(setup)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:

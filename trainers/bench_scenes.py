@@ -92,7 +92,7 @@ def trained(
     from .distill import distill
 
     recipe = budgeted(name, budget)
-    said = json.dumps([describe(recipe), asdict(budget), teacher.weights_digest], sort_keys=True)
+    said = json.dumps([describe(recipe, whole=False), asdict(budget), teacher.weights_digest], sort_keys=True)
     key = hashlib.sha256(said.encode()).hexdigest()
     kept = out / f"{name}-{key[:12]}.json"
     if kept.is_file():

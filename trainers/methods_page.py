@@ -8,13 +8,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .evidence import ROOMS, read_evidence
 from .headlines import HEADLINES
-from .recipe import Recipe, RecipeFunction
+from .recipe import Recipe, RecipeFunction, is_given
 
 RESULTS = ROOMS / "docs" / "recipes"
 """Where results are committed: plane.json of `fewstep bench recipes`, scenes.json of `fewstep bench quality --json`."""
@@ -62,18 +62,16 @@ def unverified(function: RecipeFunction) -> str | None:
 def parts(value: Any) -> str:
     """A part as its constructor would be written, without what is as by default."""
     if is_dataclass(value) and not isinstance(value, type):
-        given = [f"{f.name}={parts(getattr(value, f.name))}" for f in fields(value) if _said(f, getattr(value, f.name))]
+        held = ((f, getattr(value, f.name)) for f in fields(value))
+        given = [f"{f.name}={parts(item)}" for f, item in held if is_given(f, item)]
         return f"{type(value).__name__}({', '.join(given)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {parts(item)}' for name, item in value.items())}}}"
     if isinstance(value, tuple):
         return f"({', '.join(parts(item) for item in value)})"
     if isinstance(value, float):
         return f"{value:g}"
     return str(getattr(value, "__name__", value))
-
-
-def _said(f: Field[Any], value: Any) -> bool:
-    default = f.default_factory() if f.default_factory is not MISSING else f.default
-    return bool(default is MISSING or value != default)
 
 
 def needs(recipe: Recipe) -> str:

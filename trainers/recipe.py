@@ -7,7 +7,7 @@ contract) is derived inside the function, so no setting can contradict another.
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -196,13 +196,22 @@ def _as(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def describe(value: Any) -> Any:
-    """A configuration as plain JSON: every dataclass with its class and fields, every function by its name."""
+def describe(value: Any, *, whole: bool = True) -> Any:
+    """A configuration as plain JSON: every dataclass with its class and fields, every function by its name.
+
+    whole: also the fields that are as by default.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        plain = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-        return {"part": type(value).__name__, **plain}
+        told = [f.name for f in fields(value) if whole or is_given(f, getattr(value, f.name))]
+        return {"part": type(value).__name__, **{name: describe(getattr(value, name), whole=whole) for name in told}}
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): describe(item, whole=whole) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+        return [describe(item, whole=whole) for item in value]
     return getattr(value, "__name__", value)
+
+
+def is_given(f: Field[Any], value: Any) -> bool:
+    """Whether a dataclass's field holds another value than its default."""
+    default = f.default_factory() if f.default_factory is not MISSING else f.default
+    return bool(default is MISSING or value != default)
