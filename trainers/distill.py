@@ -142,7 +142,7 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
                 f"{type(frozen).__name__}; use ppcl or progressive"
             )
         fake = FakeWithCritic(again(frozen, recipe.fake)).to(frozen.device).train()
-        players.append(Player("fake", fake, stage.player_settings["fake"]))
+        players.append(Player("fake", fake, stage.player_settings["fake"], fake.unet))
         roles["fake"], critic = denoiser(fake.unet), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")

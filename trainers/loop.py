@@ -133,6 +133,9 @@ def _play(
     value = float(loss.detach())
     rate = player.rate(progress)
     norm = player.update(loss, progress) if math.isfinite(value) else math.nan
+    if math.isfinite(norm):
+        for other in method.players:
+            other.follow(player)
     for other in method.players:
         other.gradients(True)
     return {"loss": value, "norm": norm, "lr": rate, "skipped": float(not math.isfinite(norm)), **metrics}

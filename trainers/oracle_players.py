@@ -70,11 +70,13 @@ def checks(recipe: Recipe) -> Iterator[Check]:
     strangers: set[str] = set()
     for (_, actor, before), (_, _, after) in pairwise(states):
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        strangers |= {name for name in changed if name.split(".")[0] != actor}
+        merged = {p.name for p in watched.players if actor in p.settings.merge}
+        strangers |= {name for name in changed if name.split(".")[0] not in {actor, *merged}}
         if actor not in changed:
             strangers.add(f"{actor} stood still")
     yield holds("players: gradients can reach only the one whose turn it is", all(a == b for a, b in watched.open))
     yield holds("players: only the one whose turn it is changes, its averages with it", not strangers)
+    yield from _merges(watched, states)
     frozen = all(torch.equal(states[0][2][name], states[-1][2][name]) for name in watched.frozen)
     yield holds("players: the teacher is the same at the end", frozen)
     for player in watched.players:
@@ -84,6 +86,18 @@ def checks(recipe: Recipe) -> Iterator[Check]:
             yield below(f"players: average {name!r} of the {player.name}, closed form over its own steps", gap, 1e-9)
     left = [w for player in watched.players for w in player.weights if w.grad is not None or not w.requires_grad]
     yield holds("players: no gradient is left behind", not left)
+
+
+def _merges(watched: Watched, states: list[tuple[int, str, Weights]]) -> Iterator[Check]:
+    """T12: after each of the other's own steps, `theta <- l theta + (1 - l) theta_other`."""
+    for player in watched.players:
+        for name, keep in player.settings.merge.items():
+            gaps = [
+                float((keep * before[player.name] + (1 - keep) * after[name] - after[player.name]).abs().max())
+                for (_, actor, before), (_, _, after) in pairwise(states)
+                if actor == name
+            ]
+            yield below(f"players: the {player.name} merges with the {name} after its steps", max(gaps), 1e-9)
 
 
 def _turns(watched: Watched, stage: Stage) -> Iterator[Check]:

@@ -218,7 +218,7 @@ def _assemble(
     if "fake" in stage.objective.players:
         base = plane_student(start, recipe.fake, path=path, seed=budget.seed)
         fake = PlaneFake(base)
-        players.append(Player("fake", fake, settings("fake")))
+        players.append(Player("fake", fake, settings("fake"), base))
         roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .curricula import Curriculum
+from .errors import RecipeError
 from .objective import Turn
 
 
@@ -54,6 +55,8 @@ class PlayerSettings:
     every: it acts in the last of each `every` steps, so N steps hold floor(N / every) of its own. warmup: own steps
     over which the rate rises. cooldown: last fraction of the run over which it falls to zero. ema: name -> decay of a
     running average of the weights, stepped on own steps only. slow: prefix of weights' names -> factor on their rate.
+    merge: another player's name -> decay l of `theta <- l theta + (1 - l) theta_other` after each of that one's own
+    steps, by which a fake score keeps up with its student (implicit distribution alignment, SenseFlow, Ge et al. 2025).
     """
 
     lr: float = 1e-4
@@ -65,14 +68,17 @@ class PlayerSettings:
     cooldown: float = 0.0
     ema: Mapping[str, float | Decay] = field(default_factory=dict)
     slow: Mapping[str, float] = field(default_factory=dict)
+    merge: Mapping[str, float] = field(default_factory=dict)
 
 
 class Player:
     """A module that trains, with its optimiser state and averages. Only weights that ask for gradients train."""
 
-    def __init__(self, name: str, module: nn.Module, settings: PlayerSettings) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: PlayerSettings, body: nn.Module | None = None) -> None:
+        """body: the part of the module that is shaped as other players' are, where that is not all of it."""
         self.name = name
         self.module = module
+        self.body = module if body is None else body
         self.settings = settings
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -129,6 +135,22 @@ class Player:
         """`a <- d a + (1 - d) theta`, d by `decay_at`."""
         for name, rule in self.settings.ema.items():
             torch._foreach_lerp_(*self._averaged[name], 1 - decay_at(rule, self.own_steps, progress))
+
+    @torch.no_grad()
+    def follow(self, other: "Player") -> None:
+        """Merge with another player that has just stepped, where the settings say so.
+
+        Errors: `RecipeError` where the two are not of one shape.
+        """
+        if other.name not in self.settings.merge:
+            return
+        own, theirs = dict(self.body.named_parameters()), dict(other.body.named_parameters())
+        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in theirs.items()}:
+            raise RecipeError(
+                f"the player {self.name!r} merges with {other.name!r}, whose weights are of another shape; give both "
+                "the same student plan, or leave merge out"
+            )
+        torch._foreach_lerp_(list(own.values()), [theirs[n] for n in own], 1 - self.settings.merge[other.name])
 
     def state(self) -> dict[str, Any]:
         return {
