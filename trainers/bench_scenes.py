@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,19 +77,23 @@ def bench_scenes(
         "teacher_rows": [_row(teacher, None, count, prompt_set) for count in TEACHER_STEPS],
         "rows": [],
     }
+    drawn = cache(lambda: data or _data(teacher, budget, out))
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        report["rows"] += trained(name, teacher, out, budget, prompt_set, device=device, data=data)
+        report["rows"] += trained(name, teacher, out, budget, prompt_set, device=device, data=drawn)
         if save is not None:
             save(report)
     return report
 
 
 def trained(
-    name: str, teacher: Bundle, out: Path, budget: SceneBudget, prompt_set: PromptSet, *, device: str | None = None,
-    data: "Latents | None" = None,
+    name: str, teacher: Bundle, out: Path, budget: SceneBudget, prompt_set: PromptSet, *, data: "Callable[[], Latents]",
+    device: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One recipe's rows, read back from `out` where they are of the same recipe, teacher and budget."""
+    """One recipe's rows, read back from `out` where they are of the same recipe, teacher and budget.
+
+    data: draws what all recipes train on; asked for only where one trains.
+    """
     from .distill import distill
 
     recipe = budgeted(name, budget)
@@ -102,13 +107,22 @@ def trained(
     run, begun_s = root.with_name(root.name + ".run"), time.perf_counter()
     whole = not (root.exists() or run.exists())  # else part of its time was spent before
     student = load_bundle(root) if (root / "bundle.json").is_file() else distill(
-        recipe, teacher, root, resume=run.is_dir(), device=device, data=data
+        recipe, teacher, root, resume=run.is_dir(), device=device, data=data()
     )  # fmt: skip
     seconds = round(time.perf_counter() - begun_s, 1) if whole else None
     counts = [count for count in STUDENT_STEPS if student.spec.allows(count)]
     rows = [{**_row(student, name, count, prompt_set), "train_seconds": seconds} for count in counts]
     write_whole(kept, (json.dumps(rows, indent=1) + "\n").encode())
     return rows
+
+
+def _data(teacher: Bundle, budget: SceneBudget, out: Path) -> "Latents":
+    """The same encoded scenes for every recipe, kept beside the results."""
+    from .settling import training_data
+
+    kept = str(out / f"latents-{teacher.weights_digest[:12]}-{budget.seed}.safetensors")
+    recipe = budgeted("lcm", budget)
+    return training_data(replace(recipe, run=replace(recipe.run, latents=kept)), teacher)
 
 
 def _row(bundle: Bundle, recipe: str | None, steps: int, prompt_set: PromptSet) -> dict[str, Any]:
