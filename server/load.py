@@ -54,7 +54,7 @@ def command(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundles", nargs="*", metavar="DIR", help="a student bundle, and a teacher for the 25-step mix")
-    parser.add_argument("--seconds", type=float, help="length of each run (10, or 7 side by side)")
+    parser.add_argument("--seconds", type=float, help="length of each run (10, or 5 side by side)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrival times (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file")
     beside = parser.add_argument_group("side by side")
@@ -82,7 +82,7 @@ def _side_by_side(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise InvalidRequest(
             "bundles", f"{len(args.bundles)} bundles are given; give a student, and perhaps its teacher"
         )
-    seconds = 7.0 if args.seconds is None else args.seconds
+    seconds = 5.0 if args.seconds is None else args.seconds
     if not 1 <= seconds <= MAX_SECONDS:
         raise InvalidRequest("seconds", f"--seconds is {seconds:g}; use 1 to {MAX_SECONDS:g}")
     if args.simulate is not None:

@@ -62,14 +62,16 @@ UNIFORM = Workload("uniform", "all 1 step, at 0.9 of capacity: nothing to reorde
 WORKLOADS = (MIXED, TEACHERS, STEADY, OVERLOAD, UNIFORM)
 
 
-def plan_arrivals(rate_per_s: float, seconds: float, mix: Sequence[tuple[Kind, float]], seed: int) -> list[Arrival]:
-    """A Poisson process of `rate_per_s` over `seconds`, classes drawn by their shares."""
+def plan_arrivals(
+    rate_per_s: float, seconds: float, mix: Sequence[tuple[Kind, float]], seed: int, first: int = 0
+) -> list[Arrival]:
+    """A Poisson process of `rate_per_s` over `seconds`, classes drawn by their shares; numbered from `first`."""
     draw = random.Random(seed)
     kinds, shares = [kind for kind, _ in mix], [share for _, share in mix]
     arrivals: list[Arrival] = []
     at_s = draw.expovariate(rate_per_s)
     while at_s < seconds and len(arrivals) < MAX_REQUESTS:
-        arrivals.append(Arrival(at_s, draw.choices(kinds, shares)[0], len(arrivals)))
+        arrivals.append(Arrival(at_s, draw.choices(kinds, shares)[0], first + len(arrivals)))
         at_s += draw.expovariate(rate_per_s)
     return arrivals
 
@@ -86,6 +88,18 @@ def in_shares(mix: Sequence[tuple[Kind, float]], count: int) -> list[Kind]:
         owed[most] -= 1.0
         found.append(most)
     return found
+
+
+@dataclass
+class Numbers:
+    """Numbers of requests, each handed out once, so that no prompt comes twice in a run."""
+
+    used: int = 0
+
+    def take(self, count: int) -> int:
+        """The first of `count` numbers."""
+        self.used += count
+        return self.used - count
 
 
 _SIZES, _SHAPES = ("small", "large", "tiny", "huge"), ("circle", "square", "triangle", "star", "ring")

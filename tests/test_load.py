@@ -14,8 +14,8 @@ from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
 from fewstep.runtime.request import Limits
 from fewstep.server.load import MARKS, check_loopback, command, write_page
 from fewstep.server.load_compare import Plan, _capacity
-from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, in_shares, plan_arrivals, prompt
-from fewstep.server.load_report import markdown, overhead_ms, summarise
+from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, Numbers, in_shares, plan_arrivals, prompt
+from fewstep.server.load_report import FIRST_COME, OURS, claims, in_rounds, markdown, overhead_ms, summarise
 from fewstep.server.load_servers import Server, started
 from fewstep.server.load_traffic import Outcome, Target, send_alone, send_in_turn, send_traffic
 
@@ -226,15 +226,40 @@ def test_a_server_that_does_not_start_says_why():
         pytest.fail("it started")
 
 
-def test_a_run_says_whether_the_machine_was_its_own():
-    assert "over that at its start: 0.61." in markdown({**REPORT, "speed_kept": 0.61})
-    assert "over that at its start" not in markdown(REPORT)
+def test_a_run_says_how_the_speed_of_the_machine_changed():
+    assert "was 0.61 to 1.10 of that at the start" in markdown({**REPORT, "speeds": [1.1, 0.61, 1.0]})
+    assert "of that at the start" not in markdown(REPORT)
+
+
+def test_ratios_are_medians_over_rounds_so_that_one_bad_round_decides_nothing():
+    """Theirs is 2, 3 and 0.1 times ours; pooled, the round with the long times would decide."""
+    rounds = {
+        OURS: [(1.0, [Outcome(1, "ok", 1.0)]), (0.5, [Outcome(1, "ok", 2.0)]), (1.0, [Outcome(1, "ok", 100.0)])],
+        FIRST_COME: [(1.0, [Outcome(1, "ok", 2.0)]), (0.5, [Outcome(1, "ok", 6.0)]), (1.0, [Outcome(1, "ok", 10.0)])],
+    }
+    rows = []
+    for server, told in rounds.items():
+        for workload in ("mixed", "overload"):
+            found = in_rounds(told, server=server, rate_per_s=1.0, seconds=2.0, deadline_s=50.0)
+            rows += [{"workload": workload, "seconds": 6.0, **row} for row in found]
+    assert [r["speed"] for r in rows[0]["rounds"]] == [1.0, 0.5, 1.0] and rows[0]["sent"] == 3
+    told = {claim["claim"]: claim["found"] for claim in claims(rows, {"overload": 0.5}, None)}
+    assert told["mixed: mean latency, ours over first-come"] == pytest.approx(0.5)
+    assert told["overload: goodput over capacity"] == pytest.approx(1.0)  # 1, then 2 at half speed, then none in time
+
+
+def test_no_number_is_handed_out_twice():
+    numbers = Numbers()
+    first, second = numbers.take(5), numbers.take(3)
+    assert (first, second, numbers.used) == (0, 5, 8)
+    arrivals = plan_arrivals(50.0, 1.0, EVEN, seed=0, first=numbers.used)
+    assert arrivals[0].number == 8 and [a.number for a in arrivals] == list(range(8, 8 + len(arrivals)))
 
 
 def test_capacity_is_measured_over_a_long_enough_time():
     with fake_server(delay_s=0.002) as live:
         server = Server("s", Target(live.url, ("fake",), native=True), {})
         began = time.perf_counter()
-        per_s = _capacity(Plan(("fake",), seconds=1.0), MIXED, server)
+        per_s = _capacity(Plan(("fake",), seconds=1.0), MIXED, server, Numbers())
         assert time.perf_counter() - began >= 1.0 / 3
         assert 5.0 < per_s < 500.0, "a request is 3 to 6 calls of 2 ms, and calls are shared"
