@@ -2,7 +2,7 @@
 
 from mutants import Mutant
 
-from fewstep.trainers import discriminator, loop, rollout, score_gap
+from fewstep.trainers import gan_losses, loop, rollout, score_gap
 from fewstep.trainers.player import Player
 
 
@@ -46,8 +46,8 @@ DISTRIBUTION_MUTANTS: dict[str, Mutant] = {
         score_gap, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), DMD
     ),
     "fake: trained on the noise": Mutant(score_gap, "denoising_loss", noise_target, DMD),
-    "critic: data called fake": Mutant(discriminator, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD),
-    "critic: student pushed down": Mutant(discriminator, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
+    "critic: data called fake": Mutant(gan_losses, "critic_loss", lambda g: lambda real, fake: g(fake, real), DMD),
+    "critic: student pushed down": Mutant(gan_losses, "deceiver_loss", lambda g: lambda fake: g(-fake), DMD),
     "rollout: noise kept where it should be fresh": Mutant(rollout, "noised", old_noise, DMD),
     "players: the student acts every step": Mutant(Player, "acts", lambda g: lambda self, step: True, DMD),
     "players: averages step with the loop": Mutant(loop, "_play", averaging_every_step, DMD),

@@ -6,9 +6,12 @@ from torch import nn
 
 from fewstep.models.analytic import exact, gaussian
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.networks import as_network
 from fewstep.models.paths import VP
-from fewstep.trainers.discriminator import Adversary, FakeWithCritic, critic_loss, deceiver_loss, middle_features
+from fewstep.trainers.critics import FakeWithCritic, read_blocks
+from fewstep.trainers.discriminator import Adversary
 from fewstep.trainers.distances import unweighted
+from fewstep.trainers.gan_losses import critic_loss, deceiver_loss
 from fewstep.trainers.jumps import ToClean
 from fewstep.trainers.objective import Batch, Cast, Turn
 from fewstep.trainers.recipes_distribution import dmd2
@@ -121,8 +124,10 @@ def test_critic_reads_the_middle_of_the_fake_network(tiny_teacher):
     hook = unet.mid_block.register_forward_hook(lambda module, args, out: caught.append(out))
     unet(x, t, ctx)
     hook.remove()
-    assert torch.equal(middle_features(unet, x, t, ctx), caught[0])
-    fake = FakeWithCritic(unet.requires_grad_(True))
+    run = as_network(tiny_teacher.family.denoiser(unet, False))
+    found = read_blocks(unet, ["mid_block"], lambda: run(x, t, {"ctx": ctx}))
+    assert torch.equal(found[0], caught[0])
+    fake = FakeWithCritic(unet.requires_grad_(True), run)
     logits = fake.judge(x, t, {"ctx": ctx})
     assert logits.shape == (2, 1, 8, 8)
     logits.sum().backward()

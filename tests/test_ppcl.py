@@ -154,7 +154,7 @@ def test_the_pruned_student_is_exported_verified_and_served(pruned, tmp_path, ca
         assert answer.status_code == 200 and answer.json()["data"]
 
 
-@pytest.mark.parametrize("recipe", ["lcm", "bk-sdm", "vdmini", "slim", "linfusion", "dmd2"])
+@pytest.mark.parametrize("recipe", ["lcm", "bk-sdm", "vdmini", "slim", "linfusion"])
 def test_what_is_for_unets_is_refused(teachers, tmp_path, recipe):
     with pytest.raises(RecipeError, match="U-Net"):
         distill(recipe, teachers("pixart"), tmp_path / "out", FAST | {"steps": 2}, device="cpu")

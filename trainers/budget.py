@@ -25,9 +25,9 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     stage = recipe.stages[-1]
     networks = {"student": student}
     if "fake" in stage.objective.players:
-        from .discriminator import FakeWithCritic
+        from .critics import MIDDLE, FakeWithCritic
 
-        networks["fake"] = FakeWithCritic(again(teacher_unet, recipe.fake))
+        networks["fake"] = FakeWithCritic(again(teacher_unet, recipe.fake), _never, recipe.critic or MIDDLE)
     total = count(teacher_unet) * BYTES
     players = {}
     for name, network in networks.items():
@@ -39,6 +39,10 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     steps = {stage.name: stage.steps for stage in recipe.stages}
     found = {"teacher_parameters": count(teacher_unet), "players": players, "bytes": total, "stage_steps": steps}
     return found | ({"runs": [str(run) for run in recipe.student.runs]} if recipe.student.runs else {})
+
+
+def _never(*asked: Any) -> Any:
+    raise TypeError("a network that is counted is not asked")
 
 
 def count(network: Any, *, trained: bool = False) -> int:

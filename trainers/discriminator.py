@@ -1,63 +1,105 @@
-"""Adversarial parts: a critic on the fake network's own features, and the losses of both sides.
+"""Adversarial parts: the terms of both sides of a GAN, whatever its critic looks at (`trainers.critics`).
 
-Logits are [B, ...], positive for real. With `softplus` losses the best logit is log(p / q), so it is a density ratio.
+Logits are [B, ...], positive for real. With `Softplus` the best logit is log(p / q), so it is a density ratio.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch import Tensor
 
 from fewstep.models.denoiser import Condition
+from fewstep.models.paths import Path
 
+from .errors import RecipeError
+from .gan_losses import GanLoss, Judged, Regulariser, Softplus
+from .laws import Law
 from .objective import Batch, Cast, Critic, Metrics, Turn
 from .rollout import Made
-from .times import UniformTimes
 from .transitions import noised
+
+
+class Real(Protocol):
+    """What the student's samples are held against, [B, C, ...] without gradient."""
+
+    def draw(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """The batch's own samples."""
+
+    def draw(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> Tensor:
+        return batch.x0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """Weights of the GAN terms of both sides, and the times at which samples are noised before they are judged.
+    """Weights of the GAN terms of both sides, and what is done to samples before they are judged.
 
-    `share` is the part of a batch that is judged; judging data and samples costs the critic a second pass.
+    times: noised to these; None for clean samples, as a vision network wants them. share: the part of a batch that is
+    judged; judging data and samples costs the critic a second pass. same_times, same_noise: of data and samples.
+    misaligned: data under a neighbour's condition are further fakes, so that the critic reads the condition
+    (SANA-Sprint); neighbours of one condition are left out.
     """
 
     student_weight: float
     critic_weight: float
-    times: UniformTimes
+    times: Law | None
     share: float = 1.0
+    loss: GanLoss = field(default_factory=Softplus)
+    regularisers: tuple[Regulariser, ...] = ()
+    same_times: bool = False
+    same_noise: bool = False
+    misaligned: bool = False
+    real: Real = field(default_factory=Data)
+
+    def __post_init__(self) -> None:
+        if self.misaligned and self.loss.asks_real:
+            raise RecipeError(
+                f"{type(self.loss).__name__} pairs each sample with one of the data, and misaligned data have no "
+                "partner; use Softplus or Hinge, or leave misaligned out"
+            )
 
     def rows(self, count: int) -> slice:
         return slice(0, max(1, round(self.share * count)))
 
+    def shown(self, path: Path, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """(what the critic is shown of x, t [B], the noise)."""
+        if self.times is None:
+            return x, torch.full((len(x),), path.end, dtype=torch.float64, device=x.device), torch.zeros_like(x)
+        t, noise = self.times.draw(path, len(x), turn), turn.noise(x)
+        return noised(path, x, t, noise), t, noise
 
-def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """`softplus(-l(real)) + softplus(l(fake))`, means over everything (DMD2, non-saturating GAN)."""
-    return softplus(-real.float()).mean() + softplus(fake.float()).mean()
-
-
-def deceiver_loss(fake: Tensor) -> Tensor:
-    """`softplus(-l(fake))`: what the student minimises."""
-    return softplus(-fake.float()).mean()
+    def beside(self, path: Path, x: Tensor, t: Tensor, noise: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """(what it is shown of other samples x, t [B]): at the same times or with the same noise where these are."""
+        if self.times is None:
+            return x, t
+        t = t if self.same_times else self.times.draw(path, len(x), turn)
+        noise = noise if self.same_noise else turn.noise(x)
+        return noised(path, x, t, noise), t
 
 
 @dataclass(frozen=True)
 class Deceive:
-    """The student's GAN term: `student_weight softplus(-l(x_t))` on samples noised to the adversary's times."""
+    """The student's GAN term, `student_weight softplus(-l(x_t))` or another loss's, on samples as they are shown."""
 
     adversary: Adversary
 
     roles = ()
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        path, rows = cast["student"].path, self.adversary.rows(len(made.x0))
-        seen, cond = made.x0[rows], {name: value[rows] for name, value in batch.cond.items()}
-        t = self.adversary.times.draw(path, len(seen), turn)
-        gan = deceiver_loss(critic_of(cast)(noised(path, seen, t, turn.noise(seen)), t, cond))
-        return self.adversary.student_weight * gan, {"gan_student": float(gan.detach())}
+        own, path, rows = self.adversary, cast["student"].path, self.adversary.rows(len(made.x0))
+        cond, critic = {name: value[rows] for name, value in batch.cond.items()}, critic_of(cast)
+        shown, t, noise = own.shown(path, made.x0[rows], turn)
+        real = None
+        if own.loss.asks_real:
+            with torch.no_grad():
+                data = own.real.draw(made, cast, batch, turn)[rows]
+                real = critic(*own.beside(path, data, t, noise, turn), cond)
+        gan = own.loss.student(critic(shown, t, cond), real)
+        return own.student_weight * gan, {"gan_student": float(gan.detach())}
 
 
 @dataclass(frozen=True)
@@ -69,18 +111,34 @@ class Judge:
     roles = ()
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        path, rows = cast["student"].path, self.adversary.rows(len(made.x0))
-        cond = {name: torch.cat([value[rows], value[rows]]) for name, value in batch.cond.items()}
-        sides = []
-        for x in (batch.x0[rows], made.x0[rows].detach()):
-            t = self.adversary.times.draw(path, len(x), turn)
-            sides.append((noised(path, x, t, turn.noise(x)), t))
-        (real, t_real), (fake, t_fake) = sides
-        seen, t = torch.cat([real, fake]), torch.cat([t_real, t_fake])
-        real, fake = critic_of(cast)(seen, t, cond).chunk(2)
-        gan = critic_loss(real, fake)
+        own, path, rows = self.adversary, cast["student"].path, self.adversary.rows(len(made.x0))
+        told, critic = {name: value[rows] for name, value in batch.cond.items()}, critic_of(cast)
+        data = own.real.draw(made, cast, batch, turn)[rows]
+        real, t_real, noise = own.shown(path, data, turn)
+        sides = [(real, t_real, told), (*own.beside(path, made.x0[rows].detach(), t_real, noise, turn), told)]
+        if own.misaligned:
+            shown, t, _ = own.shown(path, data, turn)
+            sides.append((shown, t, {name: value.roll(1, 0) for name, value in told.items()}))
+        seen, t = torch.cat([side[0] for side in sides]), torch.cat([side[1] for side in sides])
+        cond = {name: torch.cat([side[2][name] for side in sides]) for name in told}
+        logits = critic(seen, t, cond)
+        real, fake = logits[: len(data)], logits[len(data) : 2 * len(data)]
+        if own.misaligned:
+            fake = torch.cat([fake, logits[2 * len(data) :][apart(told)]])
+        gan = own.loss.critic(real, fake)
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
-        return self.adversary.critic_weight * gan, {"gan_critic": float(gan.detach()), "critic_right": float(right)}
+        metrics = {"gan_critic": float(gan.detach()), "critic_right": float(right)}
+        shows = Judged(critic, seen[: len(data)], t[: len(data)], told, real)
+        hides = Judged(critic, *(side[len(data) : 2 * len(data)] for side in (seen, t)), told, fake[: len(data)])
+        smooth = [rule.loss(shows, hides, turn) for rule in own.regularisers]
+        if smooth:
+            metrics["critic_slope"] = float(sum(float(value.detach()) for value in smooth))
+        return own.critic_weight * sum(smooth, gan), metrics
+
+
+def apart(cond: Condition) -> Tensor:
+    """[B]: whether a row's condition differs from that of the row before it."""
+    return torch.stack([(value != value.roll(1, 0)).flatten(1).any(1) for value in cond.values()]).any(0)
 
 
 def critic_of(cast: Cast) -> Critic:
@@ -88,50 +146,3 @@ def critic_of(cast: Cast) -> Critic:
     if cast.critic is None:
         raise TypeError("an adversarial term was given a cast with no critic")
     return cast.critic
-
-
-class CriticHead(nn.Module):
-    """Middle features [B, C, h, w] of a U-Net -> patch logits [B, 1, h, w]."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(groups, channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(groups, channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, 1, 1),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.layers(features)
-        return out
-
-
-class FakeWithCritic(nn.Module):
-    """The fake U-Net and the head on its features: one player, since the critic's loss trains both (DMD2)."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-        self.head = CriticHead(unet.config.block_out_channels[-1], unet.config.norm_num_groups)
-
-    def judge(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Logits of x_t; only the encoder half of the U-Net runs."""
-        logits: Tensor = self.head(middle_features(self.unet, x, t, cond["ctx"]))
-        return logits
-
-
-def middle_features(unet: Any, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
-    """Output of `UNet2DConditionModel`'s middle block, by its own parts in its own order."""
-    emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t.float().to(x.device)))
-    ctx = unet.process_encoder_hidden_states(encoder_hidden_states=ctx, added_cond_kwargs=None)
-    h = unet.conv_in(x)
-    for block in unet.down_blocks:
-        crosses = getattr(block, "has_cross_attention", False)
-        h = block(h, emb, encoder_hidden_states=ctx)[0] if crosses else block(h, emb)[0]
-    crosses = getattr(unet.mid_block, "has_cross_attention", False)
-    out: Tensor = unet.mid_block(h, emb, encoder_hidden_states=ctx) if crosses else unet.mid_block(h, emb)
-    return out

@@ -22,22 +22,24 @@ from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
 from .checkpoint_search import KeptFiles, Saving, settle, weights_of
+from .critics import MIDDLE, FakeWithCritic, picture_critic
 from .data import Latents, LatentSource
-from .discriminator import FakeWithCritic
 from .distillation import KnowledgeDistillation
 from .errors import CheckpointError, RecipeError
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
-from .partners import picture_partner
+from .partners import picture_partner, picture_proxy
 from .picture_score import picture_score
 from .player import Player
+from .preference_model import with_prompts
 from .preview import sample, save_grid
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
+from .rewards import PICTURE_REWARDS, check_reward, picture_reward
 from .settling import settled, training_data
-from .student import Student, again, build_student, is_unet, load_denoiser, merged, unlearned
-from .student_bundle import check_contract, student_spec, write_student
+from .student import Student, again, build_student, load_denoiser, merged, unlearned
+from .student_bundle import check_contract, check_start, student_spec, write_student
 from .watch import Twin, lead, stage_pairs, watch_both
 
 
@@ -66,7 +68,11 @@ def distill(
     check_contract(recipe, teacher)
     _open_run(run, recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if recipe.reward is not None:
+        check_reward(recipe.reward)
     data = data if data is not None else training_data(recipe, teacher)
+    if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
+        data = with_prompts(data, teacher, Path(recipe.reward))
     recipe = settled(recipe, teacher, data, run / "runs.json", where)
     run_of = recipe.run
     source = LatentSource(
@@ -130,24 +136,29 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
     roles = {"student": denoiser(learner), "teacher": denoiser(frozen.requires_grad_(False).eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
     for name in stage.objective.players:
-        if name not in ("student", "fake"):
+        if name not in ("student", "fake", "critic", "proxy"):
             partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
             players.append(Player(name, partner, stage.player_settings[name]))
             roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
-    critic = None
+    critic, plan = None, recipe.critic or MIDDLE
     if "fake" in stage.objective.players:
-        if not is_unet(teacher):
-            raise RecipeError(
-                f"recipe {recipe.name!r} has a critic on the middle of a U-Net, and {teacher.name!r} is a "
-                f"{type(frozen).__name__}; use ppcl or progressive"
-            )
-        fake = FakeWithCritic(again(frozen, recipe.fake)).to(frozen.device).train()
-        players.append(Player("fake", fake, stage.player_settings["fake"], fake.unet))
-        roles["fake"], critic = denoiser(fake.unet), fake.judge
+        network = again(frozen, recipe.fake)
+        roles["fake"] = denoiser(network)
+        fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
+        players.append(Player("fake", fake, stage.player_settings["fake"], network))
+        critic = fake.judge
+    if "critic" in stage.objective.players:
+        own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
+        players.append(Player("critic", own, stage.player_settings["critic"]))
+        critic = own.judge
+    rewards = {} if recipe.reward is None else {"reward": picture_reward(recipe.reward, teacher, frozen.device)}
+    if "proxy" in stage.objective.players:
+        rewards["proxy"] = proxy = picture_proxy(teacher).to(frozen.device).train()
+        players.append(Player("proxy", proxy, stage.player_settings["proxy"]))
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
     seen = watch_both(learner, frozen, pairs) if pairs else {}
-    return Assembled(stage.objective, Cast(roles, critic, seen, led), tuple(players))
+    return Assembled(stage.objective, Cast(roles, critic, seen, led, rewards), tuple(players))
 
 
 def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -> dict[str, Twin]:
@@ -165,6 +176,8 @@ def _run_stage(
     done = folder / "student.safetensors"
     torch.manual_seed(recipe.run.seed)
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
+    if recipe.needs.student and recipe.run.init is not None:
+        check_start(student_spec(recipe, teacher), init, recipe.name)
     start = again(previous, recipe.student) if stage.start == "previous" else _begin(recipe, teacher, init)
     start = again(unlearned(start), recipe.student) if stage.start == "noise" else start
     if resume and done.is_file():
@@ -172,7 +185,7 @@ def _run_stage(
 
         load_model(start, done)
         return start
-    frozen = _frozen(recipe, stage, teacher, init, previous)
+    frozen = deepcopy(merged(start)) if stage.teacher == "start" else _frozen(recipe, stage, teacher, init, previous)
     frozen = frozen.to(device=device, memory_format=torch.channels_last)
     method = assemble(recipe, stage, teacher, frozen, start.to(device=device, memory_format=torch.channels_last))
     settings = LoopSettings(
@@ -240,7 +253,7 @@ def _paired(plan: Pairs, method: Assembled, teacher: Bundle, source: LatentSourc
 
 def _begin(recipe: Recipe, teacher: Bundle, init: Bundle) -> Any:
     scale = recipe.stages[0].objective
-    w = getattr(getattr(scale, "guidance", None), "high", 1.0)
+    w = getattr(getattr(scale, "guidance", None), "high", init.spec.guidance.default if recipe.needs.student else 1.0)
     if init.spec.prediction != teacher.spec.prediction or init.spec.path != teacher.spec.path:
         raise RecipeError(f"init {init.name!r} and the teacher {teacher.name!r} differ in path or prediction")
     return build_student(init, recipe.student, fold_scale=float(w))

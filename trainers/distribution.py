@@ -11,13 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import RecipeError
 from .objective import Batch, Cast, Metrics, Turn
 from .rollout import Made, Rollout
 from .times import UniformScale
 
 
 class Term(Protocol):
-    """A part of one player's loss on what the student made; in the student's turn `made` has a gradient."""
+    """A part of one player's loss on what the student made; in the student's turn `made` has a gradient.
+
+    One that takes the critic's logits for log(p / q) says so: `reads_ratio = True`.
+    """
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -29,10 +33,22 @@ class Term(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
-    """terms: player -> what its loss sums, in the order of their turns; the student first."""
+    """terms: player -> what its loss sums, in the order of their turns; the student first. walker: the role whose samples
+    they are; another than the student's make an objective of fixed pairs."""
 
     rollout: Rollout
     terms: Mapping[str, tuple[Term, ...]]
+    walker: str = "student"
+
+    def __post_init__(self) -> None:
+        every = [term for terms in self.terms.values() for term in terms]
+        reader = next((type(term).__name__ for term in every if getattr(term, "reads_ratio", False)), None)
+        losses = [adversary.loss for term in every if (adversary := getattr(term, "adversary", None)) is not None]
+        if reader is not None and (wrong := [loss for loss in losses if not loss.is_ratio]):
+            raise RecipeError(
+                f"{reader} reads log(p / q) from the critic, whose best logits are that with Softplus alone, not with "
+                f"{type(wrong[0]).__name__}; give the adversary Softplus"
+            )
 
     @property
     def players(self) -> tuple[str, ...]:
@@ -41,7 +57,7 @@ class DistributionMatching:
     @property
     def roles(self) -> tuple[str, ...]:
         asked = [role for terms in self.terms.values() for term in terms for role in term.roles]
-        return tuple(dict.fromkeys(("student", *self.terms, *asked)))
+        return tuple(role for role in dict.fromkeys(("student", *self.terms, *asked)) if role != "critic")
 
     @property
     def two_times(self) -> bool:
@@ -56,7 +72,7 @@ class DistributionMatching:
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         with torch.set_grad_enabled(player == "student"):
-            made = self.rollout.make(cast["student"], batch, turn)
+            made = self.rollout.make(cast[self.walker], batch, turn)
         total: Tensor | float = 0.0
         metrics: Metrics = {}
         for term in self.terms[player]:

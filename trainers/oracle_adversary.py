@@ -12,8 +12,9 @@ from fewstep.models.analytic import Mixture, gaussian, log_density
 from fewstep.models.denoiser import Condition
 from fewstep.models.paths import VP
 
-from .discriminator import Deceive, Judge, critic_loss, deceiver_loss
+from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching, Term
+from .gan_losses import critic_loss, deceiver_loss
 from .objective import Cast
 from .oracle_distribution import cast_of
 from .oracle_world import SHIFT, Bent, Check, World, below, between, holds, turn, world

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.models.analytic import Mixture, exact, gaussian, mixture
 from fewstep.models.denoiser import Denoiser
@@ -23,7 +23,7 @@ from .distribution import DistributionMatching, Term
 from .jumps import ToClean
 from .objective import Cast
 from .oracle_parts import guidance_checks, perfect_student
-from .oracle_world import Bent, Check, World, absorbed, below, between, holds, turn, world
+from .oracle_world import Bent, Check, MeanCritic, World, absorbed, below, between, holds, turn, world
 from .recipe import Recipe
 from .rollout import Made
 from .score_gap import Denoise, ScoreGap
@@ -173,12 +173,10 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     """The student's turn teaches neither teacher nor fake; the fake's turn teaches neither student nor teacher."""
     stage = world(VP(), "v")
     cast, student = cast_of(stage, objective, offset=0.3)
-    modules = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
-    roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in modules.items()}
-
-    def critic(x: Tensor, t: Tensor, cond: object) -> Tensor:
-        return x.flatten(1).mean(1)
-
+    networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
+    roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
+    critic = MeanCritic().requires_grad_("critic" in objective.players)  # else it is the fake's own
+    modules: dict[str, nn.Module] = {**networks, "critic": critic}
     for player in objective.players:
         for module in modules.values():
             module.zero_grad()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from fewstep.models.paths import VP
 
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Turn
-from .oracle_world import Bent, Check, World, below, holds, world
+from .oracle_world import Bent, Check, MeanCritic, World, below, holds, world
 from .player import Decay, Player, PlayerSettings
 from .recipe import Recipe, Stage
 from .watch import watch
@@ -128,6 +129,9 @@ def _watched(stage: Stage) -> Watched:
     players, roles = [], {}
     for k, name in enumerate(stage.objective.players):
         settings: PlayerSettings = stage.player_settings[name]
+        if name == "critic":
+            players.append(Player(name, MeanCritic(), settings))
+            continue
         module = Bent(bench.teacher(), gain=0.1 * (k + 1), offset=0.2)
         player = Player(name, module, settings)
         players.append(player)
@@ -136,9 +140,10 @@ def _watched(stage: Stage) -> Watched:
         roles |= {f"{own}{average}": _bent(m).denoiser() for average, m in player.averages.items()}
     teacher = Bent(bench.teacher()).requires_grad_(False)
     roles["teacher"] = teacher.denoiser()
-    critic = None
-    if len(players) > 1:
-        fake = _bent(players[-1].module)
+    own: dict[str, nn.Module] = {player.name: player.module for player in players}
+    critic: Any = own.get("critic")
+    if critic is None and len(players) > 1:
+        fake = _bent(own.get("fake", players[-1].module))
 
         def critic(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             return (fake.gain * x + fake.offset).flatten(1).mean(1)

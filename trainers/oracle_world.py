@@ -75,6 +75,24 @@ class Bent(nn.Module):
         return Denoiser(self, self.perfect.path, self.perfect.prediction)
 
 
+class MeanCritic(nn.Module):
+    """A critic of two weights: `gain mean(x) + offset`, [B]."""
+
+    def __init__(self, gain: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.answer(self.features(x, t, cond), cond)
+
+    def features(self, x: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+        return [x]
+
+    def answer(self, features: list[Tensor], cond: Condition) -> Tensor:
+        return self.gain * features[0].flatten(1).mean(1) + self.offset
+
+
 @dataclass(frozen=True)
 class World:
     """One Gaussian on one path, and perfect networks for it."""

@@ -6,6 +6,7 @@ and prediction, starts alike on all of them, and can be differentiated in time.
 """
 
 import math
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -89,22 +90,6 @@ class PlaneNet(nn.Module):
         return self.path.alpha(t.double())[:, None], self.path.sigma(t.double())[:, None]
 
 
-class PlaneFake(nn.Module):
-    """A fake score, and a critic on its features: what the networks of pictures have in `discriminator`."""
-
-    def __init__(self, net: PlaneNet) -> None:
-        super().__init__()
-        self.net = net
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(net.width, net.width), nn.SiLU(), nn.Linear(net.width, 1))
-
-    def judge(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Logits [B]; positive means real."""
-        path = self.net.path
-        size = (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()[:, None]
-        logits: Tensor = self.head(self.net.hidden((x.double() / size).float(), t, cond))[:, 0]
-        return logits
-
-
 def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fresh: bool = False) -> PlaneNet:
     """A trainable network that begins as `start`, with the inputs and the LoRA that the plan asks for.
 
@@ -121,7 +106,7 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
         adapter_width=start.width if plan.negative else plan.adapter_width, avoids=plan.negative,
     )  # fmt: skip
     if not fresh:
-        net.load_state_dict(start.state_dict(), strict=False)
+        net.load_state_dict(plain_state(start), strict=False)
     if plan.adapter_width is not None or plan.negative:
         net.requires_grad_(False)
         net.adapters.requires_grad_(True)
@@ -132,6 +117,18 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
         net.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=plan.lora_rank, lora_alpha=plan.lora_rank, target_modules=named), net)
     return net
+
+
+def plain_state(net: PlaneNet) -> dict[str, Tensor]:
+    """The network's weights with any LoRA added into them, under their plain names."""
+    from peft.tuners.lora import LoraLayer
+
+    found = deepcopy(net)
+    for part in found.modules():
+        if isinstance(part, LoraLayer):
+            part.merge()  # type: ignore[attr-defined]
+    state = found.state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 
 
 class _Block(nn.Module):

@@ -24,17 +24,22 @@ from fewstep.models.spec import Guidance, Latent, SamplerSpec
 from fewstep.runtime.samplers import start_scale, updates
 
 from .checkpoint_search import Kept, Saving, settle, weights_of
+from .critics import MIDDLE
 from .distill import Assembled
 from .errors import RecipeError
 from .loop import LoopSettings, train
-from .objective import Cast, Turn
+from .objective import Cast, Reward, Turn
 from .pairs import PairSource, draw_pairs
-from .partners import plane_partner
+from .partners import SCORES, plane_partner
 from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, reference_points
-from .plane_net import PlaneFake, PlaneNet, plane_student
+from .plane_critic import PlaneCritic, PlaneFake
+from .plane_net import PlaneNet, plane_student
 from .plane_scores import sliced_distance
 from .player import Player, PlayerSettings
+from .proxy import PlaneReward
 from .recipe import Recipe, Stage
+from .recipe_forms import PLAIN
+from .rewards import plane_reward
 from .times import clean
 from .transitions import NoisedData
 
@@ -70,13 +75,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Trained:
-    """A student, its sampling contract, the scale it was guided at, and what it cost."""
+    """A student, its sampling contract, the scale it was guided at, and what it cost.
+
+    before: the student that the last stage began with, where that one tunes what the stage before made.
+    """
 
     net: PlaneNet
     spec: SamplerSpec
     w: float
     seconds: float
     count: Count = field(compare=False)
+    before: PlaneNet | None = None
 
 
 def fit_start(data: Plane, budget: PlaneBudget) -> PlaneNet:
@@ -106,11 +115,12 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
     """
     check_fits(recipe)
     path = recipe_path(recipe)
-    count, seconds, previous = Count(), 0.0, None
+    count, seconds, previous, before = Count(), 0.0, None, None
     asked = sum(stage.steps for stage in recipe.stages)
     for stage in recipe.stages:
         steps = max(1, round(budget.steps * stage.steps / asked))
-        begun = previous if stage.start == "previous" and previous is not None else start
+        before = previous if stage.start == "previous" else None
+        begun = start if before is None else before
         net = plane_student(begun, recipe.student, path=path, seed=budget.seed, fresh=stage.start == "noise")
         method = _assemble(recipe, stage, net, start, previous, data, budget, count)
         shelf = Kept()
@@ -124,7 +134,7 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
             settle(stage.search, saved, previous, _distance(recipe, stage, data, budget), budget.seed)
             seconds += time.perf_counter() - begun_s
     assert previous is not None  # a recipe has a stage
-    return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count)
+    return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count, before)
 
 
 def check_fits(recipe: Recipe) -> None:
@@ -204,25 +214,36 @@ def _assemble(
     roles = {"student": count.watch(net.denoiser(), "student")}
     for name, average in student.averages.items():
         roles[name] = count.watch(average.denoiser(), "student")  # type: ignore[operator]
-    if stage.teacher == "previous" and previous is not None:
-        roles["teacher"] = count.watch(deepcopy(previous).requires_grad_(False).denoiser(), "student")
+    if stage.teacher == "start" or (stage.teacher == "previous" and previous is not None):
+        held = net if stage.teacher == "start" else previous
+        roles["teacher"] = count.watch(deepcopy(held).requires_grad_(False).denoiser(), "student")
     else:
         roles["teacher"] = count.watch(data.teacher(path), "teacher")
     for name in stage.objective.players:
-        if name not in ("student", "fake"):
-            partner = plane_partner(name, net, path=path, seed=budget.seed)
+        if name not in ("student", "fake", "critic", "proxy"):
+            partner = plane_partner(name, start if name in SCORES else net, path=path, seed=budget.seed)
             players.append(Player(name, partner.train(), settings(name)))
             for role, module in {name: partner, **players[-1].roles()}.items():
                 roles[role] = count.watch(module.denoiser(), "student")  # type: ignore[operator]
-    critic = None
+    critic, plan = None, recipe.critic or MIDDLE
     if "fake" in stage.objective.players:
         base = plane_student(start, recipe.fake, path=path, seed=budget.seed)
-        fake = PlaneFake(base)
+        fake = PlaneFake(base, plan)
         players.append(Player("fake", fake, settings("fake"), base))
         roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
+    if "critic" in stage.objective.players:
+        eye = plane_student(start, PLAIN, path=path, seed=budget.seed)
+        own = PlaneCritic(plan, eye)
+        players.append(Player("critic", own, settings("critic")))
+        critic = own.judge
+    rewards: dict[str, Reward] = {} if recipe.reward is None else {"reward": plane_reward(recipe.reward, data)}
+    if "proxy" in stage.objective.players:
+        torch.manual_seed(budget.seed)
+        rewards["proxy"] = proxy = PlaneReward()
+        players.append(Player("proxy", proxy, settings("proxy")))
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    return Assembled(stage.objective, Cast(roles, critic), tuple(players))
+    return Assembled(stage.objective, Cast(roles, critic, rewards=rewards), tuple(players))
 
 
 def _distance(recipe: Recipe, stage: Stage, data: Plane, budget: PlaneBudget) -> Callable[[Any], float]:

@@ -15,6 +15,7 @@ from fewstep.models.paths import Path
 from fewstep.models.spec import Boundary
 
 from .checkpoint_search import Search
+from .critics import VISION, CriticPlan
 from .errors import RecipeError
 from .objective import Objective
 from .pairs import Pairs
@@ -25,11 +26,12 @@ from .times import Grids
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a method needs beside a student."""
+    """What a method needs beside a student. student: it tunes one that has few steps already, and keeps its contract."""
 
     teacher: bool = True
     data: bool = True
     critic: bool = False
+    student: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Sampling:
 class Stage:
     """One optimisation from start to end. `teacher` and `start` name who they are: "teacher", "init" or "previous".
 
-    A start may also be "noise", random weights.
+    A start may also be "noise", random weights; a teacher "start", the student as the stage begins.
 
     "init" is the bundle that `--set init=DIR` names, and the teacher where none is named; as a teacher it is whole, as
     a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
@@ -102,7 +104,8 @@ class Recipe:
 
     path: what its student lives on, None for whatever its teacher does. beside: further players that are sold, each in
     a bundle of its own beside the student's, and how they are sampled. fake: what is done to the teacher's network to
-    make the fake score's, LoRA for one.
+    make the fake score's, LoRA for one. critic: what an adversary's critic looks at, None for the middle of the fake
+    score. reward: who judges samples, a name or a folder of `trainers.rewards`, None for nobody.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Recipe:
     path: Path | None = None
     beside: Mapping[str, Sampling] = field(default_factory=dict)
     fake: Student = field(default_factory=Student)
+    critic: CriticPlan | None = None
+    reward: str | None = None
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
@@ -126,6 +131,9 @@ class Recipe:
                 "told, such as DdimJump"
             )
 
+        for stage in self.stages:
+            _check_critic(self.name, self.critic, stage.objective)
+
     @property
     def objective(self) -> Objective:
         """The objective of the last stage, which is the method's own."""
@@ -135,6 +143,23 @@ class Recipe:
     def steps(self) -> tuple[int, ...]:
         """The step counts of its students; empty where they are the teacher's."""
         return self.sampling.grids.counts if self.sampling is not None else ()
+
+
+def _check_critic(name: str, plan: CriticPlan | None, objective: Objective) -> None:
+    """Errors: `RecipeError` where the critic's weights would never learn, or it is shown what it cannot see."""
+    terms: Mapping[str, Any] = getattr(objective, "terms", {})
+    judges = {p: term.adversary for p, own in terms.items() for term in own if hasattr(term, "adversary")}
+    told = "the middle of the fake score" if plan is None else f"{plan.features!r} features"
+    player = "fake" if plan is None else plan.player
+    if wrong := sorted(set(judges) - {"student", player}):
+        raise RecipeError(
+            f"{name}: the player {wrong[0]!r} learns to judge, and a critic of {told} is the player {player!r}; give "
+            f"the Judge to {player!r}, or the recipe another critic"
+        )
+    if judges and player not in terms:
+        raise RecipeError(f"{name}: a critic of {told} is the player {player!r}, which has no terms; give it a Judge")
+    if plan is not None and plan.features == VISION and any(own.times is not None for own in judges.values()):
+        raise RecipeError(f"{name}: a vision network looks at clean pictures; give its adversary times=None")
 
 
 RecipeFunction = Callable[..., Recipe]

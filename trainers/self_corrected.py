@@ -14,8 +14,9 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, expand
 from fewstep.models.paths import Path
 
-from .discriminator import Adversary, critic_loss, deceiver_loss
+from .discriminator import Adversary
 from .distances import Distance, Squared
+from .gan_losses import critic_loss, deceiver_loss
 from .objective import Batch, Cast, Metrics, Turn
 from .straight import one_step
 from .tangent import FLOW
