@@ -142,8 +142,38 @@ def test_one_bad_step_is_skipped_and_counted(tmp_path):
 
 
 def test_divergence_stops_with_a_remedy(tmp_path):
-    with pytest.raises(TrainingDiverged, match="3 steps up to step 5; lower lr"):
-        run(tmp_path, 50, Toy(poison=range(2, 50)), max_bad_steps=3)
+    toy = Toy(poison=range(2, 50))
+    said = r"3 bad steps in a row up to step 5, first at step 2: fake loss and norm \(not finite\). The last good"
+    with pytest.raises(TrainingDiverged, match=said.replace("The", "the")) as told:
+        run(tmp_path, 50, toy, max_bad_steps=3)
+    assert f"checkpoint is in {tmp_path}. Try a lower lr (it was 0.03)" in str(told.value)
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["own_steps"] == {"student": 1, "fake": 2}
+    assert all(torch.isfinite(w).all() for found in kept["players"].values() for w in found.values())
+
+
+class Exploding(Toy):
+    """The fake's loss is a million times what it was from step 60 on."""
+
+    def loss(self, player, batch, turn):
+        value, told = super().loss(player, batch, turn)
+        return value * (1e6 if turn.step >= 60 and player == "fake" else 1.0), told | {"term": float(value.detach())}
+
+
+def test_an_exploding_loss_stops_the_run_too(tmp_path):
+    with pytest.raises(
+        TrainingDiverged, match=r"4 bad steps .* up to step 64, first at step 60: fake loss \(.*usually"
+    ):
+        run(tmp_path, 200, Exploding(), max_bad_steps=4, checkpoint_every=31)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 31, "not 62, when a loss had exploded already"
+
+
+def test_a_term_that_is_not_finite_is_named(tmp_path):
+    toy = Toy()
+    loss = toy.loss
+    toy.loss = lambda player, batch, turn: (loss(player, batch, turn)[0] * math.inf, {"gan_critic": math.inf})
+    with pytest.raises(TrainingDiverged, match=r"fake gan_critic \(not finite\)"):
+        run(tmp_path, 9, toy, max_bad_steps=1)
 
 
 def test_time_budget_ends_the_run_and_cools_the_rate(tmp_path):

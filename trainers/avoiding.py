@@ -28,6 +28,8 @@ class Avoiding:
 
     players = ("student",)
 
+    whole_batch = True  # a prompt to avoid is another sample's
+
     @property
     def roles(self) -> tuple[str, ...]:
         return self.inner.roles

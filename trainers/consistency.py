@@ -158,6 +158,11 @@ class Consistency:
         """Whether the student is told where it lands."""
         return isinstance(self.jump, TwoTimeJump)
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether samples look at each other, so that a batch cannot be shared out."""
+        return self.coupling is not None
+
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         student, target = cast["student"], cast[self.target]
         path, count = student.path, batch.x0.shape[0]

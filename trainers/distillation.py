@@ -57,6 +57,11 @@ class KnowledgeDistillation:
     players = ("student",)
     roles = ("student", "teacher")
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether samples look at each other: features are compared by norms over the batch."""
+        return self.feature != 0.0
+
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         student, teacher = cast["student"], cast["teacher"]
         count = batch.x0.shape[0]

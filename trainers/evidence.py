@@ -17,10 +17,10 @@ ROOMS = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "evidence_files"
 SOURCES = {"models": ("analytic", "denoiser", "paths", "predictions", "spec"), "runtime": ("samplers",)}
 APART = (
-    "bench_*", "budget", "checkpoint", "commands", "compliance", "data", "demo", "dial", "distill", "diversity",
-    "engine_quality", "errors", "evidence", "family", "features", "frechet", "grids", "headlines", "methods_page",
-    "picture_score", "pictures", "plane*", "plot", "preview", "quality", "recipes_report", "scenes", "student_bundle",
-    "surgery", "teacher*", "tiny_decoder", "__init__",
+    "bands*", "bench_*", "budget", "checkpoint", "commands", "compliance", "data", "demo", "dial", "distill",
+    "diversity", "engine_quality", "errors", "evidence", "family", "features", "frechet", "grids", "headlines",
+    "health", "methods_page", "picture_score", "pictures", "plane*", "plot", "preview", "quality", "ranks",
+    "recipes_report", "scenes", "student_bundle", "surgery", "teacher*", "tiny_decoder", "__init__",
 )  # fmt: skip
 """The files that decide what a recipe computes, and those that check it: of the trainers all but those `APART`."""
 

@@ -52,7 +52,7 @@ class LogNormal:
     std: float = 2.0
 
     def draw(self, path: Path, count: int, turn: Turn) -> Tensor:
-        drawn = torch.randn(count, generator=turn.rng, device=turn.rng.device, dtype=torch.float64)
+        drawn = turn.normal(count)
         low, high = levels(path, 2).tolist()
         return at_levels(path, (self.mean + self.std * drawn).exp().clamp(low, high))
 

@@ -115,6 +115,7 @@ class MomentMatching:
 
     players = ("student",)
     roles = ("student",)
+    whole_batch = True
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         """Errors: `RecipeError` for a batch that is not a whole number of groups."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fewstep.models.denoiser import Condition, Denoiser
 
+from .errors import RecipeError
+
 Metrics = dict[str, float]
 Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t [B, C, ...], t [B], condition) -> real-or-fake logits [B, ...]; positive means real."""
@@ -31,6 +33,39 @@ class Batch:
     cond: Condition
     uncond: Condition
     noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of the joint batch one process sees in one pass: every `count`th from row `index`.
+
+    Interleaved and not cut in pieces, so that the first so many rows of the joint batch are the first of each part.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, joint: Tensor) -> Tensor:
+        return joint if self.count == 1 else joint[self.index :: self.count]
+
+    def within(self, index: int, count: int) -> "Part":
+        """A part of this part, as a part of the joint batch."""
+        return Part(self.index + self.count * index, self.count * count)
+
+    def of(self, batch: Batch) -> Batch:
+        """Errors: `RecipeError` for rows that do not divide."""
+        if self.count == 1:
+            return batch
+        if rows := len(batch.x0) % self.count:
+            raise RecipeError(
+                f"{len(batch.x0)} samples cannot be shared evenly by {self.count}, {rows} are left over; set batch to "
+                "a multiple of processes x accumulate"
+            )
+        cond, uncond = ({name: self.rows(value) for name, value in side.items()} for side in (batch.cond, batch.uncond))
+        return Batch(self.rows(batch.x0), cond, uncond, None if batch.noise is None else self.rows(batch.noise))
+
+
+WHOLE = Part()
 
 
 @dataclass
@@ -61,7 +96,9 @@ class Cast:
 class Turn:
     """One player's turn in one step: where the run is, and every random draw of it.
 
-    Draws are a function of (seed, step, player) alone, so a resumed run repeats them with no saved state.
+    Draws are a function of (seed, step, player) alone, so a resumed run repeats them with no saved state. Each is drawn
+    for the joint batch, and a part of it takes its rows: the parts together see what one process would, and noise
+    differs between them, but what the batch shares (`pick`) is the same for all.
     """
 
     step: int
@@ -69,13 +106,17 @@ class Turn:
     rng: torch.Generator = field(repr=False)
     dropout_seed: int = 0
     done: float | None = None
+    part: Part = WHOLE
 
     @staticmethod
     def of(
-        seed: int, step: int, total: int, player: str, device: torch.device | str = "cpu", done: float | None = None
-    ) -> "Turn":
+        seed: int, step: int, total: int, player: str, device: torch.device | str = "cpu", done: float | None = None,
+        part: Part = WHOLE,
+    ) -> "Turn":  # fmt: skip
+        """Dropout's masks are the one draw that parts do not share out: each has a stream of its own."""
         rng = torch.Generator(device).manual_seed(derive(seed, step, player))
-        return Turn(step, total, rng, derive(seed, step, player, "dropout"), done)
+        own = (part.index,) if part.index else ()
+        return Turn(step, total, rng, derive(seed, step, player, "dropout", *own), done, part)
 
     @property
     def progress(self) -> float:
@@ -84,20 +125,36 @@ class Turn:
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal, shaped as `like`."""
-        return torch.randn(like.shape, generator=self.rng, device=self.rng.device, dtype=like.dtype).to(like.device)
+        shape = (self.part.count * like.shape[0], *like.shape[1:])
+        draw = torch.randn(shape, generator=self.rng, device=self.rng.device, dtype=like.dtype)
+        return self.part.rows(draw).to(like.device)
+
+    def normal(self, count: int) -> Tensor:
+        """[count] float64, standard normal."""
+        shape = (self.part.count * count,)
+        return self.part.rows(torch.randn(shape, generator=self.rng, device=self.rng.device, dtype=torch.float64))
+
+    def places(self, count: int) -> Tensor:
+        """[count] float64 in [0, 1): where each row stands in the joint batch, evenly spread; no draw."""
+        joint = self.part.count * count
+        return self.part.rows(torch.arange(joint, device=self.rng.device, dtype=torch.float64)) / max(1, joint)
 
     def uniform(self, low: float, high: float, count: int) -> Tensor:
         """[count] float64 in [low, high)."""
-        draw = torch.rand(count, generator=self.rng, device=self.rng.device, dtype=torch.float64)
-        return low + (high - low) * draw
+        joint = self.part.count * count
+        draw = torch.rand(joint, generator=self.rng, device=self.rng.device, dtype=torch.float64)
+        return low + (high - low) * self.part.rows(draw)
 
     def integers(self, high: int, count: int) -> Tensor:
         """[count] int64 in 0 .. high-1."""
-        return torch.randint(high, (count,), generator=self.rng, device=self.rng.device)
+        joint = (self.part.count * count,)
+        return self.part.rows(torch.randint(high, joint, generator=self.rng, device=self.rng.device))
 
     def choose(self, weights: Tensor, count: int) -> Tensor:
         """[count] indices drawn with probability proportional to `weights`."""
-        return torch.multinomial(weights.to(self.rng.device), count, replacement=True, generator=self.rng)
+        joint = self.part.count * count
+        draw = torch.multinomial(weights.to(self.rng.device), joint, replacement=True, generator=self.rng)
+        return self.part.rows(draw)
 
     def pick(self, weights: Tensor) -> int:
         """One index for the whole batch, drawn with probability proportional to `weights`."""

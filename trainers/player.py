@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .curricula import Curriculum
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .objective import Turn
+from .ranks import ALONE, Ranks, is_shard, local, put
 
 
 class Decay(Protocol):
@@ -74,28 +75,35 @@ class PlayerSettings:
 class Player:
     """A module that trains, with its optimiser state and averages. Only weights that ask for gradients train."""
 
-    def __init__(self, name: str, module: nn.Module, settings: PlayerSettings, body: nn.Module | None = None) -> None:
-        """body: the part of the module that is shaped as other players' are, where that is not all of it."""
+    def __init__(
+        self, name: str, module: nn.Module, settings: PlayerSettings, body: nn.Module | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        """body: the part of the module that is shaped as other players' are, where that is not all of it. ranks: who
+        else trains it; module and averages are spread over them in place."""
         self.name = name
         self.module = module
         self.body = module if body is None else body
         self.settings = settings
+        self.ranks = ranks
+        self.averages = {name: deepcopy(module).requires_grad_(False) for name in settings.ema}
+        for network in (module, *self.averages.values()):
+            ranks.spread(network)
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._groups(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        self.averages = {name: deepcopy(module).requires_grad_(False) for name in settings.ema}
         self._averaged = {name: _matched(average, module) for name, average in self.averages.items()}
         self.own_steps = 0
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Weights by the factor on their learning rate."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """Weights by the factor on their learning rate, and by whether they are shards."""
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, weight in self.module.named_parameters():
             if weight.requires_grad:
                 factor = next((f for prefix, f in self.settings.slow.items() if name.startswith(prefix)), 1.0)
-                groups.setdefault(factor, []).append(weight)
-        return [{"params": weights, "factor": factor} for factor, weights in groups.items()]
+                groups.setdefault((factor, is_shard(weight)), []).append(weight)
+        return [{"params": weights, "factor": factor} for (factor, _), weights in groups.items()]
 
     def roles(self) -> dict[str, nn.Module]:
         """Its averages by the roles they play, "PLAYER.AVERAGE"."""
@@ -118,17 +126,42 @@ class Player:
 
     def update(self, loss: Tensor, progress: float) -> float:
         """Backward and one optimiser step; returns the gradient norm. Non-finite gradients change nothing."""
+        self.forget()
+        self.learn(loss)
+        return self.step(progress)
+
+    def forget(self) -> None:
+        """Drop the gradients that are there."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def learn(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those that are there."""
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm))
+
+    def step(self, progress: float) -> float:
+        """One optimiser step along the gradients, averaged over all processes; returns their norm and drops them.
+
+        Non-finite gradients change nothing, in no process: all see the same ones.
+        """
+        self.ranks.average_gradients(self.weights)
+        norm = self._clipped()
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(progress) * group["factor"]
             self.optimizer.step()
             self.own_steps += 1
             self._average(progress)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         return norm
+
+    def _clipped(self) -> float:
+        """The norm of all gradients, which are brought down to `clip_norm`."""
+        if not self.ranks.sharded:
+            return float(nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm))
+        norm = self.ranks.norm(self.weights)
+        gradients = [local(weight.grad) for weight in self.weights if weight.grad is not None]
+        torch._foreach_mul_(gradients, (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     @torch.no_grad()
     def _average(self, progress: float) -> None:
@@ -150,25 +183,46 @@ class Player:
                 f"the player {self.name!r} merges with {other.name!r}, whose weights are of another shape; give both "
                 "the same student plan, or leave merge out"
             )
-        torch._foreach_lerp_(list(own.values()), [theirs[n] for n in own], 1 - self.settings.merge[other.name])
+        mine, aims = [local(weight) for weight in own.values()], [local(theirs[name]) for name in own]
+        torch._foreach_lerp_(mine, aims, 1 - self.settings.merge[other.name])
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
-            "own_steps": self.own_steps,
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by names that depend on no number of processes: weights, averages, moments."""
+        found = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        for average, module in self.averages.items():
+            found |= {f"averages.{average}.{name}": value for name, value in module.state_dict().items()}
+        for name, weight in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                found[f"optimizer.{name}.{key}"] = value
+        return found
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, average in self.averages.items():
-            average.load_state_dict(state["averages"][name])
-        self.own_steps = int(state["own_steps"])
+    def load(self, tensors: Mapping[str, Tensor], own_steps: int) -> None:
+        """Take back what `tensors` gave, here or in another number of processes.
+
+        Errors: `CheckpointError` where a tensor is missing or of another shape.
+        """
+        for name, weight in self.module.named_parameters():
+            if f"optimizer.{name}.step" in tensors and weight.requires_grad:
+                self.optimizer.state[weight] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                    "exp_avg": torch.zeros_like(weight, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
+                }
+        with torch.no_grad():
+            for name, own in self.tensors().items():
+                value = tensors.get(name)
+                if value is None or value.shape != own.shape:
+                    kept = "nothing" if value is None else f"a tensor of shape {tuple(value.shape)}"
+                    raise CheckpointError(
+                        f"the checkpoint has {kept} for {self.name}'s {name}, which is of shape {tuple(own.shape)}; "
+                        "start anew without --resume"
+                    )
+                put(own, value)
+        self.own_steps = own_steps
 
 
 def _matched(average: nn.Module, module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Both networks' weights in one order, found once: walking two trees of modules costs as much as the averaging."""
     now = dict(module.named_parameters())
-    return list(average.parameters()), [now[name] for name, _ in average.named_parameters()]
+    theirs = [local(now[name]) for name, _ in average.named_parameters()]
+    return [local(weight) for weight in average.parameters()], theirs

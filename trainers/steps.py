@@ -115,6 +115,7 @@ class ReferenceBatch:
     """
 
     needs_teacher = False
+    whole_batch = True
 
     def __call__(self, teacher: Denoiser, at: At, s: Tensor, turn: Turn) -> Tensor:
         mean, eps = reference_estimates(teacher.path, at)
@@ -127,6 +128,8 @@ class ReferenceField:
     """The trajectory through x_t by the batch's own estimates (a `tangent.Field` with no teacher and less noise)."""
 
     mixing: NoisedData
+
+    whole_batch = True
 
     def __call__(
         self, teacher: Denoiser, batch: Batch, noise: Tensor, x: Tensor, t: Tensor, cond: Condition

@@ -42,7 +42,7 @@ class ThreeKinds:
     near: float = 0.05
 
     def draw(self, path: Path, count: int, turn: Turn) -> tuple[Tensor, Tensor]:
-        kind = torch.arange(count, device=turn.rng.device) * 3 // max(1, count)
+        kind = (3.0 * turn.places(count) + 1e-9).floor()  # a third's first row is a whole number but for rounding
         t = self.law.draw(path, count, turn)
         t = torch.where(kind == 0, torch.full_like(t, path.start), t)
         share = turn.uniform(0.0, 1.0, count) * torch.where(kind == 1, self.near, 1.0)
