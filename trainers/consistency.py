@@ -103,6 +103,18 @@ class Slopes(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Landed:
+    """A consistency loss [] with its metrics, and as they were compared the student's landing `guess`, which has a
+    gradient, the target's `aim`, and the condition of both."""
+
+    loss: Tensor
+    metrics: Metrics
+    guess: Tensor
+    aim: Tensor
+    cond: Condition
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoising:
     """A denoising term beside (CTM's, sLCT's): `weight |x0_theta(x_t, t) - x0|`, at levels below `below` alone."""
@@ -164,6 +176,11 @@ class Consistency:
         return self.coupling is not None
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
+        found = self.landed(cast, batch, turn)
+        return found.loss, found.metrics
+
+    def landed(self, cast: Cast, batch: Batch, turn: Turn) -> Landed:
+        """The loss, and what it compared."""
         student, target = cast["student"], cast[self.target]
         path, count = student.path, batch.x0.shape[0]
         t, s = self.pairs.draw(path, count, turn)
@@ -189,7 +206,7 @@ class Consistency:
         if self.aside is not None:
             beside = self.aside(student, here)
             loss, metrics = loss + beside, {**metrics, "aside": float(beside.detach())}
-        return loss, metrics
+        return Landed(loss, metrics, guess, aim, cond)
 
     def some_emptied(self, batch: Batch, turn: Turn) -> Condition:
         if not self.empty_share:

@@ -32,6 +32,8 @@ from .errors import DataError
 from .objective import Batch, derive
 
 ENCODE_BATCH = 64
+PROMPT = "prompt"
+"""Name of the captions as a preference model's own tokens, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ class LatentSource:
         if self.w is not None:
             low, high = self.w
             rng = torch.Generator().manual_seed(scale_seed)
-            fixed["w"] = (low + (high - low) * torch.rand(len(rows), generator=rng)).to(self.device)
+            drawn = part.rows(torch.rand(part.count * len(rows), generator=rng))
+            fixed["w"] = (low + (high - low) * drawn).to(self.device)
+        if PROMPT in self.data.feeds:  # for whoever judges pictures; no denoiser reads it
+            fixed[PROMPT] = self.data.feeds[PROMPT][rows, phrasing].to(self.device)
         return Batch(x0, {**cond, **fixed}, {**uncond, **fixed})
 
     def encode_text(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from .errors import RecipeError
 Metrics = dict[str, float]
 Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t [B, C, ...], t [B], condition) -> real-or-fake logits [B, ...]; positive means real."""
+Reward = Callable[[Tensor, Condition], Tensor]
+"""(samples [B, C, ...], condition) -> [B]; more is better."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Cast:
     """Who plays which role: `student`, `teacher`, and as a method needs them `target`, `fake` and a critic.
 
     seen: role -> stage -> that stage's output in the role's last evaluation, for the roles that are watched. led: turns
-    the feeding of the student's stages with the teacher's inputs on and off, where they can be.
+    the feeding of the student's stages with the teacher's inputs on and off, where they can be. rewards: who judges
+    samples, by name: "reward" as the recipe says, "proxy" a player that learns to agree with it.
     """
 
     roles: Mapping[str, Denoiser]
@@ -91,6 +94,7 @@ class Cast:
     def __getitem__(self, role: str) -> Denoiser:
         return self.roles[role]
 
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
 
 @dataclass(frozen=True)
 class Turn:

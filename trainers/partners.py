@@ -1,4 +1,4 @@
-"""Networks of the players that learn beside a student: an encoder of its noise, an inverse of it.
+"""Networks of the players that learn beside a student: an encoder of its noise, an inverse of it, further scores.
 
 Each for pictures and for the plane; the fake score and its critic are `trainers.discriminator`'s.
 """
@@ -13,8 +13,13 @@ from fewstep.models.paths import Path
 
 from .errors import RecipeError
 from .plane_net import PlaneNet, plane_student
+from .proxy import LatentReward
 from .recipe_forms import PLAIN
 from .student import build_student, is_unet
+
+
+SCORES = ("winner", "loser")
+"""Players that learn a score, as the fake does, of some of the student's samples."""
 
 
 def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
@@ -22,7 +27,7 @@ def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
 
     Errors: `RecipeError` for a player that is not known or that this family has no network for.
     """
-    if name == "inverse":
+    if name == "inverse" or name in SCORES:
         return build_student(teacher, PLAIN, fold_scale=1.0)
     if name != "encoder":
         raise RecipeError(f"recipe {recipe!r} has a player {name!r}, and no network is known for it")
@@ -32,6 +37,16 @@ def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
             f"recipe {recipe!r} has an encoder with twice a U-Net's outputs, and {teacher.name!r} is a {kind}; use ect"
         )
     return encoder_of(build_student(teacher, PLAIN, fold_scale=1.0))
+
+
+def picture_proxy(teacher: Bundle) -> LatentReward:
+    """A reward's proxy on the latents and the text states of the teacher.
+
+    Errors: `RecipeError` for a denoiser that is no U-Net, whose width of these is not known here.
+    """
+    if not is_unet(teacher):
+        raise RecipeError(f"a proxy is made for U-Nets, and {teacher.name!r} has none; set proxy=false")
+    return LatentReward(teacher.spec.latent.channels, teacher.config("unet")["cross_attention_dim"])
 
 
 def encoder_of(unet: Any) -> Any:
@@ -62,7 +77,7 @@ class PlaneEncoder(nn.Module):
 
 def plane_partner(name: str, start: PlaneNet, *, path: Path, seed: int) -> PlaneEncoder | PlaneNet:
     """The plane's network of the player `name`, from the weights of `start`. Errors: `RecipeError` as above."""
-    if name not in ("encoder", "inverse"):
+    if name not in ("encoder", "inverse", *SCORES):
         raise RecipeError(f"the plane has no network for a player {name!r}")
     net = plane_student(start, PLAIN, path=path, seed=seed)
     return PlaneEncoder(net) if name == "encoder" else net

@@ -21,7 +21,7 @@ class Made:
     """A student's samples: x0 [B, C, ...], its clean estimate of `x` [B, C, ...] at `t` [B].
 
     s [B], x_s: where its step landed and the state there, for methods that match the law of that state; None where the
-    step ends at clean data, which is x0.
+    step ends at clean data, which is x0. before: the earlier steps of the same walk, where a rollout keeps them.
     """
 
     x0: Tensor
@@ -29,6 +29,7 @@ class Made:
     t: Tensor
     s: Tensor | None = None
     x_s: Tensor | None = None
+    before: tuple["Made", ...] = ()
 
     def at(self, path: Path, t: Tensor, noise: Tensor) -> Tensor:
         """The sample noised to t [B], from where its step landed: `alpha_t|s x_s + sigma_t|s noise`, s = clean or s."""

@@ -73,6 +73,25 @@ def check_contract(recipe: Recipe, teacher: Bundle) -> None:
     student_spec(recipe, teacher)
 
 
+def check_start(spec: SamplerSpec, start: Bundle, recipe: str) -> None:
+    """Refuse a start that is not sampled as the recipe's student: its tuning would be on other states than are sold.
+
+    Errors: `RecipeError` naming the first field that differs.
+    """
+    theirs = start.spec
+    for name in ("sampler", "stochastic", "boundary", "gamma", "phases", "second_time", "path", "prediction"):
+        if getattr(theirs, name) != getattr(spec, name):
+            raise RecipeError(
+                f"{recipe} tunes students whose {name} is {getattr(spec, name)!r}, and that of init {start.name!r} is "
+                f"{getattr(theirs, name)!r}; name a student of lcm, lcm-lora or dmd2, or leave init out"
+            )
+    if other := [n for n, grid in spec.grids.items() if theirs.grids.get(n) != grid]:
+        raise RecipeError(
+            f"{recipe} tunes at {other[0]} steps of the times {spec.grids[other[0]]}, and init {start.name!r} has "
+            f"{theirs.grids.get(other[0], 'none')} there; set counts to those of init, {sorted(theirs.grids)}"
+        )
+
+
 def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> Bundle:
     """The student as a diffusers folder, sealed. Everything but the denoiser and the scheduler is the teacher's.
 
