@@ -176,6 +176,17 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Another process keeps them."""
+
+    def has(self, place: int) -> bool:
+        return True
+
+    def put(self, place: int, weights: Weights) -> None:
+        return
+
+
+@dataclass(frozen=True)
 class KeptFiles:
     """A shelf of safetensors files, `PLACE.safetensors` each, which appear only when whole."""
 

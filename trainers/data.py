@@ -29,7 +29,7 @@ from fewstep.runtime.text import tokenise
 
 from . import scenes
 from .errors import DataError
-from .objective import Batch, derive
+from .objective import WHOLE, Batch, Part, derive
 
 ENCODE_BATCH = 64
 PROMPT = "prompt"
@@ -57,11 +57,12 @@ class LatentSource:
     """Batches for the loop: samples and phrasings drawn by (seed, step), text encoded by the frozen text network.
 
     spec: the teacher's, by which the network is told the picture's size and its guidance scale, where it takes them.
+    part: which rows of each batch this process sees.
     """
 
     def __init__(
         self, data: Latents, text_encoder: nn.Module, batch: int, *, seed: int = 0, bf16: bool = False,
-        device: torch.device | str = "cpu", spec: SamplerSpec | None = None,
+        device: torch.device | str = "cpu", spec: SamplerSpec | None = None, part: Part = WHOLE,
     ) -> None:  # fmt: skip
         if len(data) == 0:
             raise DataError("the data set is empty; give at least one picture")
@@ -71,6 +72,7 @@ class LatentSource:
         self.seed = seed
         self.bf16 = bf16
         self.device = torch.device(device)
+        self.part = part
         self.w = spec.guidance.range if spec is not None and spec.guidance.mode == "embedded" else None
         self.sized = {} if spec is None else size_conditions(_asking(data.latents, spec), spec)
         nothing = self.encode_text({name: value[None] for name, value in data.empty.items()})
@@ -79,6 +81,10 @@ class LatentSource:
         self.nothing = nothing
 
     def batch(self, step: int) -> Batch:
+        return self.gather(self.part.rows(self.choose(step)), derive(self.seed, step, "scale"), self.part)
+
+    def joint(self, step: int) -> Batch:
+        """The rows of all processes together."""
         return self.gather(self.choose(step), derive(self.seed, step, "scale"))
 
     def choose(self, step: int) -> Tensor:
@@ -88,8 +94,9 @@ class LatentSource:
         phrasing = torch.randint(self.data.ids.shape[1], (self.size,), generator=rng)
         return torch.stack([rows, phrasing], dim=1)
 
-    def gather(self, chosen: Tensor, scale_seed: int = 0) -> Batch:
-        """The batch of these samples and phrasings; scale_seed: of the guidance scales that the network is told."""
+    def gather(self, chosen: Tensor, scale_seed: int = 0, part: Part = WHOLE) -> Batch:
+        """The batch of these samples and phrasings; scale_seed: of the guidance scales that the network is told, drawn
+        for the joint batch of which these are a part."""
         rows, phrasing = chosen.unbind(1)
         x0 = self.data.latents[rows].float().to(self.device)
         cond = self.encode_text({name: value[rows, phrasing] for name, value in self.data.feeds.items()})

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from fewstep.models.negative_adapter import avoids
 from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
-from .checkpoint_search import KeptFiles, Saving, settle, weights_of
+from .checkpoint import has_checkpoint
+from .checkpoint_search import Elsewhere, KeptFiles, Saving, settle, weights_of
 from .critics import MIDDLE, FakeWithCritic, picture_critic
 from .data import Latents, LatentSource
 from .distillation import KnowledgeDistillation
@@ -34,10 +36,12 @@ from .picture_score import picture_score
 from .player import Player
 from .preference_model import with_prompts
 from .preview import sample, save_grid
+from .ranks import ALONE, Ranks, join, leave, save_network
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 from .rewards import PICTURE_REWARDS, check_reward, picture_reward
 from .settling import settled, training_data
+from .sharing import check_shares
 from .student import Student, again, build_student, load_denoiser, merged, unlearned
 from .student_bundle import check_contract, check_start, student_spec, write_student
 from .watch import Twin, lead, stage_pairs, watch_both
@@ -56,35 +60,54 @@ def distill(
 ) -> Bundle:
     """Train a student and write it to `out` as a bundle; `max_seconds` is shared by the stages in proportion to steps.
 
+    Every process that torchrun started calls this; `out` must be one folder for all of them.
+
     Errors: `RecipeError` for an unknown recipe or setting, `DataError`, `BundleError`, `TrainingDiverged`.
     """
     if isinstance(recipe, str):
         recipe = configure(find_recipe(recipe), overrides or {})
+    ranks = join(device, mode=recipe.run.parallel, bf16=recipe.run.bf16)
+    try:
+        return _distill(recipe, teacher, Path(out), ranks, resume, max_seconds, data)
+    finally:
+        leave(ranks)
+
+
+def _distill(
+    recipe: Recipe, teacher: str | Path | Bundle, out: Path, ranks: Ranks, resume: bool, max_seconds: float | None,
+    data: Latents | None,
+) -> Bundle:  # fmt: skip
+    check_shares(recipe, ranks)
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
-    out = Path(out)
     run = out.with_name(out.name + ".run")
     for place in (out, *(beside_of(out, name) for name in recipe.beside)):
         _check_out(place, run, teacher)
     check_contract(recipe, teacher)
-    _open_run(run, recipe, resume=resume)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks.once(lambda: _open_run(run, recipe, resume=resume))
     if recipe.reward is not None:
         check_reward(recipe.reward)
-    data = data if data is not None else training_data(recipe, teacher)
+    if data is None:
+        read = partial(training_data, recipe, teacher)
+        data = ranks.first_then_all(read) if recipe.run.latents else read()
     if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
         data = with_prompts(data, teacher, Path(recipe.reward))
-    recipe = settled(recipe, teacher, data, run / "runs.json", where)
+    given, unsettled = data, recipe
+    recipe = ranks.first_then_all(lambda: settled(unsettled, teacher, given, run / "runs.json", ranks.device))
     run_of = recipe.run
     source = LatentSource(
-        data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=where, spec=teacher.spec
-    )
+        data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=ranks.device,
+        spec=teacher.spec, part=ranks.part,
+    )  # fmt: skip
     total = sum(stage.steps for stage in recipe.stages)
     previous: Any = None
     for stage in recipe.stages:
         seconds = None if max_seconds is None else max_seconds * stage.steps / total
-        previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, where)
-    _sell_beside(recipe, teacher, run, out)
-    return write_student(recipe, teacher, previous.cpu(), out)
+        previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, ranks)
+    if ranks.first:
+        _sell_beside(recipe, teacher, run, out)
+        write_student(recipe, teacher, previous.cpu(), out)
+    ranks.wait()
+    return load_bundle(out)
 
 
 def beside_of(out: Path, name: str) -> Path:
@@ -114,10 +137,12 @@ class Assembled:
         return self.objective.loss(player, self.cast, batch, turn)
 
 
-def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner: Any) -> Assembled:
+def assemble(
+    recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner: Any, ranks: Ranks = ALONE
+) -> Assembled:
     """Networks for a stage: the student, its averages, a frozen teacher, and a fake score with its critic.
 
-    frozen, learner: denoisers of the teacher bundle's family, as their own class.
+    frozen, learner: denoisers of the teacher bundle's family, as their own class; spread over the processes in place.
 
     Errors: `RecipeError` for an objective that needs what the family or the recipe does not have.
     """
@@ -129,7 +154,10 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
         net = net.train(network.training).to(learner.device)
         return Denoiser(as_network(net), spec.path, spec.prediction)
 
-    student = Player("student", learner.train(), stage.player_settings["student"])
+    def player(name: str, module: Any, body: Any = None) -> Player:
+        return Player(name, module, stage.player_settings[name], body, ranks)
+
+    student = player("student", learner.train())
     players = [student]
     pairs = _compared(recipe, stage.objective, learner, frozen)
     led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
@@ -138,26 +166,27 @@ def assemble(recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner
     for name in stage.objective.players:
         if name not in ("student", "fake", "critic", "proxy"):
             partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
-            players.append(Player(name, partner, stage.player_settings[name]))
+            players.append(player(name, partner))
             roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
     critic, plan = None, recipe.critic or MIDDLE
     if "fake" in stage.objective.players:
         network = again(frozen, recipe.fake)
         roles["fake"] = denoiser(network)
         fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
-        players.append(Player("fake", fake, stage.player_settings["fake"], network))
+        players.append(player("fake", fake, network))
         critic = fake.judge
     if "critic" in stage.objective.players:
         own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
-        players.append(Player("critic", own, stage.player_settings["critic"]))
+        players.append(player("critic", own))
         critic = own.judge
     rewards = {} if recipe.reward is None else {"reward": picture_reward(recipe.reward, teacher, frozen.device)}
     if "proxy" in stage.objective.players:
         rewards["proxy"] = proxy = picture_proxy(teacher).to(frozen.device).train()
-        players.append(Player("proxy", proxy, stage.player_settings["proxy"]))
+        players.append(player("proxy", proxy))
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
     seen = watch_both(learner, frozen, pairs) if pairs else {}
+    ranks.spread(frozen)
     return Assembled(stage.objective, Cast(roles, critic, seen, led, rewards), tuple(players))
 
 
@@ -170,9 +199,10 @@ def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -
 
 def _run_stage(
     recipe: Recipe, stage: Stage, teacher: Bundle, previous: Any, source: LatentSource, folder: Path, resume: bool,
-    max_seconds: float | None, device: torch.device,
+    max_seconds: float | None, ranks: Ranks,
 ) -> Any:  # fmt: skip
-    """Train one stage and return its student's network; a stage that ended before is read back."""
+    """Train one stage and return its student's network; a stage that ended before is read back, and by all processes
+    one that has just ended."""
     done = folder / "student.safetensors"
     torch.manual_seed(recipe.run.seed)
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
@@ -180,14 +210,15 @@ def _run_stage(
         check_start(student_spec(recipe, teacher), init, recipe.name)
     start = again(previous, recipe.student) if stage.start == "previous" else _begin(recipe, teacher, init)
     start = again(unlearned(start), recipe.student) if stage.start == "noise" else start
-    if resume and done.is_file():
+    if resume and ranks.once(done.is_file):
         from safetensors.torch import load_model
 
         load_model(start, done)
         return start
     frozen = deepcopy(merged(start)) if stage.teacher == "start" else _frozen(recipe, stage, teacher, init, previous)
-    frozen = frozen.to(device=device, memory_format=torch.channels_last)
-    method = assemble(recipe, stage, teacher, frozen, start.to(device=device, memory_format=torch.channels_last))
+    layout = torch.contiguous_format if ranks.sharded else torch.channels_last
+    frozen, start = (network.to(device=ranks.device, memory_format=layout) for network in (frozen, start))
+    method = assemble(recipe, stage, teacher, frozen, start, ranks)
     settings = LoopSettings(
         steps=stage.steps,
         seed=recipe.run.seed,
@@ -196,31 +227,33 @@ def _run_stage(
         checkpoint_every=recipe.run.checkpoint_every,
         picture_every=recipe.run.picture_every,
         max_bad_steps=recipe.run.max_bad_steps,
+        accumulate=recipe.run.accumulate,
     )
     kept = _kept(method.players[0], stage)
-    show = _painter(recipe, teacher, kept, source, folder)
-    batches = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder)
+    show = _painter(recipe, teacher, kept, source, folder, ranks)
+    batches = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
     shelf = KeptFiles(folder / "saved")
-    saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
+    keeper = shelf if ranks.first else Elsewhere()
+    saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
     train(
-        saving, batches, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(),
-        label=stage.name, device=device, on_picture=show,
+        saving, batches, settings, folder, resume=resume and ranks.once(lambda: has_checkpoint(folder)),
+        label=stage.name, device=ranks.device, on_picture=show, ranks=ranks,
     )  # fmt: skip
-    if stage.search is not None:
+    if stage.search is not None and ranks.first:
         plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
         distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)
         best = settle(plan, saved, kept, lambda network: distance(network, plan.steps), recipe.run.seed)
         report = {"coefficients": best.alpha.tolist(), "distance": best.score, "last": best.plain}
         (folder / "search.json").write_text(json.dumps(report, indent=1) + "\n")
     show(stage.steps)
-    from safetensors.torch import save_model
-
     for player in method.players:
         if player.name in recipe.beside:
             made = player.averages.get(stage.average or "", player.module)
-            save_model(made, str(folder / f"{player.name}.safetensors"))
-    save_model(kept, str(done))
-    return kept
+            save_network(made, folder / f"{player.name}.safetensors", ranks)
+    save_network(kept, done, ranks)
+    if ranks.count == 1:
+        return kept
+    return _run_stage(recipe, stage, teacher, previous, source, folder, True, None, ranks)
 
 
 def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previous: Any) -> Any:
@@ -239,16 +272,19 @@ def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previou
     return merged(load_denoiser(source))
 
 
-def _paired(plan: Pairs, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path) -> PairSource:
-    """The stage's pairs, read back where they were drawn before."""
+def _paired(
+    plan: Pairs, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path, ranks: Ranks
+) -> PairSource:
+    """The stage's pairs, read back where they were drawn before; a sharded teacher draws them in all processes."""
     file = folder / "pairs.safetensors"
-    if file.is_file():
-        drawn = load_pairs(file)
-    else:
-        by_cfg = teacher.spec.guidance.mode == "cfg"
-        drawn = draw_pairs(method.cast["teacher"], by_cfg, plan, source, seed=source.seed)
-        save_pairs(file, drawn)
-    return PairSource(drawn, source, source.size, seed=source.seed)
+    if not ranks.once(file.is_file):
+        if ranks.first or ranks.sharded:
+            by_cfg = teacher.spec.guidance.mode == "cfg"
+            drawn = draw_pairs(method.cast["teacher"], by_cfg, plan, source, seed=source.seed)
+        if ranks.first:
+            save_pairs(file, drawn)
+        ranks.wait()
+    return PairSource(load_pairs(file), source, source.size, seed=source.seed, part=ranks.part)
 
 
 def _begin(recipe: Recipe, teacher: Bundle, init: Bundle) -> Any:
@@ -266,21 +302,29 @@ def _kept(student: Player, stage: Stage) -> Any:
 SHOWN_STEPS = (1, 2, 4, 8, 25)
 
 
-def _painter(recipe: Recipe, teacher: Bundle, network: nn.Module, source: LatentSource, folder: Path) -> Any:
-    """A callback that writes `samples/step_N.png`: a row of pictures per step count, the same noise in each."""
+def _painter(
+    recipe: Recipe, teacher: Bundle, network: nn.Module, source: LatentSource, folder: Path, ranks: Ranks
+) -> Any:
+    """A callback that writes `samples/step_N.png`: a row of pictures per step count, the same noise in each.
+
+    A sharded network makes them in all processes, and the first writes.
+    """
     spec = student_spec(recipe, teacher)
     decoder = teacher.decoder().to(source.device)
     counts = [n for n in SHOWN_STEPS if spec.allows(n)] or list(spec.steps[:1])
-    batch = source.batch(-1)
+    batch = source.joint(-1)
     shape = (min(8, batch.x0.shape[0]), *batch.x0.shape[1:])
     cond, uncond = ({n: v[: shape[0]] for n, v in side.items()} for side in (batch.cond, batch.uncond))
     empty = uncond if spec.guidance.mode == "cfg" else None
 
     def paint(step: int) -> None:
+        if not (ranks.first or ranks.sharded):
+            return
         net = as_network(teacher.family.denoiser(network, False).to(source.device))
         w = spec.guidance.default
         rows = [sample(net, spec, n, cond, shape, w=w, uncond=empty) for n in counts]
-        save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
+        if ranks.first:
+            save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
 
     return paint
 

@@ -16,7 +16,7 @@ from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.files import write_whole
 
 from .errors import DataError
-from .objective import Batch, Turn, derive
+from .objective import WHOLE, Batch, Part, Turn, derive
 from .times import EvenGrids, UniformScale, clean
 from .transitions import ddim_chain, guided, pure_noise, with_scale
 
@@ -64,12 +64,13 @@ def paired_noise(batch: Batch) -> Tensor:
 class PairSource:
     """Batches of drawn pairs, by (seed, step)."""
 
-    def __init__(self, drawn: Drawn, conditions: Conditions, batch: int, *, seed: int = 0) -> None:
+    def __init__(self, drawn: Drawn, conditions: Conditions, batch: int, *, seed: int = 0, part: Part = WHOLE) -> None:
         self.drawn, self.conditions, self.size, self.seed = drawn, conditions, batch, seed
+        self.part = part
 
     def batch(self, step: int) -> Batch:
         rng = torch.Generator().manual_seed(derive(self.seed, step, "pairs"))
-        rows = torch.randint(len(self.drawn.made), (self.size,), generator=rng)
+        rows = self.part.rows(torch.randint(len(self.drawn.made), (self.size,), generator=rng))
         found = self.conditions.gather(self.drawn.chosen[rows])
         made, noise, w = (
             value[rows].to(found.x0.device) for value in (self.drawn.made, self.drawn.noise, self.drawn.w)

@@ -49,7 +49,7 @@ class PictureScore:
 def picture_score(teacher: Bundle, spec: SamplerSpec, source: LatentSource, samples: int) -> PictureScore:
     """Of at least `samples` pictures, in batches of the training data's that no step of training draws."""
     count = -(-samples // source.size)
-    batches = tuple(source.batch(-100 - k) for k in range(count))
+    batches = tuple(source.joint(-100 - k) for k in range(count))
     eye, decoder = load_features().to(source.device), teacher.decoder().to(source.device)
     blank = PictureScore(teacher, spec, batches, decoder, eye, torch.zeros(0))
     real = blank._seen([batch.x0 for batch in batches])

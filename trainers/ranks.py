@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -142,11 +143,11 @@ def join(device: str | None = None, *, mode: str = "ddp", bf16: bool = False) ->
     """
     if mode not in MODES:
         raise RecipeError(f"parallel is {mode!r}; it must be one of {', '.join(MODES)}")
+    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return ALONE
+        return Ranks(device=torch.device(device or ("cuda" if cuda else "cpu")))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     if cuda and local_rank >= torch.cuda.device_count():
         raise RecipeError(
             f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many "
@@ -165,27 +166,19 @@ def leave(ranks: Ranks) -> None:
         torch.distributed.destroy_process_group()
 
 
-def refuse_parts(part: object, parts: int, name: str) -> None:
-    """Errors: `RecipeError` for an objective, or a part of one, whose samples look at each other."""
-    found = whole_batch(part)
-    if parts > 1 and found is not None:
-        raise RecipeError(
-            f"{name} compares samples of one batch with each other ({found}), so {parts} parts of a batch are not the "
-            "batch; train it in one process with accumulate=1"
-        )
+def save_network(network: nn.Module, file: Path, ranks: Ranks) -> None:
+    """The whole weights as safetensors, by the first process; every process must call."""
+    from safetensors.torch import save_file, save_model
 
-
-def whole_batch(part: object) -> str | None:
-    """The class of the first part that needs the whole batch in one piece, or None."""
-    if getattr(part, "whole_batch", False):
-        return type(part).__name__
-    if isinstance(part, (list, tuple)):
-        inner: Iterable[object] = part
-    elif isinstance(part, dict):
-        inner = part.values()
-    else:
-        inner = (getattr(part, name) for name in getattr(type(part), "__dataclass_fields__", ()))
-    return next((found for each in inner if (found := whole_batch(each)) is not None), None)
+    if not ranks.sharded:
+        if ranks.first:
+            save_model(network, str(file))
+        ranks.wait()
+        return
+    state = {name: whole(value).contiguous().cpu() for name, value in network.state_dict().items()}
+    if ranks.first:
+        save_file(state, file)
+    ranks.wait()
 
 
 def is_shard(tensor: Tensor) -> bool:

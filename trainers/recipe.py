@@ -82,7 +82,9 @@ class Run:
     """What every run has, whatever its method.
 
     data: a folder of one's own pictures; None draws `scenes` samples of the built-in set. latents: a file that keeps
-    the encoded data between runs. init: a bundle to start from in place of the teacher.
+    the encoded data between runs. init: a bundle to start from in place of the teacher. batch: of all processes and
+    passes together; accumulate: passes that each process takes its share in; parallel: "ddp" or "fsdp", what several
+    processes hold (`trainers.ranks`).
     """
 
     batch: int = 64
@@ -96,6 +98,8 @@ class Run:
     picture_every: int = 250
     max_bad_steps: int = 20
     fp16_weights: bool = True
+    accumulate: int = 1
+    parallel: str = "ddp"
 
 
 @dataclass(frozen=True, kw_only=True)

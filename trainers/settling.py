@@ -58,7 +58,7 @@ def settled(
             raise CheckpointError(f"{kept} holds no runs ({error}); start anew without --resume") from error
     else:
         runs = choose_runs(teacher, probe, lambda: data or training_data(recipe, teacher, probe.samples), device)
-    if kept is not None:
+    if kept is not None and not kept.is_file():
         kept.write_text(json.dumps({"runs": [str(run) for run in runs]}) + "\n")
     return replace(recipe, student=replace(recipe.student, runs=runs))
 
