@@ -25,7 +25,7 @@ from fewstep.runtime.measurement import machine_facts
 from . import quality
 from .errors import RecipeError
 from .quality import STUDENT_STEPS, TEACHER_STEPS, PromptSet, measure_bundle, measure_data, table
-from .recipe import Recipe, configure, describe
+from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ FLAGSHIPS = ("lcm", "tcd", "pcm", "scm", "rf++", "instaflow", "anyflow", "meanfl
 @dataclass(frozen=True, kw_only=True)
 class SceneBudget:
     """What every recipe gets. steps: optimiser steps, shared by a recipe's stages in proportion to what they ask for.
-    prompts: how many captions the figures are over."""
+    prompts: how many captions the figures are over. pairs: the most samples with their noise that a stage may draw of
+    its teacher beforehand."""
 
     steps: int = 3000
     batch: int = 64
     prompts: int = 256
+    pairs: int = 8192
     seed: int = 0
 
 
@@ -56,8 +58,12 @@ def budgeted(name: str, budget: SceneBudget) -> Recipe:
             f"{name} sells students that are sampled as their teacher; `fewstep bench compression` has them"
         )
     asked = sum(stage.steps for stage in recipe.stages)
-    stages = [replace(stage, steps=max(1, round(budget.steps * stage.steps / asked))) for stage in recipe.stages]
-    return replace(recipe, stages=tuple(stages))
+
+    def cut(stage: Stage) -> Stage:
+        pairs = stage.pairs and replace(stage.pairs, count=min(stage.pairs.count, budget.pairs))
+        return replace(stage, steps=max(1, round(budget.steps * stage.steps / asked)), pairs=pairs)
+
+    return replace(recipe, stages=tuple(cut(stage) for stage in recipe.stages))
 
 
 def bench_scenes(
@@ -148,14 +154,19 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("recipes", nargs="*", help=f"which ones ({', '.join(FLAGSHIPS)})")
     parser.add_argument("--teacher", default="scenes-teacher", metavar="DIR", help="the teacher (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/scenes"), help="students and results (%(default)s)")
-    for name, about in (("steps", "optimiser steps of each"), ("batch", "pictures per step"), ("prompts", "captions")):
+    for name, about in (
+        ("steps", "optimiser steps of each"),
+        ("batch", "pictures per step"),
+        ("prompts", "captions"),
+        ("pairs", "samples drawn of a teacher"),
+    ):
         usual = getattr(budget, name)
         parser.add_argument(f"--{name}", type=read_count, default=usual, help=f"{about} (%(default)s)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--json", type=read_output, metavar="F", help="write the report here, after every recipe")
     args = parser.parse_args(argv)
     names = args.recipes or FLAGSHIPS
-    budget = SceneBudget(steps=args.steps, batch=args.batch, prompts=args.prompts)
+    budget = SceneBudget(steps=args.steps, batch=args.batch, prompts=args.prompts, pairs=args.pairs)
     for name in names:  # said before hours of work
         budgeted(name, budget)
     said = shlex.join(["fewstep", "bench", "scenes", *argv])
