@@ -4,16 +4,22 @@ import json
 import multiprocessing
 import os
 import socket
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fewstep.models.paths import VP
 from fewstep.trainers.data import LatentSource
 from fewstep.trainers.distill import assemble
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.loop import LoopSettings, train
 from fewstep.trainers.objective import Batch, Part, Turn
+from fewstep.trainers.pairs import PairSource, draw_pairs
+from fewstep.trainers.plane import PlaneSource, plane
+from fewstep.trainers.plane_net import PlaneNet, plane_student
+from fewstep.trainers.plane_run import Count, PlaneBudget, _assemble, check_fits, recipe_path
 from fewstep.trainers.ranks import ALONE, Ranks, join, leave, whole
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
@@ -166,3 +172,45 @@ def test_what_needs_its_whole_batch_is_refused_by_name():
         check_shares(configure(RECIPES["imm"], {"accumulate": 2}), ALONE)
     with pytest.raises(RecipeError, match="searches among whole checkpoints"):
         check_shares(configure(RECIPES["lcsc"], {}), Ranks(0, 2, sharded=True))
+
+
+def parts_apart(method, source, parts):
+    """The largest change of a player's gradient, relative to its norm, when the batch is seen in parts."""
+    batch, worst = source.batch(0), 0.0
+    for player in method.players:
+        found = []
+        for count in (1, parts):
+            for other in method.players:
+                other.gradients(other is player)
+            player.forget()
+            for k in range(count):
+                part = Part(k, count)
+                turn = Turn.of(0, 3, 9, player.name, part=part)
+                turn.share_dropout()
+                player.learn(method.loss(player.name, part.of(batch), turn)[0] / count)
+            found.append(torch.cat([w.grad.flatten() for w in player.weights if w.grad is not None]))
+        worst = max(worst, float((found[0] - found[1]).norm() / found[0].norm().clamp(min=1e-6)))
+    return worst
+
+
+def test_every_recipe_is_exact_in_parts_or_says_that_it_is_not():
+    budget = PlaneBudget(batch=24, pairs=24)
+    data, start = plane(), PlaneNet(VP(), width=16)
+    found = {}
+    for name, function in RECIPES.items():
+        recipe = function()
+        try:
+            check_fits(recipe)
+        except RecipeError:
+            continue  # what only pictures' networks can follow
+        for stage in recipe.stages:
+            path = recipe_path(recipe)
+            net = plane_student(start, recipe.student, path=path, seed=0, fresh=stage.start == "noise")
+            method = _assemble(recipe, stage, net, start, deepcopy(net), data, budget, Count())
+            source = PlaneSource(data, budget.batch)
+            if stage.pairs is not None:
+                drawn = draw_pairs(method.cast["teacher"], False, replace(stage.pairs, count=24, steps=2), source)
+                source = PairSource(drawn, source, budget.batch)
+            if parts_apart(method, source, 2) > 1e-3:
+                found[name] = whole_batch(stage.objective)
+    assert set(found) >= {"imm", "sct", "slct"} and None not in found.values(), found
