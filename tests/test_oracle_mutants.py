@@ -10,6 +10,7 @@ import pytest
 import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
 from mutants_adapted import ADAPTED_MUTANTS
+from mutants_adversarial import ADVERSARIAL_MUTANTS
 from mutants_coupled import COUPLED_MUTANTS
 from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
@@ -163,6 +164,7 @@ MUTANTS = (
     | COUPLED_MUTANTS
     | DISTRIBUTION_MUTANTS
     | ADAPTED_MUTANTS
+    | ADVERSARIAL_MUTANTS
     | FLOW_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS

@@ -27,6 +27,9 @@ FAKE, ENCODER, TEACHER, VISION = "fake", "fake-encoder", "teacher", "vision"
 OWN_WEIGHTS = (TEACHER, VISION)
 """Features of frozen networks: their heads are a player of their own, `critic`."""
 
+BLOCKS = (0.25, 0.5, 0.75, 1.0)
+"""Depths of the teacher at which heads read it: SANA-Sprint's blocks 2, 8, 14, 19 of 20 are about these."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CriticPlan:
@@ -37,11 +40,13 @@ class CriticPlan:
     "vision", a frozen vision network on decoded pictures (ADD, GDD). depths: which blocks are read, each as a share of
     the way through the network, 0 the first and 1 the last; none means all of them. kernel: neighbours that a head
     looks at, 1 for single patches (Uni-DAD). text: whether heads are told the condition by a projection, which a
-    network that reads it already need not be. network: for "vision" a folder of a `Dinov2Model`; None takes the
+    network that reads it already need not be. by_steps: the k-th head judges samples of the k-th step count, told as
+    `steps` of the condition, and no other (ASD). network: for "vision" a folder of a `Dinov2Model`; None takes the
     built-in one, made for small pictures.
     """
 
     features: str = FAKE
+    by_steps: bool = False
     depths: tuple[float, ...] = (0.5,)
     kernel: int = 9
     text: bool = False
@@ -55,6 +60,8 @@ class CriticPlan:
             raise RecipeError(f"a critic of {self.features!r} features reads no vision network; leave network out")
         if any(not 0.0 <= depth <= 1.0 for depth in self.depths):
             raise RecipeError(f"a critic reads blocks at depths {self.depths}; they are shares of the way, 0 to 1")
+        if self.by_steps and self.features in (ENCODER, VISION):
+            raise RecipeError(f"a critic of {self.features!r} features has no head for each step count")
         if self.features == ENCODER and (self.text or len(self.depths) != 1):
             raise RecipeError("a critic without weights reads one block and has no head to tell the text; set depths")
 
@@ -139,7 +146,7 @@ class FakeWithCritic(nn.Module):
         if isinstance(self.head, CriticHead):
             logits: Tensor = self.head(found[0])
             return logits
-        return answer(self.head, found, told_of(cond) if self.plan.text else None)
+        return answer(self.head, found, told_of(cond) if self.plan.text else None, head_of(self.plan, cond))
 
 
 class FrozenCritic(nn.Module):
@@ -159,7 +166,7 @@ class FrozenCritic(nn.Module):
         return self._outside[0].see(x, t, cond)
 
     def answer(self, features: Sequence[Tensor], cond: Condition) -> Tensor:
-        return answer(self.head, features, told_of(cond) if self.plan.text else None)
+        return answer(self.head, features, told_of(cond) if self.plan.text else None, head_of(self.plan, cond))
 
 
 class Eye:
@@ -279,10 +286,24 @@ def heads_for(network: Any, names: Sequence[str], plan: CriticPlan) -> nn.Module
     return nn.ModuleList(TokenHead(width_of(network, name), plan.kernel, told) for name in names)
 
 
-def answer(heads: Any, features: Sequence[Tensor], told: Tensor | None) -> Tensor:
-    """All heads' logits side by side, [B, patches]; features are maps [B, C, h, w] or tokens [B, N, C]."""
+def answer(heads: Any, features: Sequence[Tensor], told: Tensor | None, only: int | None = None) -> Tensor:
+    """All heads' logits side by side, or one's, [B, patches]; features are maps [B, C, h, w] or tokens [B, N, C]."""
     flat = [f.flatten(2) if f.ndim == 4 else f.transpose(1, 2) for f in features]
-    return torch.cat([head(f, told) for head, f in zip(heads, flat, strict=True)], 1)
+    pairs = list(zip(heads, flat, strict=True))
+    return torch.cat([head(f, told) for head, f in (pairs if only is None else pairs[only : only + 1])], 1)
+
+
+def head_of(plan: CriticPlan, cond: Condition) -> int | None:
+    """The one head that is asked, of a plan with one for each step count; a batch shares its count.
+
+    Errors: `RecipeError` for more counts than blocks that are read.
+    """
+    if not plan.by_steps or "steps" not in cond:
+        return None
+    place = int(cond["steps"][0]) - 1
+    if plan.depths and place >= len(plan.depths):
+        raise RecipeError(f"samples of {place + 1} steps have no head: the critic reads {len(plan.depths)} blocks")
+    return place
 
 
 def told_of(cond: Condition) -> Tensor:

@@ -62,7 +62,7 @@ class DistributionMatching:
     @property
     def two_times(self) -> bool:
         """Whether the student is told where its step lands."""
-        return bool(getattr(self.rollout, "two_times", False))
+        return any(getattr(part, "two_times", False) for part in (self.rollout, *self.terms["student"]))
 
     @property
     def guidance(self) -> UniformScale | None:

@@ -96,6 +96,11 @@ class Judged:
     logits: Tensor
 
 
+def by_sample(logits: Tensor) -> Tensor:
+    """Each sample's mean logit, [B]."""
+    return logits.float().reshape(len(logits), -1).mean(1)
+
+
 class Regulariser(Protocol):
     def loss(self, real: Judged, fake: Judged, turn: Turn) -> Tensor: ...
 
@@ -129,7 +134,7 @@ class R1:
             else:
                 seen = [real.x.detach().requires_grad_()]
                 logits = real.critic(seen[0], real.t, real.cond)
-            slopes = torch.autograd.grad(logits.float().flatten(1).mean(1).sum(), seen, create_graph=True)
+            slopes = torch.autograd.grad(by_sample(logits).sum(), seen, create_graph=True)
         size = torch.stack([slope.float().flatten(1).square().sum(1) for slope in slopes]).sum(0)
         return 0.5 * self.weight * self.every * size.mean()
 
@@ -149,7 +154,7 @@ class FiniteDifference:
 
     def slope(self, side: Judged, turn: Turn) -> Tensor:
         moved = side.critic(side.x + self.width * turn.noise(side.x), side.t, side.cond)
-        return ((moved.float() - side.logits.float()).flatten(1).mean(1) / self.width).square().mean()
+        return ((by_sample(moved) - by_sample(side.logits)) / self.width).square().mean()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def deceive_checks(recipe: Recipe, objective: DistributionMatching, term: Deceiv
 
 def judge_checks(recipe: Recipe, objective: DistributionMatching, term: Judge) -> Iterator[Check]:
     judge = next(name for name, terms in objective.terms.items() if term in terms)
-    yield from _sharpens(_unguided(objective, judge, term), cast_of, judge)
+    plain = Judge(replace(term.adversary, regularisers=()))  # they have checks of their own, and hold a critic back
+    scale = 0.5 if term.adversary.loss.is_ratio else 0.05  # a margin is kept long before the ratio is known
+    yield from _sharpens(_unguided(objective, judge, plain), cast_of, judge, scale)
 
 
 def _unguided(objective: DistributionMatching, player: str, term: Term) -> DistributionMatching:
@@ -88,11 +90,11 @@ def _unguided(objective: DistributionMatching, player: str, term: Term) -> Distr
     return replace(objective, terms={**dict.fromkeys(objective.terms, ()), player: (term,)})
 
 
-def _sharpens(objective: Any, player: Player, judge: str) -> Iterator[Check]:
+def _sharpens(objective: Any, player: Player, judge: str, scale: float = 0.5) -> Iterator[Check]:
     """A critic that is half as sure as it should be learns to be surer: it is told who is real."""
     stage = world(VP(), "x0", mean=0.0)
     for offset in (0.6, -0.6):
-        cast, critic = _judged(objective, stage, player(stage, objective, offset)[0], offset)
+        cast, critic = _judged(objective, stage, player(stage, objective, offset)[0], offset, scale)
         objective.loss(judge, cast, stage.batch(COUNT), turn(player=judge))[0].backward()
         yield holds(f"critic sharpens, student off by {offset}", float(critic.scale.grad or 0.0) < 0.0)
 
@@ -110,8 +112,10 @@ def _pulls(objective: Any, player: Player, without: Callable[[Cast, Any], Tensor
         yield holds(f"GAN term pulls the mean back, off by {offset}", float(student.offset.grad or 0.0) * offset > 0.0)
 
 
-def _judged(objective: Any, stage: World, cast: Cast, offset: float) -> tuple[Cast, LogRatio]:
-    """The cast with a critic that knows the ratio of data and samples, half as sure as it should be."""
+def _judged(
+    objective: Any, stage: World, cast: Cast, offset: float, scale: float = 0.5
+) -> tuple[Cast, LogRatio]:  # fmt: skip
+    """The cast with a critic that knows the ratio of data and samples, less sure than it should be."""
     p = stage.data.moved(SHIFT)
-    critic = LogRatio(p, p.moved(offset), scale=0.5)
+    critic = LogRatio(p, p.moved(offset), scale=scale)
     return Cast(cast.roles, critic), critic

@@ -175,11 +175,12 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     cast, student = cast_of(stage, objective, offset=0.3)
     networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
-    critic = MeanCritic().requires_grad_("critic" in objective.players)  # else it is the fake's own
+    critic = MeanCritic()
     modules: dict[str, nn.Module] = {**networks, "critic": critic}
     for player in objective.players:
         for module in modules.values():
             module.zero_grad()
+        critic.requires_grad_(player == "critic")  # in the fake's turn it is the fake's own, in the student's it is shut
         objective.loss(player, Cast(roles, critic), stage.batch(COUNT), turn(player=player))[0].backward()
         learned = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
         yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

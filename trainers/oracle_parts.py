@@ -77,7 +77,7 @@ def rollout_checks(recipe: Recipe, rollout: BackwardSimulation) -> Iterator[Chec
         again = turn(step)
         walked = rollout.exit(stage.path, again)
         reached.add(walked)
-        gaps.append(float((ours - _sample(student, spec, walked, batch.x0, batch.cond, again)).abs().max()))
+        gaps.append(float((ours - sampled(student, spec, walked, batch.x0, batch.cond, again)).abs().max()))
     yield below("rollout: against the sampler of the recipe, same draws", max(gaps), 1e-9)
     wanted = {grid[: k + 1] for grid in spec.grids.values() for k in range(len(grid))}
     yield holds("rollout: every state of every grid is reached, and no other", reached == wanted)
@@ -90,7 +90,7 @@ def rollout_checks(recipe: Recipe, rollout: BackwardSimulation) -> Iterator[Chec
     yield holds("rollout: gradient through the last step alone", asked == [(True, False), (False, False)])
 
 
-def _sample(student: Denoiser, spec: Any, walked: tuple[float, ...], like: Tensor, cond: Any, again: Any) -> Tensor:
+def sampled(student: Denoiser, spec: Any, walked: tuple[float, ...], like: Tensor, cond: Any, again: Any) -> Tensor:
     """The runtime's sampler along the first times of one of its grids, ending there as at a last step."""
     steps = next(n for n, grid in sorted(spec.grids.items()) if grid[: len(walked)] == walked)
     x = again.noise(like) * path_start(spec.path)

@@ -6,24 +6,35 @@ A new term or rollout adds a file of checks and one line here; one that is not k
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .adversarial import TeacherAim
+from .also import Also
 from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching
+from .gan_losses import Softplus
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
+from .oracle_critics import aim_checks, also_checks, judge_parts, next_checks, noised_checks, walk_checks
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
 from .oracle_parts import rollout_checks
 from .oracle_world import Check, holds
+from .noised_rollout import NoisedRollout
 from .recipe import Recipe
 from .rollout import BackwardSimulation
 from .score_gap import Denoise, ScoreGap
+from .self_paced import BesideNext, WholeWalk
 
 TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
+    Also: also_checks,
+    BesideNext: next_checks,
     Deceive: deceive_checks,
     Denoise: denoise_checks,
     Judge: judge_checks,
     ScoreGap: gap_checks,
+    TeacherAim: aim_checks,
 }
 ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     BackwardSimulation: rollout_checks,
+    NoisedRollout: noised_checks,
+    WholeWalk: walk_checks,
 }
 
 
@@ -37,7 +48,9 @@ def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
         return
     for kind, term in suites.items():
         yield from TERMS[kind](recipe, objective, term)
-    if any(kind in (Deceive, Judge) for kind in suites):
-        yield from critic_checks()
+    judges = [term for terms in objective.terms.values() for term in terms if hasattr(term, "adversary")]
+    if judges:
+        yield from critic_checks() if isinstance(judges[0].adversary.loss, Softplus) else ()
+        yield from judge_parts(recipe, judges[0].adversary)
     yield from ROLLOUTS[type(objective.rollout)](recipe, objective.rollout)
     yield from routing_checks(objective)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fewstep.models.denoiser import Condition
 
-from .critics import ENCODER, MIDDLE, TEACHER, CriticPlan
+from .critics import ENCODER, MIDDLE, TEACHER, CriticPlan, head_of
 from .plane import CLASSES
 from .plane_net import PlaneNet
 
-SEEN = 256
+SEEN = 64
 """Random features of a point."""
 
 
@@ -32,7 +32,9 @@ class PlaneFake(nn.Module):
         """Logits [B] or [B, heads]; positive means real."""
         if isinstance(self.head, nn.ModuleList):
             found = hidden_states(self.net, x, t, cond)
-            return torch.cat([head(h) for head, h in zip(self.head, found, strict=True)], 1)
+            only = head_of(self.plan, cond)
+            pairs = list(zip(self.head, found, strict=True))
+            return torch.cat([head(h) for head, h in (pairs if only is None else pairs[only : only + 1])], 1)
         h = hidden_states(self.net, x, t, cond)[-1]
         if self.head is None:
             return h.mean(1)
@@ -90,7 +92,7 @@ def hidden_states(net: PlaneNet, x: Tensor, t: Tensor, cond: Condition) -> list[
 
 
 def _head(width: int, told: int) -> nn.Sequential:
-    inner = 128
+    inner = 96
     return nn.Sequential(
         nn.Linear(width + told, inner), nn.LeakyReLU(0.2), nn.Linear(inner, inner), nn.LeakyReLU(0.2),
         nn.Linear(inner, 1),

@@ -110,6 +110,8 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
     if plan.adapter_width is not None or plan.negative:
         net.requires_grad_(False)
         net.adapters.requires_grad_(True)
+    for block in net.blocks if plan.frozen else ():
+        block.body[3].requires_grad_(False)  # what a block's projections are among points
     if plan.lora_rank is not None:
         from peft import LoraConfig, inject_adapter_in_model
 

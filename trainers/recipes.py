@@ -13,6 +13,7 @@ from .player import PlayerSettings
 from .progressive import ProgressiveHalving
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 from .recipes_adapted import ADAPTED
+from .recipes_adversarial import ADVERSARIAL
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
 from .recipes_coupled import COUPLED
@@ -85,6 +86,7 @@ RECIPES: dict[str, RecipeFunction] = {
     **ADAPTED,
     **GUIDANCE,
     **DISTRIBUTION,
+    **ADVERSARIAL,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,
     "a-sdm": a_sdm,

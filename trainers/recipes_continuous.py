@@ -5,10 +5,17 @@ Papers count in data of deviation 0.5; latents and the plane have 1. Guidance sc
 
 from dataclasses import replace
 
+from .also import Also
 from .continuous import ContinuousConsistency
+from .critics import BLOCKS, TEACHER, CriticPlan
+from .discriminator import Adversary, Deceive, Judge
 from .distances import Squared
+from .distribution import DistributionMatching
+from .gan_losses import R1, Hinge
 from .laws import LogNormal
-from .recipe import Needs, Recipe, RecipeFunction, Sampling
+from .noised_rollout import NoisedRollout, StartMoreOften
+from .player import PlayerSettings
+from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 from .recipe_forms import learn, multistep, single
 from .student import Student
 from .tangent import TeacherField, tangent_of
@@ -34,23 +41,41 @@ def scm(
 
 
 def sana_sprint(
-    *, steps: int = 3000, lr: float = 7e-5, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
-    floor: float = 1.0, difference: float = 0.0, guidance_low: float = 1.5, guidance_high: float = 6.0,
-    guidance_default: float = 3.0, guidance_width: int = 256,
+    *, steps: int = 3000, lr: float = 7e-5, critic_lr: float = 1e-4, mean: float = 0.2, std: float = 1.6,
+    warmup: float = 0.2, floor: float = 1.0, difference: float = 0.0, gan: float = 0.5, start_share: float = 0.5,
+    renoise_mean: float = -0.6, renoise_std: float = 1.0, r1: float = 1e-2, guidance_low: float = 1.5,
+    guidance_high: float = 6.0, guidance_default: float = 3.0, guidance_width: int = 256,
 ) -> Recipe:  # fmt: skip
-    """SANA-Sprint's trajectory part, Chen et al. 2025 (arXiv 2503.09641): sCM with the guidance scale as an input.
+    """SANA-Sprint, Chen et al. 2025 (arXiv 2503.09641): sCM, and LADD's adversary at weight `gan`; the scale an input.
 
-    Its adversarial part is left out, as is the short change of the teacher's time embedding. The paper: w of 4, 4.5
-    and 5, warm-up over 4000 steps, lr 2e-6.
+    The adversary's samples are of times drawn anew, the noisiest with probability `start_share`; it is a hinge GAN on
+    the frozen teacher's blocks at ln level ~ N(-0.6, 1), both sides at one time, with data under a neighbour's prompt
+    as further fakes. gan 0 is sCM alone. The short change of the teacher's time embedding is left out. The paper: w of
+    4, 4.5 and 5, warm-up over 4000 steps, lr 2e-6, the critic in turns with the student.
     """
-    objective = _objective(mean, std, warmup, floor, difference, UniformScale(guidance_low, guidance_high))
+    scale = UniformScale(guidance_low, guidance_high)
+    trajectory = _objective(mean, std, warmup, floor, difference, scale)
+    adversary = Adversary(
+        student_weight=gan, critic_weight=1.0, times=LogNormal(renoise_mean, renoise_std), loss=Hinge(),
+        same_times=True, misaligned=True, regularisers=(R1(r1, 8, on="features"),) if r1 else (),
+    )  # fmt: skip
+    rollout = NoisedRollout(StartMoreOften(LogNormal(mean, std), start_share), guidance=scale)
+    terms = {"student": (Also(trajectory), Deceive(adversary)), "critic": (Judge(adversary),)}
+    players = {"student": learn(lr), "critic": PlayerSettings(lr=critic_lr, betas=(0.0, 0.99), warmup=50, clip_norm=10)}
+    objective = DistributionMatching(rollout=rollout, terms=terms) if gan else trajectory
     sampling = Sampling(
         sampler="lcm", grids=LcmGrids((1, 2, 4, 8)), stochastic=True, guidance_mode="embedded",
         guidance_default=guidance_default, guidance_range=(guidance_low, guidance_high),
     )  # fmt: skip
-    paper = "Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, arXiv:2503.09641"
-    student = Student(guidance_width=guidance_width)
-    return single("sana-sprint", paper, objective, learn(lr), steps, sampling, student, family="continuous")
+    stage = Stage(
+        name="sana-sprint", objective=objective, steps=steps,
+        player_settings={name: players[name] for name in objective.players},
+    )  # fmt: skip
+    return Recipe(
+        name="sana-sprint", family="continuous", needs=Needs(critic=bool(gan)), stages=(stage,), sampling=sampling,
+        student=Student(guidance_width=guidance_width), critic=CriticPlan(features=TEACHER, depths=BLOCKS),
+        paper="Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, arXiv:2503.09641",
+    )  # fmt: skip
 
 
 def tbcm(

@@ -43,6 +43,7 @@ class Student:
     remove: how many parts to take out, those that change the start's output least (`trainers.pruning`). width: channels
     as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
     replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
+    frozen: words; weights of blocks with one of them in their name stay as they are (GDD-I: convolutions, projections).
     """
 
     guidance_width: int | None = None
@@ -56,6 +57,7 @@ class Student:
     attention: str = "softmax"
     runs: tuple[Run, ...] = ()
     probe: Probe | None = None
+    frozen: tuple[str, ...] = ()
 
     @property
     def unet_only(self) -> bool:
@@ -186,6 +188,9 @@ def again(unet: Any, plan: Student) -> Any:
     if plan.negative:
         for name, weight in out.named_parameters():
             weight.requires_grad_(negative_adapter.is_negative_adapter(name))
+    for name, weight in out.named_parameters():
+        if any(word in name for word in plan.frozen) and ("block" in name or "layers." in name):
+            weight.requires_grad_(False)
     for name in layer_twins(plan.runs):
         out.get_submodule(name).requires_grad_(True)
     if plan.lora_rank is not None:

@@ -1,0 +1,171 @@
+"""Adversarial recipes: the student's law is pulled to the data's, or a teacher's, by a critic.
+
+Guidance scales follow u + w (c - u).
+"""
+
+from dataclasses import replace
+
+from .adversarial import TeacherAim, signal
+from .critics import BLOCKS, TEACHER, VISION, CriticPlan
+from .discriminator import Adversary, Deceive, Judge
+from .distances import snr_plus_one
+from .distribution import DistributionMatching, Term
+from .gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic, Softplus
+from .jumps import ToClean
+from .laws import LogitNormal
+from .noised_rollout import NoisedRollout, SampledTimes
+from .pairs import Pairs
+from .player import PlayerSettings
+from .recipe import Needs, Recipe, RecipeFunction, Stage
+from .recipe_forms import PLAIN, multistep
+from .rollout import BackwardSimulation, Rollout
+from .score_gap import Denoise, ScoreGap
+from .self_paced import BesideNext, NextCount, WholeWalk
+from .student import Student
+from .times import LcmGrids, UniformScale, UniformTimes
+
+
+def gdd(
+    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, r1: float = 0.1, r1_every: int = 16,
+    vision: str | None = None,
+) -> Recipe:  # fmt: skip
+    """GDD, Zheng & Yang 2024 (arXiv 2405.20750): the teacher's weights as the start of a GAN, and no other teacher.
+
+    Student: `softplus(-l(x))`, x one step from noise; critic: `softplus(l(x)) + softplus(-l(data)) + r1/2 |grad l|^2`
+    every `r1_every` steps, on frozen vision networks at several depths. The paper: VGG16 and EfficientNet, Adam with
+    beta1 0, lr 1e-4 for both (CIFAR-10), r1 1e-4 of pictures' many pixels, five to ten million pictures.
+    """
+    return _gdd("gdd", steps, lr, critic_lr, R1(r1, r1_every), vision, PLAIN)
+
+
+def gdd_i(
+    *, steps: int = 3000, lr: float = 1e-4, critic_lr: float = 1e-4, r1: float = 0.1, r1_every: int = 16,
+    vision: str | None = None,
+) -> Recipe:  # fmt: skip
+    """GDD-I, the same paper: blocks' convolutions and projections stay the teacher's, norms and attention train.
+
+    The paper freezes every weight of a block with "conv" or "proj" in its name, most of the network;
+    `fewstep distill gdd-i --dry-run` prints the share that trains.
+    """
+    student = Student(frozen=("conv", "proj"))
+    return _gdd("gdd-i", steps, lr, critic_lr, R1(r1, r1_every), vision, student)
+
+
+def _gdd(
+    name: str, steps: int, lr: float, critic_lr: float, r1: R1, vision: str | None, student: Student
+) -> Recipe:  # fmt: skip
+    adversary = Adversary(student_weight=1.0, critic_weight=1.0, times=None, regularisers=(r1,))
+    paper = "Zheng & Yang 2024, Diffusion Models Are Innate One-Step Generators, arXiv:2405.20750"
+    rollout = BackwardSimulation(LcmGrids((1,)), (), ToClean())
+    plan = CriticPlan(features=VISION, depths=(), text=True, network=vision)
+    return _adversarial(
+        name, paper, rollout, adversary, plan, steps, lr, critic_lr, counts=(1,), student=student, teacher=False
+    )
+
+
+def add(
+    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, teacher_scale: float = 2.5, r1: float = 1e-2,
+    guidance: float = 3.0, vision: str | None = None,
+) -> Recipe:  # fmt: skip
+    """ADD, Sauer et al. 2023 (arXiv 2311.17042): a hinge GAN on decoded pictures beside a teacher's estimate.
+
+    Student: `-mean l(x) + teacher_scale alpha_t |x - sg teacher_w(alpha x + sigma n, t)|^2`, x from data noised to
+    one of four times, the noisiest noise alone. Critic: StyleGAN-T's heads on a frozen DINO, told the text, R1 on what
+    the heads are fed. The paper: scale 2.5, R1 1e-5. Unverified: all constants; decided: these, in turns.
+    """
+    adversary = Adversary(
+        student_weight=1.0, critic_weight=1.0, times=None, loss=Hinge(), regularisers=(R1(r1, on="features"),)
+    )
+    aim = TeacherAim(
+        times=UniformTimes(), weight=signal, guidance=UniformScale(guidance, guidance), cfg=True, scale=teacher_scale
+    )
+    paper = "Sauer et al. 2023, Adversarial Diffusion Distillation, arXiv:2311.17042"
+    rollout = NoisedRollout(SampledTimes(LcmGrids((1, 2, 4))))
+    plan = CriticPlan(features=VISION, depths=(), text=True, network=vision)
+    return _adversarial("add", paper, rollout, adversary, plan, steps, lr, critic_lr, (aim,))
+
+
+def ladd(
+    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, every: int = 1, ar1: float = 0.1,
+    width: float = 0.1, mean: float = 1.0, std: float = 1.0, pairs: int = 8192, pair_steps: int = 64,
+    time_weights: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1), guidance: float = 3.0,
+) -> Recipe:  # fmt: skip
+    """LADD, Sauer et al. 2024 (arXiv 2403.12015): a GAN on the frozen teacher's features of noised latents, alone.
+
+    Data are the guided teacher's own samples; both sides are noised alike, logit t ~ N(mean, std^2), and the student
+    learns through the teacher: `softplus(-l(x_t))`. Critic: heads on several of its blocks, with aR1. FastGen: the
+    student every second step, lr 2e-6, 4e-6. Unverified: times and their weights; decided: the paper's late ones.
+    """
+    adversary = Adversary(
+        student_weight=1.0, critic_weight=1.0, times=LogitNormal(mean, std), loss=Softplus(),
+        regularisers=(ApproximateR1(ar1, width),), same_times=True, same_noise=True,
+    )  # fmt: skip
+    paper = "Sauer et al. 2024, Fast High-Resolution Image Synthesis with LADD, arXiv:2403.12015"
+    rollout = NoisedRollout(SampledTimes(LcmGrids((1, 2, 4)), time_weights))
+    plan = CriticPlan(features=TEACHER, depths=BLOCKS)
+    found = _adversarial("ladd", paper, rollout, adversary, plan, steps, lr, critic_lr, every=every)
+    drawn = Pairs(count=pairs, steps=pair_steps, guidance=UniformScale(guidance, guidance))
+    return replace(found, stages=(replace(found.stages[0], pairs=drawn),), needs=Needs(data=False, critic=True))
+
+
+def asd(
+    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
+    gan_student: float = 1e-2, gan_critic: float = 1e-2, slope: float = 1e-2,
+    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0, 1.0),
+) -> Recipe:  # fmt: skip
+    """ASD, Yang et al. 2025 (arXiv 2511.01419): DMD, and n steps held against the same student's n + 1.
+
+    Student: DMD's gap `+ gan_student softplus(l_n(x^(n+1)) - l_n(x^n))`; fake: denoising `+ gan_critic` times the pair
+    swapped, with R1 and R2 by finite differences of 0.05. l_n is the n-th of the heads on the fake's blocks; the last
+    count has DMD alone. The paper: video, slope 600, blocks 12, 21, 29. Unverified: gan_student; decided: DMD2's size.
+    """
+    grids = LcmGrids((1, 2, 3, 4))
+    walk = WholeWalk(grids, grid_weights, ToClean())
+    after = NextCount(walk)
+    adversary = Adversary(
+        student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), loss=Relativistic(), real=after,
+        regularisers=(FiniteDifference(slope),),
+    )  # fmt: skip
+    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    terms = {
+        "student": (gap, BesideNext(Deceive(adversary), after)),
+        "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), BesideNext(Judge(adversary), after)),
+    }
+    players = {
+        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
+        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
+    }
+    stage = Stage(
+        name="asd", objective=DistributionMatching(rollout=walk, terms=terms), player_settings=players, steps=steps
+    )
+    return Recipe(
+        name="asd", family="adversarial", needs=Needs(data=False, critic=True), student=PLAIN, stages=(stage,),
+        sampling=replace(multistep(), grids=grids), critic=CriticPlan(depths=(0.25, 0.5, 0.75), by_steps=True),
+        paper="Yang et al. 2025, One-Step Causal Video Generation via Adversarial Self-Distillation, arXiv:2511.01419",
+    )  # fmt: skip
+
+
+def _adversarial(
+    name: str, paper: str, rollout: Rollout, adversary: Adversary, plan: CriticPlan, steps: int, lr: float,
+    critic_lr: float, beside: tuple[Term, ...] = (), *, counts: tuple[int, ...] = (1, 2, 4), student: Student = PLAIN,
+    teacher: bool = True, every: int = 1,
+) -> Recipe:  # fmt: skip
+    """A student and a critic of frozen features; `beside` are the student's other terms."""
+    objective = DistributionMatching(
+        rollout=rollout, terms={"student": (*beside, Deceive(adversary)), "critic": (Judge(adversary),)}
+    )
+    betas = (0.0, 0.99)
+    players = {
+        "student": PlayerSettings(
+            lr=lr, betas=betas, every=every, warmup=50, cooldown=0.4, clip_norm=10.0, ema={"kept": 0.998}
+        ),
+        "critic": PlayerSettings(lr=critic_lr, betas=betas, warmup=50, cooldown=0.4, clip_norm=10.0),
+    }
+    stage = Stage(name=name, objective=objective, player_settings=players, steps=steps)
+    return Recipe(
+        name=name, family="adversarial", paper=paper, needs=Needs(teacher=teacher, critic=True), student=student,
+        stages=(stage,), sampling=replace(multistep(), grids=LcmGrids(counts)), critic=plan,
+    )  # fmt: skip
+
+
+ADVERSARIAL: dict[str, RecipeFunction] = {"gdd": gdd, "gdd-i": gdd_i, "add": add, "ladd": ladd, "asd": asd}
