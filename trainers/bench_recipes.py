@@ -122,7 +122,7 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
     labels = torch.arange(CLASSES).repeat_interleave(setup.points)
     cond, uncond = conditions(labels)
     w = sampling_scale(recipe)
-    aim = _reference(setup, w, folder)
+    labels, aim = aimed_at(recipe, labels, _reference(setup, w, folder))
     scores, shown = {}, {}
     for steps in (n for n in counts_of(recipe) if n in trained.spec.grids):
         points = sample_points(trained, cond, uncond, steps, seed=setup.seed + 5)
@@ -135,6 +135,18 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
         "teacher_evaluations": trained.count.teacher, "steps": scores, "points": shown,
     }  # fmt: skip
     return _write(file, row)
+
+
+def aimed_at(recipe: Recipe, labels: Any, aim: Any) -> tuple[Any, Any]:
+    """The classes that the student should give where `labels` are asked for, and points of these: others than asked
+    where a recipe forgets one."""
+    from .forgetting_data import meant
+
+    given = meant(recipe.stages[-1].forget, labels)
+    aim = aim.clone()
+    for c in given[given != labels].unique():
+        aim[(given == c) & (labels != c)] = aim[labels == c]
+    return given, aim
 
 
 def teacher_row(w: float, setup: Setup, folder: Path) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def unweighted(path: Path, t: Tensor) -> Tensor:
     return torch.ones_like(t, dtype=torch.float64)
 
 
+def level(path: Path, t: Tensor) -> Tensor:
+    """sigma / alpha."""
+    return path.level(t)
+
+
 def snr(path: Path, t: Tensor) -> Tensor:
     """alpha^2 / sigma^2: turns an x0 error into an eps error."""
     return path.level(t) ** -2

@@ -28,6 +28,7 @@ from .critics import MIDDLE, FakeWithCritic, picture_critic
 from .data import Latents, LatentSource
 from .distillation import KnowledgeDistillation
 from .errors import CheckpointError, RecipeError
+from .forgetting_data import ForgettingSource
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
@@ -231,7 +232,9 @@ def _run_stage(
     )
     kept = _kept(method.players[0], stage)
     show = _painter(recipe, teacher, kept, source, folder, ranks)
-    batches = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
+    batches: Any = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
+    if stage.forget is not None:
+        batches = ForgettingSource(source, stage.forget, teacher)
     shelf = KeptFiles(folder / "saved")
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)

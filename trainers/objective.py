@@ -28,13 +28,15 @@ Reward = Callable[[Tensor, Condition], Tensor]
 class Batch:
     """Clean samples as the denoiser sees them, their condition, and the condition that says nothing (for guidance).
 
-    noise: shaped as x0, the noise that each sample was made from, where a network made them (`trainers.pairs`).
+    noise: shaped as x0, the noise that each sample was made from, where a network made them (`trainers.pairs`). taught:
+    what the teacher is asked for in place of cond, where a concept is to be forgotten (`trainers.forgetting`).
     """
 
     x0: Tensor
     cond: Condition
     uncond: Condition
     noise: Tensor | None = None
+    taught: Condition | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ class Part:
                 f"{len(batch.x0)} samples cannot be shared evenly by {self.count}, {rows} are left over; set batch to "
                 "a multiple of processes x accumulate"
             )
-        cond, uncond = ({name: self.rows(value) for name, value in side.items()} for side in (batch.cond, batch.uncond))
-        return Batch(self.rows(batch.x0), cond, uncond, None if batch.noise is None else self.rows(batch.noise))
+        sides = (batch.cond, batch.uncond, batch.taught or {})
+        cond, uncond, taught = ({name: self.rows(value) for name, value in side.items()} for side in sides)
+        noise = None if batch.noise is None else self.rows(batch.noise)
+        return Batch(self.rows(batch.x0), cond, uncond, noise, None if batch.taught is None else taught)
 
 
 WHOLE = Part()

@@ -27,6 +27,7 @@ from .checkpoint_search import Kept, Saving, settle, weights_of
 from .critics import MIDDLE
 from .distill import Assembled
 from .errors import RecipeError
+from .forgetting_data import ForgettingPoints
 from .loop import LoopSettings, train
 from .objective import Cast, Reward, Turn
 from .pairs import PairSource, draw_pairs
@@ -278,6 +279,8 @@ def _train(
             lambda: draw_pairs(method.cast["teacher"], stage.teacher == "teacher", plan, source, seed=budget.seed)
         )
         source = PairSource(drawn, source, budget.batch, seed=budget.seed)
+    if stage.forget is not None:
+        source = ForgettingPoints(source, stage.forget)
     settings = LoopSettings(
         steps=steps, seed=budget.seed, bf16=False, checkpoint_every=0, max_bad_steps=recipe.run.max_bad_steps
     )

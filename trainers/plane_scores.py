@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plane import CLASSES, Plane
+from .plane import Plane
 
 DIRECTIONS = 32
 COVERED = 0.25
@@ -30,15 +30,16 @@ def score(data: Plane, points: Tensor, reference: Tensor, labels: Tensor) -> Pla
     if not bool(torch.isfinite(points).all()):
         return PlaneScore(math.inf, 0.0, 1.0)
     distance, covered, wrong, modes = 0.0, 0.0, 0.0, 0
-    for c in range(CLASSES):
+    classes = labels.unique().tolist()
+    for c in classes:
         mine, theirs = points[labels == c].double(), reference[labels == c].double()
-        distance += sliced_distance(mine, theirs) / CLASSES
+        distance += sliced_distance(mine, theirs) / len(classes)
         centres = data.data.means[data.owner == c]
         got, wanted = shares(mine, centres), shares(theirs, centres)
         real = wanted > 0.02  # guidance may empty a mode
         covered += float((got[real] >= COVERED * wanted[real]).sum())
         modes += int(real.sum())
-        wrong += 0.5 * float((got - wanted).abs().sum()) / CLASSES
+        wrong += 0.5 * float((got - wanted).abs().sum()) / len(classes)
     return PlaneScore(distance, covered / modes, wrong)
 
 

@@ -17,6 +17,7 @@ from fewstep.models.spec import Boundary
 from .checkpoint_search import Search
 from .critics import VISION, CriticPlan
 from .errors import RecipeError
+from .forgetting import Swap
 from .objective import Objective
 from .pairs import Pairs
 from .player import PlayerSettings
@@ -63,7 +64,8 @@ class Stage:
     a start it is what the recipe's student makes of it. `player_settings` has an entry for each of the objective's
     players. `average` names the student's running average that is kept, None for its weights themselves. `pairs`: it
     learns from samples of its teacher with their noise (`trainers.pairs`), not from the data. `search`: its student is
-    the best combination of checkpoints saved on the way (`trainers.checkpoint_search`).
+    the best combination of checkpoints saved on the way (`trainers.checkpoint_search`). `forget`: what is taught in
+    place of a concept (`trainers.forgetting`).
     """
 
     name: str
@@ -75,6 +77,7 @@ class Stage:
     average: str | None = "kept"
     pairs: Pairs | None = None
     search: Search | None = None
+    forget: Swap | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,23 @@ class EvenGrids:
 
 
 @dataclass(frozen=True)
+class StartedGrids:
+    """SiD's times, evenly down from `start` of the path to clean data: start (1 - i / n), 625 of 1000 in the paper.
+
+    A student begins there with noise of the sampler's usual size, though the path has some data left at that time.
+    """
+
+    counts: tuple[int, ...]
+    start: float = 0.625
+
+    def of(self, path: Path) -> dict[int, tuple[float, ...]]:
+        first = path.end + self.start * (path.start - path.end)
+        times = {n: [path.end + (first - path.end) * (1.0 - i / n) for i in range(n)] for n in self.counts}
+        whole = path.kind == "vp"
+        return {n: tuple(float(round(t)) if whole else t for t in falling) for n, falling in times.items()}
+
+
+@dataclass(frozen=True)
 class GridPairs:
     """LCM's pairs: t uniform on a grid of `points`, s the grid point `skip` below, or the path's end below the first.
 

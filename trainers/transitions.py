@@ -93,10 +93,13 @@ def guided(teacher: Denoiser, uncond: Condition, w: Tensor) -> Denoiser:
     """The teacher under classifier-free guidance `u + w (c - u)`, both halves in one call of 2B rows.
 
     A condition tensor that `uncond` does not name (an edge map, a second time) is shared by both halves. Where every
-    scale is 1 the teacher's own answer is meant, in one call of B rows.
+    scale is 1 the teacher's own answer is meant, and where every scale is 0 that without a condition, in one call of B
+    rows.
     """
     if bool((w == 1.0).all()):
         return teacher
+    if bool((w == 0.0).all()):
+        return Denoiser(lambda x, t, cond: teacher.raw(x, t, {**cond, **uncond}), teacher.path, teacher.prediction)
 
     def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         both = {name: torch.cat([uncond.get(name, value), value]) for name, value in cond.items()}
@@ -104,6 +107,14 @@ def guided(teacher: Denoiser, uncond: Condition, w: Tensor) -> Denoiser:
         return guide(without, with_, w)
 
     return Denoiser(net, teacher.path, teacher.prediction)
+
+
+def without(cond: Condition, uncond: Condition, rows: Tensor) -> dict[str, Tensor]:
+    """The condition, of nothing in these rows [B]."""
+    return {
+        name: torch.where(rows.to(value.device).reshape(-1, *([1] * (value.ndim - 1))), uncond.get(name, value), value)
+        for name, value in cond.items()
+    }
 
 
 def with_scale(cond: Condition, w: Tensor) -> dict[str, Tensor]:
