@@ -22,6 +22,7 @@ from fewstep.models.negative_adapter import avoids
 from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
+from .bank import can_share, plain, share
 from .checkpoint import has_checkpoint
 from .checkpoint_search import Elsewhere, KeptFiles, Saving, settle, weights_of
 from .critics import MIDDLE, FakeWithCritic, picture_critic
@@ -143,6 +144,8 @@ def assemble(
 ) -> Assembled:
     """Networks for a stage: the student, its averages, a frozen teacher, and a fake score with its critic.
 
+    Where student and fake score are the teacher with LoRA, all are one network in memory (`trainers.bank`).
+
     frozen, learner: denoisers of the teacher bundle's family, as their own class; spread over the processes in place.
 
     Errors: `RecipeError` for an objective that needs what the family or the recipe does not have.
@@ -158,11 +161,17 @@ def assemble(
     def player(name: str, module: Any, body: Any = None) -> Player:
         return Player(name, module, stage.player_settings[name], body, ranks)
 
+    frozen.requires_grad_(False)
+    heard, network = frozen, None
+    if "fake" in stage.objective.players:
+        network = again(frozen, recipe.fake)
+        if not ranks.sharded and can_share(frozen, learner, network):
+            heard, learner, network = share(frozen, learner, network)
     student = player("student", learner.train())
     players = [student]
     pairs = _compared(recipe, stage.objective, learner, frozen)
     led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
-    roles = {"student": denoiser(learner), "teacher": denoiser(frozen.requires_grad_(False).eval())}
+    roles = {"student": denoiser(learner), "teacher": denoiser(heard.eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
     for name in stage.objective.players:
         if name not in ("student", "fake", "critic", "proxy"):
@@ -170,8 +179,7 @@ def assemble(
             players.append(player(name, partner))
             roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
     critic, plan = None, recipe.critic or MIDDLE
-    if "fake" in stage.objective.players:
-        network = again(frozen, recipe.fake)
+    if network is not None:
         roles["fake"] = denoiser(network)
         fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
         players.append(player("fake", fake, network))
@@ -220,6 +228,7 @@ def _run_stage(
     layout = torch.contiguous_format if ranks.sharded else torch.channels_last
     frozen, start = (network.to(device=ranks.device, memory_format=layout) for network in (frozen, start))
     method = assemble(recipe, stage, teacher, frozen, start, ranks)
+    del frozen, start  # where weights are shared these may be copies that nobody needs
     settings = LoopSettings(
         steps=stage.steps,
         seed=recipe.run.seed,
@@ -252,7 +261,8 @@ def _run_stage(
     for player in method.players:
         if player.name in recipe.beside:
             made = player.averages.get(stage.average or "", player.module)
-            save_network(made, folder / f"{player.name}.safetensors", ranks)
+            save_network(plain(made), folder / f"{player.name}.safetensors", ranks)
+    kept = plain(kept)
     save_network(kept, done, ranks)
     if ranks.count == 1:
         return kept

@@ -1,0 +1,120 @@
+"""One frozen network with LoRA sets answers and trains as separate copies do, and is in memory once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewstep.trainers import distill as module
+from fewstep.trainers.bank import Voice, can_share
+from fewstep.trainers.data import LatentSource
+from fewstep.trainers.distill import assemble, distill
+from fewstep.trainers.loop import LoopSettings, train
+from fewstep.trainers.recipe import configure
+from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.student import Student, build_student
+from tiny import tiny_latents
+
+SETTINGS = {"batch": 4, "bf16": False, "every": 2, "picture_every": 0, "checkpoint_every": 0, "steps": 3}
+
+
+def recipe_of(**settings):
+    recipe = configure(RECIPES["dmd2"], SETTINGS | settings)
+    stage = recipe.stages[0]
+    quick = {who: replace(how, lr=1e-3, warmup=0) for who, how in stage.player_settings.items()}
+    lora = Student(lora_rank=2)
+    return replace(recipe, student=lora, fake=lora, stages=(replace(stage, player_settings=quick),))
+
+
+def made(teacher, recipe):
+    torch.manual_seed(0)
+    learner, frozen = build_student(teacher, recipe.student, fold_scale=1.0), teacher.load("unet")
+    return assemble(recipe, recipe.stages[0], teacher, frozen, learner)
+
+
+def by_name(module):
+    """LoRA weights and heads, whatever their set is called."""
+    found = {}
+    for name, weight in module.named_parameters():
+        name = name.replace("own.", "").replace("/", ".").replace(".default.", ".")
+        if "lora_" in name or "head" in name:
+            found[name] = weight
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tiny_teacher, tmp_path_factory):
+    recipe, data = recipe_of(), tiny_latents(tiny_teacher)
+    methods = []
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("shared", "apart"):
+            if kind == "apart":
+                patch.setattr(module, "can_share", lambda *networks: False)
+            method = made(tiny_teacher, recipe)
+            source = LatentSource(data, tiny_teacher.text_encoder(), 4, spec=tiny_teacher.spec)
+            settings = LoopSettings(steps=3, bf16=False, checkpoint_every=0)
+            train(method, source, settings, tmp_path_factory.mktemp(kind))
+            methods.append(method)
+    return methods
+
+
+def test_shared_weights_train_as_separate_copies(both):
+    for mine, theirs in zip(both[0].players, both[1].players, strict=True):
+        assert mine.own_steps == theirs.own_steps > 0
+        networks = [(mine.module, theirs.module)]
+        networks += [(mine.averages[name], theirs.averages[name]) for name in mine.averages]
+        for one, other in networks:
+            found, wanted = by_name(one), by_name(other)
+            assert found.keys() == wanted.keys() and any("lora_B" in name for name in found)
+            assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in found)
+            assert any(float(weight.detach().abs().max()) > 0 for name, weight in found.items() if "lora_B" in name)
+
+
+def test_each_role_answers_as_its_own_network(both, tiny_teacher):
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([999.0, 259.0], dtype=torch.float64)
+    cond = {"ctx": torch.randn(2, 24, 32)}
+    answers = {}
+    with torch.no_grad():
+        for role in ("student", "teacher", "fake", "student", "kept", "teacher"):
+            mine, theirs = (method.cast[role].raw(x, t, cond) for method in both)
+            assert torch.allclose(mine, theirs, atol=1e-5), role
+            answers[role] = mine
+    assert not torch.allclose(answers["student"], answers["teacher"], atol=1e-5)
+    assert not torch.allclose(answers["student"], answers["fake"], atol=1e-5)
+    assert not torch.allclose(answers["student"], answers["kept"], atol=1e-6)
+
+
+def held(method):
+    """Bytes of all weights that a method holds."""
+    modules = [m for p in method.players for m in (p.module, *p.averages.values())]
+    modules += [role.net for role in method.cast.roles.values() if isinstance(role.net, torch.nn.Module)]
+    outside = [m._outside[0].network for top in modules for m in top.modules() if isinstance(m, Voice)]
+    found = {w.data_ptr(): w.nbytes for m in (*modules, *outside) for w in m.parameters()}
+    return sum(found.values())
+
+
+def test_the_base_is_held_once(both, tiny_teacher):
+    base = sum(w.nbytes for w in tiny_teacher.load("unet").parameters())
+    shared, apart = (held(method) for method in both)
+    assert base < shared < 1.8 * base, "the base, three sets and the critic's head"
+    assert apart - shared == pytest.approx(3 * base, rel=0.05), "student, its average and the fake score"
+
+
+def test_only_the_same_base_is_shared(tiny_teacher):
+    teacher = tiny_teacher.load("unet")
+    lora = build_student(tiny_teacher, Student(lora_rank=2), fold_scale=1.0)
+    assert can_share(teacher, lora)
+    with torch.no_grad():
+        lora.conv_in.base_layer.weight.add_(1.0) if hasattr(lora.conv_in, "base_layer") else lora.conv_in.weight.add_(1)
+    assert not can_share(teacher, lora)
+    assert not can_share(teacher, build_student(tiny_teacher, Student(), fold_scale=1.0))
+
+
+def test_a_shared_run_ends_in_a_bundle(tiny_teacher, tmp_path):
+    bundle = distill(recipe_of(checkpoint_every=1), tiny_teacher, tmp_path / "out", data=tiny_latents(tiny_teacher))
+    assert (bundle.root / "pytorch_lora_weights.safetensors").is_file()
+    plain, teacher = bundle.load("unet").state_dict(), tiny_teacher.load("unet").state_dict()
+    assert plain.keys() == teacher.keys()
+    assert any(not torch.equal(plain[name].float(), teacher[name].float()) for name in plain)
+    kept = torch.load(tmp_path / "out.run" / "dmd2" / "checkpoint.pt")["players"]
+    assert all("lora_" in name or "head" in name for name in kept["student"]), "the base is not in a checkpoint"
