@@ -15,6 +15,7 @@ from mutants_coupled import COUPLED_MUTANTS
 from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
+from mutants_identity import IDENTITY_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
@@ -168,6 +169,7 @@ MUTANTS = (
     | FLOW_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS
+    | IDENTITY_MUTANTS
     | {
         "guidance: sign flipped": Mutant(
             transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")

@@ -7,7 +7,7 @@ from fewstep.models.bundle import load_bundle
 
 from .recipe import Recipe
 from .settling import settled
-from .student import again, build_student, load_denoiser
+from .student import build_student, fake_of, load_denoiser
 
 BYTES = 4
 """Weights, gradients, optimiser moments and averages are float32."""
@@ -27,7 +27,9 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     if "fake" in stage.objective.players:
         from .critics import MIDDLE, FakeWithCritic
 
-        networks["fake"] = FakeWithCritic(again(teacher_unet, recipe.fake), _never, recipe.critic or MIDDLE)
+        networks["fake"] = FakeWithCritic(
+            fake_of(teacher_unet, recipe.fake, bundle.spec.path), _never, recipe.critic or MIDDLE
+        )
     total = count(teacher_unet) * BYTES
     players = {}
     for name, network in networks.items():

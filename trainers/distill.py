@@ -44,7 +44,7 @@ from .recipes import find_recipe
 from .rewards import PICTURE_REWARDS, check_reward, picture_reward
 from .settling import settled, training_data
 from .sharing import check_shares
-from .student import Student, again, build_student, load_denoiser, merged, unlearned
+from .student import Student, again, build_student, fake_of, load_denoiser, merged, unlearned
 from .student_bundle import check_contract, check_start, student_spec, write_student
 from .watch import Twin, lead, stage_pairs, watch_both
 
@@ -164,7 +164,7 @@ def assemble(
     frozen.requires_grad_(False)
     heard, network = frozen, None
     if "fake" in stage.objective.players:
-        network = again(frozen, recipe.fake)
+        network = fake_of(frozen, recipe.fake, spec.path)
         if not ranks.sharded and can_share(frozen, learner, network):
             heard, learner, network = share(frozen, learner, network)
     student = player("student", learner.train())

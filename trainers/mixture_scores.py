@@ -1,8 +1,8 @@
 """Score of mixtures (Jayashankar, Ryu & Wornell 2025, arXiv 2502.09609): samples are held against a p + (1 - a) q.
 
 The divergence is a skew Jensen-Shannon's, a in (0, 1]; at a = 1 it is the reverse KL and its gap that of DMD. With no
-teacher (training, SMT) one network gives the mixture's clean estimate for every a, told as `w` of its condition; with
-one (distillation, SMD) a critic's logit mixes teacher and fake score.
+teacher (training, SMT) one network gives the mixture's clean estimate for every a, which it is told; with one
+(distillation, SMD) a critic's logit mixes teacher and fake score.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Denoiser, expand
+from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from .density_ratio import log_ratio
 from .distances import Squared, Weight
@@ -24,6 +24,8 @@ from .transitions import guided, noised, with_scale
 
 FINEST = 1000
 """a is one of k / 1000."""
+SPAN = 7.0
+"""A network is told a as the scalar w = 1 + SPAN a: its input was made for guidance scales of about 1 to 8."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,15 @@ class AmortisedGap:
         with torch.no_grad():
             x_t = made.at(fake.path, t, turn.noise(made.x0))
             none, some, whole = (
-                fake.x0(x_t, t, with_scale(batch.cond, s)) for s in (torch.zeros_like(a), a, torch.ones_like(a))
+                fake.x0(x_t, t, told_share(batch.cond, s)) for s in (torch.zeros_like(a), a, torch.ones_like(a))
             )
             gradient = amortised_gradient(made.x0, none, some, whole)
         return carry(made.x0, gradient), {"mixture_gap": float(gradient.square().mean().sqrt())}
+
+
+def told_share(cond: Condition, a: Tensor) -> dict[str, Tensor]:
+    """The condition with the share a [B] in it."""
+    return with_scale(cond, 1.0 + SPAN * a)
 
 
 def amortised_gradient(x: Tensor, none: Tensor, some: Tensor, whole: Tensor) -> Tensor:
@@ -87,7 +94,7 @@ class DenoiseMixture:
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         fake = cast["fake"]
         a = self.shares.draw(len(made.x0), turn)
-        cond = with_scale(batch.cond, a)
+        cond = told_share(batch.cond, a)
 
         def estimate(x_t: Tensor, t: Tensor) -> Tensor:
             return fake.x0(x_t, t, cond)

@@ -159,14 +159,31 @@ def denoise_checks(recipe: Recipe, objective: DistributionMatching, term: Denois
                 yield below(f"T5: slope at the exact fake, time {time}", max(map(abs, slopes)), 1e-5)
             else:
                 yield holds(f"T5: slope beside it, time {time}, bend {bend}", sign * slopes[1] > 1e-4)
-    plain = with_terms(objective, "fake", term)
+    plain = with_terms(objective, "fake", replace(term, guidance=1.0, nulled=0.0))
     cast, _ = cast_of(stage, plain)
     batch = stage.batch(4096)
+    yield from _own_scale(objective, term, cast, stage)
     for sign in (1.0, -1.0):
         learner = Bent(cast["fake"], offset=0.3 * sign)
         roles = {**cast.roles, "fake": learner.denoiser()}
         plain.loss("fake", Cast(roles), batch, turn(player="fake"))[0].backward()
         yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(learner.offset.grad) > 0.0)
+
+
+def _own_scale(objective: DistributionMatching, term: Denoise, cast: Cast, stage: World) -> Iterator[Check]:
+    """At its own guidance scale the fake's guided estimate learns; rows that are told nothing are those at scale 0."""
+    batch = stage.batch(COUNT)
+
+    def value(own: Denoise, fake: Denoiser) -> float:
+        them = Cast({**cast.roles, "fake": fake})
+        return float(with_terms(objective, "fake", own).loss("fake", them, batch, turn(player="fake"))[0].detach())
+
+    plain = replace(term, guidance=1.0, nulled=0.0)
+    for k in (0.0, 2.5, term.guidance):
+        gap = value(replace(plain, guidance=k), cast["fake"]) - value(plain, absorbed(cast["fake"], k))
+        yield below(f"fake: learns at its own guidance scale {k:g}", gap, 1e-6)
+    gap = value(replace(plain, nulled=1.0), cast["fake"]) - value(replace(plain, guidance=0.0), cast["fake"])
+    yield below("fake: rows that are told nothing", gap, 1e-6)
 
 
 def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
@@ -175,12 +192,15 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     cast, student = cast_of(stage, objective, offset=0.3)
     networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
-    critic = MeanCritic()
+    critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"
     modules: dict[str, nn.Module] = {**networks, "critic": critic}
     for player in objective.players:
-        for module in modules.values():
+        through = any(getattr(term, "through_networks", False) for term in objective.terms[player])
+        for name, module in modules.items():
             module.zero_grad()
-        critic.requires_grad_(player == "critic")  # in the fake's turn it is the fake's own, in the student's it is shut
+            mine = (judge if name == "critic" else name) == player
+            module.requires_grad_(mine or not (through or name == "critic"))  # as the loop does, and frozen networks are
         objective.loss(player, Cast(roles, critic), stage.batch(COUNT), turn(player=player))[0].backward()
-        learned = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
+        taught = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
+        learned = {judge if name == "critic" else name for name in taught}
         yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

@@ -89,7 +89,8 @@ class Blend:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         real, fake = (exact(law, self.path, "x0").x0(x, t, {}) for law in (self.p, self.q))
-        lam = expand((self.ratio(x, t) + cond["w"].double().logit()).sigmoid(), real)
+        a = ((cond["w"].double() - 1.0) / 7.0).clamp(0.0, 1.0)
+        lam = expand((self.ratio(x, t) + a.logit()).sigmoid(), real)
         return lam * real + (1.0 - lam) * fake
 
     def denoiser(self) -> Denoiser:
@@ -156,7 +157,11 @@ def _best(term: DenoiseMixture) -> Iterator[Check]:
         return float(torch.stack(values).mean())
 
     best = told(lambda a: a)
-    for name, change in (("1 - a", lambda a: 1.0 - a), ("1/2", lambda a: 0.0 * a + 0.5), ("0", lambda a: 0.0 * a)):
+    for name, change in (
+        ("1 - a", lambda w: 9.0 - w),
+        ("1/2", lambda w: 0.0 * w + 4.5),
+        ("0", lambda w: 0.0 * w + 1.0),
+    ):
         yield holds(f"SMT: told {name} for a it denoises worse", told(change) > best)
 
 
@@ -195,9 +200,9 @@ def ratio_gap_checks(recipe: Recipe, objective: DistributionMatching, term: Rati
     alone.guidance.draw(COUNT, again)
     x_t = made.at(stage.path, t, again.noise(made.x0)).detach()
     whole = Blend(stage, alone.guidance.low * SHIFT, 0.4)
-    mean = whole(x_t, t, {"w": a})
-    none = whole(x_t, t, {"w": torch.zeros_like(a)})
-    real = whole(x_t, t, {"w": torch.ones_like(a)})
+    mean = whole(x_t, t, mixture_scores.told_share({}, a))
+    none = whole(x_t, t, mixture_scores.told_share({}, 0.0 * a))
+    real = whole(x_t, t, mixture_scores.told_share({}, a / a))
     size = (made.x0 - real).detach().flatten(1).abs().mean(1)
     wanted = (none - mean) / expand(size * a, mean)
     yield below("SMD: (mu_0 - mu_a) / (|x - mu_real| a)", (found - wanted) / wanted.abs().max(), 1e-4)

@@ -62,7 +62,7 @@ class Samples:
 
 def checks(recipe: Recipe) -> Iterator[Check]:
     stage = recipe.stages[-1]
-    watched = _watched(stage)
+    watched = _watched(stage, recipe.fake.guidance_width is not None)
     settings = LoopSettings(steps=STEPS, bf16=False, checkpoint_every=0)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         train(watched, Samples(world(VP(), "v")), settings, Path(folder))
@@ -123,8 +123,11 @@ def _average(own: list[tuple[float, Tensor]], decay: float | Decay) -> Tensor:
     return average
 
 
-def _watched(stage: Stage) -> Watched:
-    """Small networks for every role: players train, averages are roles of their own, the teacher is frozen."""
+def _watched(stage: Stage, scalar: bool) -> Watched:
+    """Small networks for every role: players train, averages are roles of their own, the teacher is frozen.
+
+    scalar: whether they take the scale of their condition in, as a fake score does that is told another scalar.
+    """
     bench = world(VP(), "v")
     players, roles = [], {}
     for k, name in enumerate(stage.objective.players):
@@ -132,7 +135,7 @@ def _watched(stage: Stage) -> Watched:
         if name == "critic":
             players.append(Player(name, MeanCritic(), settings))
             continue
-        module = Bent(bench.teacher(), gain=0.1 * (k + 1), offset=0.2)
+        module = Bent(bench.teacher(takes_w=scalar), gain=0.1 * (k + 1), offset=0.2)
         player = Player(name, module, settings)
         players.append(player)
         roles[name] = module.denoiser()

@@ -4,25 +4,52 @@ A new term or rollout adds a file of checks and one line here; one that is not k
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .adversarial import TeacherAim
 from .also import Also
+from .density_ratio import ClimbRatio
 from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching
+from .embedding import EmbeddingLoss
+from .expectation import Expectation
+from .forgetting import Forgetting
 from .gan_losses import Softplus
+from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
 from .oracle_critics import aim_checks, also_checks, judge_parts, next_checks, noised_checks, walk_checks
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
+from .oracle_identity import forgetting_checks, identity_checks
+from .oracle_mixture import (
+    amortised_checks,
+    climb_checks,
+    embedding_checks,
+    expectation_checks,
+    fit_checks,
+    mixture_denoise_checks,
+    ratio_gap_checks,
+)
 from .oracle_parts import rollout_checks
 from .oracle_world import Check, holds
 from .noised_rollout import NoisedRollout
 from .recipe import Recipe
 from .rollout import BackwardSimulation
 from .score_gap import Denoise, ScoreGap
+from .score_identity import ScoreIdentity
 from .self_paced import BesideNext, WholeWalk
+from .times import StartedGrids
 
 TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
+    AmortisedGap: amortised_checks,
+    ClimbRatio: climb_checks,
+    DenoiseMixture: mixture_denoise_checks,
+    EmbeddingLoss: embedding_checks,
+    Expectation: expectation_checks,
+    FitRatio: fit_checks,
+    Forgetting: forgetting_checks,
+    RatioGap: ratio_gap_checks,
+    ScoreIdentity: identity_checks,
     Also: also_checks,
     BesideNext: next_checks,
     Deceive: deceive_checks,
@@ -38,16 +65,27 @@ ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
 }
 
 
+def from_the_start(objective: DistributionMatching) -> DistributionMatching:
+    """The objective, its walks begun at the noisiest time: pure noise has the law of no other time, and exact students
+    and fake scores are those of the right law."""
+    grids = getattr(objective.rollout, "grids", None)
+    if not isinstance(grids, StartedGrids):
+        return objective
+    return replace(objective, rollout=replace(objective.rollout, grids=replace(grids, start=1.0)))  # type: ignore[type-var]
+
+
 def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
-    """Those of its rollout, of each kind of term once, and of the whole."""
-    suites: dict[type, Any] = {type(term): term for terms in objective.terms.values() for term in terms}
-    unknown = [kind.__name__ for kind in suites if kind not in TERMS]
+    """Those of its rollout, of each kind of term once, with a term inside another's, and of the whole."""
+    every = [term for terms in objective.terms.values() for term in terms]
+    suites: dict[Any, Any] = {(type(term), type(getattr(term, "term", None))): term for term in every}
+    unknown = [kind.__name__ for kind, _ in suites if kind not in TERMS]
     unknown += [type(objective.rollout).__name__] if type(objective.rollout) not in ROLLOUTS else []
     yield holds(f"the suite knows every part{': not ' if unknown else ''}{', '.join(unknown)}", not unknown)
     if unknown:
         return
-    for kind, term in suites.items():
-        yield from TERMS[kind](recipe, objective, term)
+    level = from_the_start(objective)
+    for (kind, _), term in suites.items():
+        yield from TERMS[kind](recipe, level, term)
     judges = [term for terms in objective.terms.values() for term in terms if hasattr(term, "adversary")]
     if judges:
         yield from critic_checks() if isinstance(judges[0].adversary.loss, Softplus) else ()

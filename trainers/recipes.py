@@ -20,7 +20,9 @@ from .recipes_coupled import COUPLED
 from .recipes_distribution import DISTRIBUTION
 from .recipes_flow import FLOWS
 from .recipes_guidance import GUIDANCE
+from .recipes_identity import IDENTITY
 from .recipes_matching import MATCHING
+from .recipes_mixture import MIXTURE
 from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
 from .student import Student
@@ -86,6 +88,8 @@ RECIPES: dict[str, RecipeFunction] = {
     **ADAPTED,
     **GUIDANCE,
     **DISTRIBUTION,
+    **IDENTITY,
+    **MIXTURE,
     **ADVERSARIAL,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .distances import Weight
@@ -9,7 +10,7 @@ from .objective import Batch, Cast, Metrics, Turn
 from .rollout import Made
 from .scores import carry, denoising_loss, dmd_gradient
 from .times import UniformScale, UniformTimes
-from .transitions import guided
+from .transitions import guided, without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,25 @@ class ScoreGap:
 
 @dataclass(frozen=True, kw_only=True)
 class Denoise:
-    """The fake network's own training: denoising score matching of the student's samples."""
+    """The fake network's own training: denoising score matching of the student's samples.
+
+    guidance: the scale at which its estimate is the one that learns (Zhou et al. 2024, "Long and Short Guidance"); 0
+    for a fake that is never told the condition. nulled: the share of rows that are not, so that it can be guided.
+    """
 
     times: UniformTimes
     weight: Weight
+    guidance: float = 1.0
+    nulled: float = 0.0
 
     roles = ("fake",)
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        fake = cast["fake"]
-        t = self.times.draw(fake.path, len(made.x0), turn)
-        loss = denoising_loss(fake, made, t, turn.noise(made.x0), batch.cond, self.weight)
+        count = len(made.x0)
+        fake = guided(cast["fake"], batch.uncond, torch.full((count,), self.guidance))
+        t = self.times.draw(fake.path, count, turn)
+        noise, cond = turn.noise(made.x0), batch.cond
+        if self.nulled:
+            cond = without(cond, batch.uncond, turn.uniform(0.0, 1.0, count) < self.nulled)
+        loss = denoising_loss(fake, made, t, noise, cond, self.weight)
         return loss, {"denoising": float(loss.detach())}

@@ -16,7 +16,8 @@ from fewstep.models.altered import remade
 from fewstep.models.bundle import Bundle
 from fewstep.models.linear_attention import FIELD, linearise
 from fewstep.models.networks import guidance_embedding
-from fewstep.models.second_time import add_second_time
+from fewstep.models.paths import Path as NoisePath
+from fewstep.models.second_time import SecondTime, add_second_time
 from fewstep.runtime.plan import span
 
 from .avoided import with_negative
@@ -196,6 +197,23 @@ def again(unet: Any, plan: Student) -> Any:
     if plan.lora_rank is not None:
         add_lora(out, plan.lora_rank)
     return out
+
+
+def fake_of(frozen: Any, plan: Student, path: NoisePath) -> Any:
+    """A fake score: a trainable copy of the teacher's network, with a second time or a scalar where the plan asks.
+
+    Errors: `RecipeError` for a scalar in anything but a U-Net.
+    """
+    if plan.guidance_width is not None and not hasattr(frozen, "time_embedding"):
+        raise RecipeError(
+            f"this recipe's fake score takes a scalar, and the teacher is a {type(frozen).__name__}, which has no input "
+            "for one; use a recipe whose fake score takes none, such as smd or sid"
+        )
+    out = again(frozen, plan)
+    if plan.guidance_width is not None:
+        out = add_guidance(out, out.config.time_cond_proj_dim or plan.guidance_width)
+    told = any(isinstance(part, SecondTime) for part in out.modules())
+    return add_second_time(out, 1000.0 / span(path)) if plan.second_time and not told else out
 
 
 def unlearned(network: Any) -> Any:
