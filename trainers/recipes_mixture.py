@@ -94,14 +94,14 @@ def ratio_one_step(
 
 
 def embedding_loss(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, weight: float = 1.0, networks: int = 4,
+    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, weight: float = 1.0, networks: int = 2,
     width: int = 64, kernel: str = "gaussian", guidance: float = 3.0, start: float = 0.625,
     grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
 ) -> Recipe:  # fmt: skip
     """Embedding loss ("Efficient Diffusion Distillation via Embedding Loss"): distribution matching and an MMD.
 
     DMD's score gap and `weight MMD^2` of samples and data in the features of random networks, drawn anew each step.
-    Unverified: the number of networks, the kernel and the weight; decided: 4, Gaussian at three widths, 1.
+    Unverified: the number of networks, the kernel and the weight; decided: 2, Gaussian at three widths, 1.
     """
     gap = ScoreGap(times=TIMES, guidance=UniformScale(guidance, guidance), cfg=True)
     term = EmbeddingLoss(weight=weight, networks=RandomNetworks(count=networks, width=width), kernel=kernel)
