@@ -16,6 +16,7 @@ from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 from mutants_identity import IDENTITY_MUTANTS
+from mutants_score import SCORE_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
@@ -169,6 +170,7 @@ MUTANTS = (
     | FLOW_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS
+    | SCORE_MUTANTS
     | IDENTITY_MUTANTS
     | {
         "guidance: sign flipped": Mutant(

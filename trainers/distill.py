@@ -184,6 +184,7 @@ def assemble(
         fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
         players.append(player("fake", fake, network))
         critic = fake.judge
+        roles |= {role: denoiser(average.network) for role, average in players[-1].roles().items()}
     if "critic" in stage.objective.players:
         own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
         players.append(player("critic", own))

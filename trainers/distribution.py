@@ -5,7 +5,7 @@ student, and denoising and the critic's loss for the fake score.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -33,13 +33,19 @@ class Term(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
-    """terms: player -> what its loss sums, in the order of their turns; the student first. walker: the role whose samples
-    they are; another than the student's make an objective of fixed pairs."""
+    """terms: player -> what its loss sums, in the order of their turns; the student first.
+
+    walker: the role whose samples they are; another than the student's make an objective of fixed pairs. told: the fake
+    and the critic are told, as `s` of their condition, at which time the step began that made a sample. Steps from
+    several times share the law that they aim at, not the law that they have; one untold score is that of their mixture,
+    which leaves each free to drift.
+    """
 
     rollout: Rollout
     terms: Mapping[str, tuple[Term, ...]]
     walker: str = "student"
 
+    told: bool = False
     def __post_init__(self) -> None:
         every = [term for terms in self.terms.values() for term in terms]
         reader = next((type(term).__name__ for term in every if getattr(term, "reads_ratio", False)), None)
@@ -67,13 +73,16 @@ class DistributionMatching:
     @property
     def guidance(self) -> UniformScale | None:
         """The teacher's scale, which the student takes in for good; None where no term has one."""
-        scales = (getattr(term, "guidance", None) for term in self.terms["student"])
+        taken = [term for term in self.terms["student"] if not getattr(term, "fake_cfg", False)]
+        scales = (getattr(term, "guidance", None) for term in taken)
         return next((scale for scale in scales if scale is not None), None)
 
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         with torch.set_grad_enabled(player == "student"):
             made = self.rollout.make(cast[self.walker], batch, turn)
         total: Tensor | float = 0.0
+        if self.told:
+            batch = replace(batch, cond={**batch.cond, "s": made.t})
         metrics: Metrics = {}
         for term in self.terms[player]:
             value, told = term.loss(made, cast, batch, turn)

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.analytic import Mixture, exact, gaussian, mixture
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.analytic import Mixture, exact, gaussian, log_density, mixture
+from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.paths import EDM, VP
 
 from . import score_gap
 from .distribution import DistributionMatching, Term
 from .jumps import ToClean
-from .objective import Cast
+from .objective import Cast, Critic
 from .oracle_parts import guidance_checks, perfect_student
-from .oracle_world import Bent, Check, MeanCritic, World, absorbed, below, between, holds, turn, world
+from .oracle_world import SHIFT, Bent, Check, MeanCritic, World, absorbed, below, between, holds, turn, world
 from .recipe import Recipe
 from .rollout import Made
 from .score_gap import Denoise, ScoreGap
@@ -40,10 +40,13 @@ def gap_checks(recipe: Recipe, objective: DistributionMatching, term: ScoreGap) 
     yield from _gaussian_kl()
     yield from _golden_mixture()
     yield carry_check()
-    alone = with_terms(objective, "student", term)
+    alone = with_terms(objective, "student", replace(term, augment=None, trail=None))
     yield from zero_checks(alone)
     yield from descent_checks(alone)
     yield from guidance_checks(world(VP(), "v"))
+    from .oracle_score import option_checks
+
+    yield from option_checks(recipe, objective, term)
 
 
 def with_terms(objective: DistributionMatching, player: str, *terms: Term) -> DistributionMatching:
@@ -111,7 +114,19 @@ def cast_of(stage: World, objective: DistributionMatching, offset: float = 0.0, 
     teacher = Bent(stage.teacher())
     fake = absorbed(theirs.teacher(), scale.low)
     roles = {"student": student.denoiser(), "teacher": teacher.denoiser(), "fake": fake}
-    return Cast(roles), student
+    roles |= {role: fake for role in objective.roles if role.startswith("fake.")}
+    critic = exact_ratio(stage.data.moved(SHIFT * scale.low), moved.moved(SHIFT * scale.low))
+    return Cast(roles, critic), student
+
+
+def exact_ratio(p: Mixture, q: Mixture) -> Critic:
+    """The best critic: `log(p / q)` at x_t on VP."""
+
+    def critic(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        alpha, sigma = VP().alpha(t), VP().sigma(t)
+        return log_density(p, x, alpha, sigma) - log_density(q, x, alpha, sigma)
+
+    return critic
 
 
 def zero_checks(objective: DistributionMatching) -> Iterator[Check]:
@@ -192,6 +207,7 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     cast, student = cast_of(stage, objective, offset=0.3)
     networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
+    roles |= {role: cast[role] for role in objective.roles if role.startswith("fake.")}
     critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"
     modules: dict[str, nn.Module] = {**networks, "critic": critic}
     for player in objective.players:
@@ -200,7 +216,9 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
             module.zero_grad()
             mine = (judge if name == "critic" else name) == player
             module.requires_grad_(mine or not (through or name == "critic"))  # as the loop does, and frozen networks are
-        objective.loss(player, Cast(roles, critic), stage.batch(COUNT), turn(player=player))[0].backward()
+        batch = stage.batch(COUNT)
+        batch = replace(batch, noise=batch.x0.flip(0))  # any, for terms that learn from pairs
+        objective.loss(player, Cast(roles, critic), batch, turn(player=player))[0].backward()
         taught = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
         learned = {judge if name == "critic" else name for name in taught}
         yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

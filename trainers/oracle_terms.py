@@ -31,6 +31,7 @@ from .oracle_mixture import (
     ratio_gap_checks,
 )
 from .oracle_parts import rollout_checks
+from .oracle_segments import SCORE_ROLLOUTS, SCORE_TERMS
 from .oracle_world import Check, holds
 from .noised_rollout import NoisedRollout
 from .recipe import Recipe
@@ -55,11 +56,13 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     Deceive: deceive_checks,
     Denoise: denoise_checks,
     Judge: judge_checks,
+    **SCORE_TERMS,
     ScoreGap: gap_checks,
     TeacherAim: aim_checks,
 }
 ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     BackwardSimulation: rollout_checks,
+    **SCORE_ROLLOUTS,
     NoisedRollout: noised_checks,
     WholeWalk: walk_checks,
 }

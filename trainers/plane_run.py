@@ -232,6 +232,8 @@ def _assemble(
         fake = PlaneFake(base, plan)
         players.append(Player("fake", fake, settings("fake"), base))
         roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
+        for role, average in players[-1].roles().items():
+            roles[role] = count.watch(average.net.denoiser(), "student")  # type: ignore[operator, union-attr]
     if "critic" in stage.objective.players:
         eye = plane_student(start, PLAIN, path=path, seed=budget.seed)
         own = PlaneCritic(plan, eye)

@@ -173,17 +173,19 @@ class Player:
     def follow(self, other: "Player") -> None:
         """Merge with another player that has just stepped, where the settings say so.
 
-        Errors: `RecipeError` where the two are not of one shape.
+        Weights that it alone has, of a further input, stay its own.
+
+        Errors: `RecipeError` where the other's weights are not among its own.
         """
         if other.name not in self.settings.merge:
             return
         own, theirs = dict(self.body.named_parameters()), dict(other.body.named_parameters())
-        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in theirs.items()}:
+        if any(n not in own or own[n].shape != weight.shape for n, weight in theirs.items()):
             raise RecipeError(
                 f"the player {self.name!r} merges with {other.name!r}, whose weights are of another shape; give both "
                 "the same student plan, or leave merge out"
             )
-        mine, aims = [local(weight) for weight in own.values()], [local(theirs[name]) for name in own]
+        mine, aims = [local(own[name]) for name in theirs], [local(weight) for weight in theirs.values()]
         torch._foreach_lerp_(mine, aims, 1 - self.settings.merge[other.name])
 
     def tensors(self) -> dict[str, Tensor]:

@@ -140,6 +140,11 @@ class Recipe:
 
         for stage in self.stages:
             _check_critic(self.name, self.critic, stage.objective)
+        if any(getattr(stage.objective, "told", False) is True for stage in self.stages) and not self.fake.second_time:
+            raise RecipeError(
+                f"{self.name} tells its fake score at which time a step began, and the fake takes one time; give it "
+                "fake=Student(second_time=True), or leave told out"
+            )
 
     @property
     def objective(self) -> Objective:

@@ -23,6 +23,8 @@ from .recipes_guidance import GUIDANCE
 from .recipes_identity import IDENTITY
 from .recipes_matching import MATCHING
 from .recipes_mixture import MIXTURE
+from .recipes_multistep import MULTISTEP
+from .recipes_score import SCORE
 from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
 from .student import Student
@@ -88,6 +90,8 @@ RECIPES: dict[str, RecipeFunction] = {
     **ADAPTED,
     **GUIDANCE,
     **DISTRIBUTION,
+    **SCORE,
+    **MULTISTEP,
     **IDENTITY,
     **MIXTURE,
     **ADVERSARIAL,

@@ -20,15 +20,19 @@ def carry(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (x.float() - aim.float()).square().mean()
 
 
-def dmd_gradient(real: Denoiser, fake: Denoiser, made: Made, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
+def dmd_gradient(
+    real: Denoiser, fake: Denoiser, made: Made, t: Tensor, noise: Tensor, cond: Condition, floor: float | None = 1e-6
+) -> Tensor:
     """`(mu_fake - mu_real) / mean|x - mu_real|` at x_t, the normalised KL gradient of DMD, equation 8; no gradient.
 
-    The normaliser is per sample, over all its elements.
+    The normaliser is per sample, over all its elements, and at least `floor`; None leaves it out.
     """
     with torch.no_grad():
         x_t = made.at(real.path, t, noise)
         mu_real, mu_fake = real.x0(x_t, t, cond), fake.x0(x_t, t, cond)
-        scale = (made.x0 - mu_real).flatten(1).abs().mean(1).clamp(min=1e-6)
+        if floor is None:
+            return mu_fake - mu_real
+        scale = (made.x0 - mu_real).flatten(1).abs().mean(1).clamp(min=floor)
         return (mu_fake - mu_real) / expand(scale, mu_real)
 
 
