@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import also, discriminator, self_paced
+from fewstep.trainers import also, discriminator, parting, self_paced
 from fewstep.trainers.critics import TeacherEye
+from fewstep.trainers.discriminator import Adversary
 from fewstep.trainers.distribution import DistributionMatching
 from fewstep.trainers.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic
 from fewstep.trainers.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
@@ -95,6 +96,13 @@ def as_drawn(original):
     return loss
 
 
+def neighbours(original):
+    def telling(self, cond, made):
+        return original(self, cond, replace(made, t=made.t.roll(1, 0)))
+
+    return telling
+
+
 SPRINT = ("sana-sprint",)
 ADVERSARIAL_MUTANTS: dict[str, Mutant] = {
     "hinge: data called fake": Mutant(Hinge, "critic", lambda g: lambda self, r, f: g(self, f, r), ("add", *SPRINT)),
@@ -132,6 +140,13 @@ ADVERSARIAL_MUTANTS: dict[str, Mutant] = {
     "walk: gradient through all of it": Mutant(WholeWalk, "walk", attached_walk, ("asd",)),
     "next count: its own": Mutant(
         NextCount, "after", lambda g: lambda self, made: g(self, made) and len(made.before) + 1, ("asd",)
+    ),
+    "told: another sample's step": Mutant(Adversary, "telling", neighbours, ("add", "ladd")),
+    "parts: the farthest centroid": Mutant(
+        parting, "nearest", lambda g: lambda points, chosen: g(-points, chosen), ("msd",)
+    ),
+    "parts: a class left to the first": Mutant(
+        parting, "part_of", lambda g: lambda label, of: max(0, g(label, of) - 1), ("msd",)
     ),
     "beside: draws of its own changed by others": Mutant(also.Also, "loss", as_drawn, SPRINT),
 }

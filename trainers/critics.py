@@ -41,12 +41,14 @@ class CriticPlan:
     the way through the network, 0 the first and 1 the last; none means all of them. kernel: neighbours that a head
     looks at, 1 for single patches (Uni-DAD). text: whether heads are told the condition by a projection, which a
     network that reads it already need not be. by_steps: the k-th head judges samples of the k-th step count, told as
-    `steps` of the condition, and no other (ASD). network: for "vision" a folder of a `Dinov2Model`; None takes the
+    `steps` of the condition, and no other (ASD). step: heads are told at which time the student's step began, `s` of
+    the condition (`Adversary.told`). network: for "vision" a folder of a `Dinov2Model`; None takes the
     built-in one, made for small pictures.
     """
 
     features: str = FAKE
     by_steps: bool = False
+    step: bool = False
     depths: tuple[float, ...] = (0.5,)
     kernel: int = 9
     text: bool = False
@@ -60,6 +62,8 @@ class CriticPlan:
             raise RecipeError(f"a critic of {self.features!r} features reads no vision network; leave network out")
         if any(not 0.0 <= depth <= 1.0 for depth in self.depths):
             raise RecipeError(f"a critic reads blocks at depths {self.depths}; they are shares of the way, 0 to 1")
+        if self.step and self.features in (FAKE, ENCODER):
+            raise RecipeError(f"a critic of {self.features!r} features is told no step; leave step out")
         if self.by_steps and self.features in (ENCODER, VISION):
             raise RecipeError(f"a critic of {self.features!r} features has no head for each step count")
         if self.features == ENCODER and (self.text or len(self.depths) != 1):
@@ -152,9 +156,11 @@ class FakeWithCritic(nn.Module):
 class FrozenCritic(nn.Module):
     """Heads on the features of a network that does not train: the player `critic`."""
 
-    def __init__(self, eye: "Eye", plan: CriticPlan, told: int | None) -> None:
+    def __init__(self, eye: "Eye", plan: CriticPlan, told: int | None, span: float = 1.0) -> None:
+        """told: numbers of the condition; span: the path's noisiest time."""
         super().__init__()
-        self.plan = plan
+        self.plan, self.span = plan, span
+        told = (told or 0) + STEP_WAVES * plan.step or None
         self.head = nn.ModuleList(TokenHead(width, plan.kernel, told) for width in eye.widths)
         self._outside = (eye,)
 
@@ -166,7 +172,9 @@ class FrozenCritic(nn.Module):
         return self._outside[0].see(x, t, cond)
 
     def answer(self, features: Sequence[Tensor], cond: Condition) -> Tensor:
-        return answer(self.head, features, told_of(cond) if self.plan.text else None, head_of(self.plan, cond))
+        told = [told_of(cond).float()] if self.plan.text else []
+        told += [step_waves(cond["s"], self.span)] if self.plan.step else []
+        return answer(self.head, features, torch.cat(told, 1) if told else None, head_of(self.plan, cond))
 
 
 class Eye:
@@ -318,6 +326,15 @@ def told_of(cond: Condition) -> Tensor:
     return (ctx * share[:, :, None]).sum(1)
 
 
+STEP_WAVES = 8
+
+
+def step_waves(s: Tensor, span: float) -> Tensor:
+    """[B, STEP_WAVES]: cosines of the time s [B] at which a step began, as a share of `span`."""
+    order = torch.arange(STEP_WAVES, device=s.device, dtype=torch.float32)
+    return torch.cos(math.pi * order * (s.float() / span)[:, None])
+
+
 def text_width(config: Mapping[str, Any]) -> int:
     """Numbers per token of the text that a denoiser is told.
 
@@ -361,10 +378,10 @@ def _watched(network: Any, names: Sequence[str], seen: dict[str, Tensor]) -> Ite
 
 def picture_critic(plan: CriticPlan, teacher: Any, frozen: Any, run: Network) -> FrozenCritic:
     """The player `critic` of a bundle `teacher`, whose denoiser is `frozen`, behind `run`."""
-    told = text_width(frozen.config) if plan.text else None
+    told, span = text_width(frozen.config) if plan.text else None, teacher.spec.path.start
     if plan.features == TEACHER:
-        return FrozenCritic(TeacherEye(frozen, run, plan), plan, told)
+        return FrozenCritic(TeacherEye(frozen, run, plan), plan, told, span)
     device = next(frozen.parameters()).device
     return FrozenCritic(
-        VisionEye(teacher.decoder().to(device), vision_network(plan.network).to(device), plan), plan, told
+        VisionEye(teacher.decoder().to(device), vision_network(plan.network).to(device), plan), plan, told, span
     )

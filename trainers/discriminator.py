@@ -41,7 +41,9 @@ class Adversary:
     times: noised to these; None for clean samples, as a vision network wants them. share: the part of a batch that is
     judged; judging data and samples costs the critic a second pass. same_times, same_noise: of data and samples.
     misaligned: data under a neighbour's condition are further fakes, so that the critic reads the condition
-    (SANA-Sprint); neighbours of one condition are left out.
+    (SANA-Sprint); neighbours of one condition are left out. told: the critic is told, as `s` of its condition, at which
+    time the student's step began. Untold it compares the mixture over these times with the data, and a student may miss
+    at one what it overdoes at another.
     """
 
     student_weight: float
@@ -53,6 +55,7 @@ class Adversary:
     same_times: bool = False
     same_noise: bool = False
     misaligned: bool = False
+    told: bool = False
     real: Real = field(default_factory=Data)
 
     def __post_init__(self) -> None:
@@ -64,6 +67,12 @@ class Adversary:
 
     def rows(self, count: int) -> slice:
         return slice(0, max(1, round(self.share * count)))
+
+    def telling(self, cond: Condition, made: Made) -> dict[str, Tensor]:
+        """The condition of the judged rows, with the step's time where it is told."""
+        rows = self.rows(len(made.x0))
+        seen = {name: value[rows] for name, value in cond.items()}
+        return {**seen, "s": made.t[rows]} if self.told else seen
 
     def shown(self, path: Path, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """(what the critic is shown of x, t [B], the noise)."""
@@ -91,7 +100,7 @@ class Deceive:
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         own, path, rows = self.adversary, cast["student"].path, self.adversary.rows(len(made.x0))
-        cond, critic = {name: value[rows] for name, value in batch.cond.items()}, critic_of(cast)
+        cond, critic = own.telling(batch.cond, made), critic_of(cast)
         shown, t, noise = own.shown(path, made.x0[rows], turn)
         real = None
         if own.loss.asks_real:
@@ -112,7 +121,7 @@ class Judge:
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         own, path, rows = self.adversary, cast["student"].path, self.adversary.rows(len(made.x0))
-        told, critic = {name: value[rows] for name, value in batch.cond.items()}, critic_of(cast)
+        told, critic = own.telling(batch.cond, made), critic_of(cast)
         data = own.real.draw(made, cast, batch, turn)[rows]
         real, t_real, noise = own.shown(path, data, turn)
         sides = [(real, t_real, told), (*own.beside(path, made.x0[rows].detach(), t_real, noise, turn), told)]
@@ -124,7 +133,7 @@ class Judge:
         logits = critic(seen, t, cond)
         real, fake = logits[: len(data)], logits[len(data) : 2 * len(data)]
         if own.misaligned:
-            fake = torch.cat([fake, logits[2 * len(data) :][apart(told)]])
+            fake = torch.cat([fake, logits[2 * len(data) :][apart({name: told[name] for name in batch.cond})]])
         gan = own.loss.critic(real, fake)
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         metrics = {"gan_critic": float(gan.detach()), "critic_right": float(right)}

@@ -33,6 +33,7 @@ from .forgetting_data import ForgettingSource
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
+from .parting import CellSource, write_group
 from .partners import picture_partner, picture_proxy
 from .picture_score import picture_score
 from .player import Player
@@ -82,7 +83,8 @@ def _distill(
     check_shares(recipe, ranks)
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     run = out.with_name(out.name + ".run")
-    for place in (out, *(beside_of(out, name) for name in recipe.beside)):
+    further = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
+    for place in (out, *(beside_of(out, name) for name in (*recipe.beside, *further))):
         _check_out(place, run, teacher)
     check_contract(recipe, teacher)
     ranks.once(lambda: _open_run(run, recipe, resume=resume))
@@ -107,7 +109,8 @@ def _distill(
         previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, ranks)
     if ranks.first:
         _sell_beside(recipe, teacher, run, out)
-        write_student(recipe, teacher, previous.cpu(), out)
+        last = write_student(recipe, teacher, previous.cpu(), out)
+        _sell_parts(recipe, teacher, run, out, last, source)
     ranks.wait()
     return load_bundle(out)
 
@@ -125,6 +128,23 @@ def _sell_beside(recipe: Recipe, teacher: Bundle, run: Path, out: Path) -> None:
         network = picture_partner(name, recipe.name, teacher)
         load_model(network, run / recipe.stages[-1].name / f"{name}.safetensors")
         write_student(replace(recipe, sampling=sampling, student=Student()), teacher, network, beside_of(out, name))
+
+
+def _sell_parts(
+    recipe: Recipe, teacher: Bundle, run: Path, out: Path, last: Bundle, source: LatentSource
+) -> None:  # fmt: skip
+    """The students of all parts of the conditions but the last, which is `out`'s, and the file that groups them."""
+    from safetensors.torch import load_model
+
+    stages = [stage for stage in recipe.stages if stage.cell is not None]
+    students = []
+    for stage in stages[:-1]:
+        network = build_student(teacher, recipe.student, fold_scale=1.0)
+        load_model(network, run / stage.name / "student.safetensors")
+        students.append(write_student(recipe, teacher, network, beside_of(out, stage.name)))
+    if stages and stages[-1].cell is not None:
+        chosen = CellSource(source, stages[-1].cell).centroids
+        write_group(out.with_name(out.name + ".group.json"), [*students, last], chosen)
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,8 @@ def _run_stage(
     batches: Any = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
     if stage.forget is not None:
         batches = ForgettingSource(source, stage.forget, teacher)
+    if stage.cell is not None:
+        batches = CellSource(source, stage.cell)
     shelf = KeptFiles(folder / "saved")
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)

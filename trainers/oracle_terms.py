@@ -18,7 +18,8 @@ from .forgetting import Forgetting
 from .gan_losses import Softplus
 from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
-from .oracle_critics import aim_checks, also_checks, judge_parts, next_checks, noised_checks, walk_checks
+from .oracle_beside import aim_checks, also_checks, cell_checks, next_checks, noised_checks, walk_checks
+from .oracle_critics import judge_parts
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
 from .oracle_identity import forgetting_checks, identity_checks
 from .oracle_mixture import (
@@ -93,5 +94,6 @@ def checks(recipe: Recipe, objective: DistributionMatching) -> Iterator[Check]:
     if judges:
         yield from critic_checks() if isinstance(judges[0].adversary.loss, Softplus) else ()
         yield from judge_parts(recipe, judges[0].adversary)
+    yield from cell_checks(recipe)
     yield from ROLLOUTS[type(objective.rollout)](recipe, objective.rollout)
     yield from routing_checks(objective)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fewstep.models.denoiser import Condition
 
-from .critics import ENCODER, MIDDLE, TEACHER, CriticPlan, head_of
+from .critics import ENCODER, MIDDLE, STEP_WAVES, TEACHER, CriticPlan, head_of, step_waves
 from .plane import CLASSES
 from .plane_net import PlaneNet
 
@@ -50,7 +50,9 @@ class PlaneCritic(nn.Module):
         self.plan = plan
         self._outside = (start.requires_grad_(False) if plan.features == TEACHER else RandomEye(),)
         widths = [start.width] * len(start.blocks) if plan.features == TEACHER else [2 * SEEN] * 2
-        self.head = nn.ModuleList(_head(width, CLASSES if plan.text else 0) for width in widths)
+        self.span = start.path.start
+        told = CLASSES * plan.text + STEP_WAVES * plan.step
+        self.head = nn.ModuleList(_head(width, told) for width in widths)
 
     def judge(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Logits [B, heads]."""
@@ -62,6 +64,7 @@ class PlaneCritic(nn.Module):
 
     def answer(self, features: list[Tensor], cond: Condition) -> Tensor:
         told = [cond["label"].float()] if self.plan.text else []
+        told += [step_waves(cond["s"], self.span)] if self.plan.step else []
         return torch.cat([head(torch.cat([h, *told], 1)) for head, h in zip(self.head, features, strict=True)], 1)
 
 

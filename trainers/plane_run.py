@@ -31,6 +31,7 @@ from .forgetting_data import ForgettingPoints
 from .loop import LoopSettings, train
 from .objective import Cast, Reward, Turn
 from .pairs import PairSource, draw_pairs
+from .parting import CellPoints, Routed
 from .partners import SCORES, plane_partner
 from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, reference_points
 from .plane_critic import PlaneCritic, PlaneFake
@@ -117,6 +118,7 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
     check_fits(recipe)
     path = recipe_path(recipe)
     count, seconds, previous, before = Count(), 0.0, None, None
+    parts: list[Any] = []
     asked = sum(stage.steps for stage in recipe.stages)
     for stage in recipe.stages:
         steps = max(1, round(budget.steps * stage.steps / asked))
@@ -134,7 +136,10 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
             saved = [*shelf.all(), weights_of(student, stage.average)]
             settle(stage.search, saved, previous, _distance(recipe, stage, data, budget), budget.seed)
             seconds += time.perf_counter() - begun_s
+        if stage.cell is not None:
+            parts.append(previous)
     assert previous is not None  # a recipe has a stage
+    previous = Routed(parts) if parts else previous
     return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count, before)
 
 
@@ -281,6 +286,8 @@ def _train(
             lambda: draw_pairs(method.cast["teacher"], stage.teacher == "teacher", plan, source, seed=budget.seed)
         )
         source = PairSource(drawn, source, budget.batch, seed=budget.seed)
+    if stage.cell is not None:
+        source = CellPoints(source, stage.cell)
     if stage.forget is not None:
         source = ForgettingPoints(source, stage.forget)
     settings = LoopSettings(

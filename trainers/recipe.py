@@ -20,6 +20,7 @@ from .errors import RecipeError
 from .forgetting import Swap
 from .objective import Objective
 from .pairs import Pairs
+from .parting import Cell
 from .player import PlayerSettings
 from .student import Student
 from .times import Grids
@@ -65,7 +66,8 @@ class Stage:
     players. `average` names the student's running average that is kept, None for its weights themselves. `pairs`: it
     learns from samples of its teacher with their noise (`trainers.pairs`), not from the data. `search`: its student is
     the best combination of checkpoints saved on the way (`trainers.checkpoint_search`). `forget`: what is taught in
-    place of a concept (`trainers.forgetting`).
+    place of a concept (`trainers.forgetting`). `cell`: the part of the conditions that its student is for; each such
+    stage's student is sold (`trainers.parting`).
     """
 
     name: str
@@ -78,6 +80,7 @@ class Stage:
     pairs: Pairs | None = None
     search: Search | None = None
     forget: Swap | None = None
+    cell: Cell | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +173,10 @@ def _check_critic(name: str, plan: CriticPlan | None, objective: Objective) -> N
         )
     if judges and player not in terms:
         raise RecipeError(f"{name}: a critic of {told} is the player {player!r}, which has no terms; give it a Judge")
+    asks = plan is not None and plan.step
+    if judges and asks != all(own.told for own in judges.values()):
+        says = "critic asks for the step's time and its adversary does not tell" if asks else "adversary tells it alone"
+        raise RecipeError(f"{name}: its {says}; set both CriticPlan.step and Adversary.told, or neither")
     if plan is not None and plan.features == VISION and any(own.times is not None for own in judges.values()):
         raise RecipeError(f"{name}: a vision network looks at clean pictures; give its adversary times=None")
 

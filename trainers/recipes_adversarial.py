@@ -10,11 +10,13 @@ from .critics import BLOCKS, TEACHER, VISION, CriticPlan
 from .discriminator import Adversary, Deceive, Judge
 from .distances import snr_plus_one
 from .distribution import DistributionMatching, Term
+from .errors import RecipeError
 from .gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic, Softplus
 from .jumps import ToClean
 from .laws import LogitNormal
 from .noised_rollout import NoisedRollout, SampledTimes
 from .pairs import Pairs
+from .parting import Cell
 from .player import PlayerSettings
 from .recipe import Needs, Recipe, RecipeFunction, Stage
 from .recipe_forms import PLAIN, multistep
@@ -64,7 +66,7 @@ def _gdd(
 
 
 def add(
-    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, teacher_scale: float = 2.5, r1: float = 1e-2,
+    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, teacher_scale: float = 2.5, r1: float = 0.1,
     guidance: float = 3.0, vision: str | None = None,
 ) -> Recipe:  # fmt: skip
     """ADD, Sauer et al. 2023 (arXiv 2311.17042): a hinge GAN on decoded pictures beside a teacher's estimate.
@@ -74,21 +76,26 @@ def add(
     the heads are fed. The paper: scale 2.5, R1 1e-5. Unverified: all constants; decided: these, in turns.
     """
     adversary = Adversary(
-        student_weight=1.0, critic_weight=1.0, times=None, loss=Hinge(), regularisers=(R1(r1, on="features"),)
+        student_weight=1.0,
+        critic_weight=1.0,
+        times=None,
+        loss=Hinge(),
+        regularisers=(R1(r1, on="features"),),
+        told=True,
     )
     aim = TeacherAim(
         times=UniformTimes(), weight=signal, guidance=UniformScale(guidance, guidance), cfg=True, scale=teacher_scale
     )
     paper = "Sauer et al. 2023, Adversarial Diffusion Distillation, arXiv:2311.17042"
     rollout = NoisedRollout(SampledTimes(LcmGrids((1, 2, 4))))
-    plan = CriticPlan(features=VISION, depths=(), text=True, network=vision)
+    plan = CriticPlan(features=VISION, depths=(), text=True, step=True, network=vision)
     return _adversarial("add", paper, rollout, adversary, plan, steps, lr, critic_lr, (aim,))
 
 
 def ladd(
-    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, every: int = 1, ar1: float = 0.1,
-    width: float = 0.1, mean: float = 1.0, std: float = 1.0, pairs: int = 8192, pair_steps: int = 64,
-    time_weights: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1), guidance: float = 3.0,
+    *, steps: int = 3000, lr: float = 5e-5, critic_lr: float = 1e-4, every: int = 1, ar1: float = 10.0,
+    width: float = 0.1, mean: float = 0.0, std: float = 1.0, pairs: int = 8192, pair_steps: int = 64,
+    time_weights: tuple[float, ...] = (0.4, 0.2, 0.2, 0.2), guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """LADD, Sauer et al. 2024 (arXiv 2403.12015): a GAN on the frozen teacher's features of noised latents, alone.
 
@@ -98,11 +105,11 @@ def ladd(
     """
     adversary = Adversary(
         student_weight=1.0, critic_weight=1.0, times=LogitNormal(mean, std), loss=Softplus(),
-        regularisers=(ApproximateR1(ar1, width),), same_times=True, same_noise=True,
+        regularisers=(ApproximateR1(ar1, width),), same_times=True, same_noise=True, told=True,
     )  # fmt: skip
     paper = "Sauer et al. 2024, Fast High-Resolution Image Synthesis with LADD, arXiv:2403.12015"
     rollout = NoisedRollout(SampledTimes(LcmGrids((1, 2, 4)), time_weights))
-    plan = CriticPlan(features=TEACHER, depths=BLOCKS)
+    plan = CriticPlan(features=TEACHER, depths=BLOCKS, step=True)
     found = _adversarial("ladd", paper, rollout, adversary, plan, steps, lr, critic_lr, every=every)
     drawn = Pairs(count=pairs, steps=pair_steps, guidance=UniformScale(guidance, guidance))
     return replace(found, stages=(replace(found.stages[0], pairs=drawn),), needs=Needs(data=False, critic=True))
@@ -145,6 +152,46 @@ def asd(
     )  # fmt: skip
 
 
+def msd(
+    *, students: int = 4, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4,
+    guidance: float = 3.0, gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5,
+) -> Recipe:  # fmt: skip
+    """MSD, Song et al. 2024 (arXiv 2410.23274): the conditions in K parts, a one-step student for each, served as one.
+
+    Each is trained as DMD2's, on its own part alone: the gap of scores, a GAN on the fake's middle. A prompt goes to
+    the nearest of K centroids of text embeddings, in training and in `fewstep serve --group OUT.group.json`; `steps`
+    are those of each student. Left out: the paper's smaller students, which need a pretraining, and its regression.
+    """
+    if students < 1:
+        raise RecipeError(f"msd: students is {students}; it must be 1 or more")
+    grids = LcmGrids((1,))
+    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share)
+    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    objective = DistributionMatching(
+        rollout=BackwardSimulation(grids, (), ToClean()),
+        terms={
+            "student": (gap, Deceive(adversary)),
+            "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), Judge(adversary)),
+        },
+    )
+    players = {
+        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
+        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
+    }
+    stages = tuple(
+        Stage(
+            name=f"part-{k + 1}", objective=objective, player_settings=players, steps=steps,
+            cell=Cell(k, students) if students > 1 else None,
+        )
+        for k in range(students)
+    )  # fmt: skip
+    return Recipe(
+        name="msd", family="distribution", needs=Needs(critic=True), student=PLAIN, stages=stages,
+        sampling=replace(multistep(), grids=grids),
+        paper="Song et al. 2024, Multi-Student Diffusion Distillation for Better One-Step Generators, arXiv:2410.23274",
+    )  # fmt: skip
+
+
 def _adversarial(
     name: str, paper: str, rollout: Rollout, adversary: Adversary, plan: CriticPlan, steps: int, lr: float,
     critic_lr: float, beside: tuple[Term, ...] = (), *, counts: tuple[int, ...] = (1, 2, 4), student: Student = PLAIN,
@@ -168,4 +215,4 @@ def _adversarial(
     )  # fmt: skip
 
 
-ADVERSARIAL: dict[str, RecipeFunction] = {"gdd": gdd, "gdd-i": gdd_i, "add": add, "ladd": ladd, "asd": asd}
+ADVERSARIAL: dict[str, RecipeFunction] = {"gdd": gdd, "gdd-i": gdd_i, "add": add, "ladd": ladd, "asd": asd, "msd": msd}

@@ -57,7 +57,7 @@ def sana_sprint(
     trajectory = _objective(mean, std, warmup, floor, difference, scale)
     adversary = Adversary(
         student_weight=gan, critic_weight=1.0, times=LogNormal(renoise_mean, renoise_std), loss=Hinge(),
-        same_times=True, misaligned=True, regularisers=(R1(r1, 8, on="features"),) if r1 else (),
+        same_times=True, misaligned=True, told=True, regularisers=(R1(r1, 8, on="features"),) if r1 else (),
     )  # fmt: skip
     rollout = NoisedRollout(StartMoreOften(LogNormal(mean, std), start_share), guidance=scale)
     terms = {"student": (Also(trajectory), Deceive(adversary)), "critic": (Judge(adversary),)}
@@ -73,7 +73,7 @@ def sana_sprint(
     )  # fmt: skip
     return Recipe(
         name="sana-sprint", family="continuous", needs=Needs(critic=bool(gan)), stages=(stage,), sampling=sampling,
-        student=Student(guidance_width=guidance_width), critic=CriticPlan(features=TEACHER, depths=BLOCKS),
+        student=Student(guidance_width=guidance_width), critic=CriticPlan(features=TEACHER, depths=BLOCKS, step=True),
         paper="Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency, arXiv:2503.09641",
     )  # fmt: skip
 
