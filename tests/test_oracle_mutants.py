@@ -17,6 +17,7 @@ from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 from mutants_identity import IDENTITY_MUTANTS
 from mutants_score import SCORE_MUTANTS
+from mutants_reward import REWARD_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
@@ -168,6 +169,7 @@ MUTANTS = (
     | ADAPTED_MUTANTS
     | ADVERSARIAL_MUTANTS
     | FLOW_MUTANTS
+    | REWARD_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS
     | SCORE_MUTANTS

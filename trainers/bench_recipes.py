@@ -134,6 +134,8 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
         "seconds": round(trained.seconds, 1), "student_evaluations": trained.count.student,
         "teacher_evaluations": trained.count.teacher, "steps": scores, "points": shown,
     }  # fmt: skip
+    if recipe.reward is not None:
+        row["reward"] = reward_cells(recipe, data, trained, aim, labels, setup.seed + 5)
     return _write(file, row)
 
 
@@ -147,6 +149,30 @@ def aimed_at(recipe: Recipe, labels: Any, aim: Any) -> tuple[Any, Any]:
     for c in given[given != labels].unique():
         aim[(given == c) & (labels != c)] = aim[labels == c]
     return given, aim
+
+
+def reward_cells(recipe: Recipe, data: Any, trained: Any, aim: Any, labels: Any, seed: int) -> dict[str, Any]:
+    """The mean reward of what is aimed at, and per step count of the student, with its distance; the same of the
+    student that was tuned, where the recipe tuned one."""
+    from dataclasses import replace
+
+    from .plane import conditions
+    from .plane_run import sample_points
+    from .plane_scores import score
+    from .rewards import plane_reward
+
+    judge, (cond, uncond) = plane_reward(recipe.reward or "", data), conditions(labels)
+
+    def cells(student: Any) -> dict[str, dict[str, float]]:
+        found = {}
+        for steps in (n for n in counts_of(recipe) if n in trained.spec.grids):
+            points = sample_points(student, cond, uncond, steps, seed=seed)
+            mean = float(judge(points, cond).mean())
+            found[str(steps)] = {"reward": mean, "swd": score(data, points, aim, labels).swd}
+        return found
+
+    before = {} if trained.before is None else cells(replace(trained, net=trained.before.eval()))
+    return {"aim": float(judge(aim, cond).mean()), "before": before, "after": cells(trained)}
 
 
 def teacher_row(w: float, setup: Setup, folder: Path) -> dict[str, Any]:

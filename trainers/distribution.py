@@ -20,7 +20,8 @@ from .times import UniformScale
 class Term(Protocol):
     """A part of one player's loss on what the student made; in the student's turn `made` has a gradient.
 
-    One that takes the critic's logits for log(p / q) says so: `reads_ratio = True`.
+    One that takes the critic's logits for log(p / q) says so: `reads_ratio = True`. So does one whose gradient passes
+    through other networks, whose weights stay: `through_networks = True`.
     """
 
     @property
@@ -63,7 +64,7 @@ class DistributionMatching:
     @property
     def roles(self) -> tuple[str, ...]:
         asked = [role for terms in self.terms.values() for term in terms for role in term.roles]
-        return tuple(role for role in dict.fromkeys(("student", *self.terms, *asked)) if role != "critic")
+        return tuple(role for role in dict.fromkeys(("student", *self.terms, *asked)) if role not in ("critic", "proxy"))
 
     @property
     def two_times(self) -> bool:

@@ -62,6 +62,7 @@ class Faithful:
     last: float = 0.5
 
     roles = ("teacher",)
+    through_networks = True
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:

@@ -25,6 +25,7 @@ from . import (
     oracle_players,
     oracle_progressive,
     oracle_reflow,
+    oracle_reward,
     oracle_search,
     oracle_straight,
     oracle_terms,
@@ -48,6 +49,7 @@ from .progressive import ProgressiveHalving
 from .recipe import Recipe, RecipeFunction
 from .recipes import RECIPES
 from .reflow import AnnealingReflow
+from .reward_guided import RewardGuided
 from .self_corrected import SelfCorrected
 from .straight import StraightTrajectory
 from .twin import TwinFlow
@@ -68,6 +70,7 @@ SUITES: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     MomentMatching: oracle_matching.checks,
     ProgressiveHalving: oracle_progressive.checks,
     SelfCorrected: oracle_straight.corrected_checks,
+    RewardGuided: oracle_reward.guided_checks,
     StraightTrajectory: oracle_straight.checks,
     TwinFlow: oracle_matching.twin_checks,
     VariationalCoupling: oracle_variational.checks,

@@ -23,7 +23,21 @@ from .distribution import DistributionMatching, Term
 from .jumps import ToClean
 from .objective import Cast, Critic
 from .oracle_parts import guidance_checks, perfect_student
-from .oracle_world import SHIFT, Bent, Check, MeanCritic, World, absorbed, below, between, holds, turn, world
+from .oracle_world import (
+    SHIFT,
+    Bent,
+    Check,
+    MeanCritic,
+    MeanReward,
+    World,
+    absorbed,
+    below,
+    between,
+    holds,
+    liking,
+    turn,
+    world,
+)
 from .recipe import Recipe
 from .rollout import Made
 from .score_gap import Denoise, ScoreGap
@@ -116,7 +130,7 @@ def cast_of(stage: World, objective: DistributionMatching, offset: float = 0.0, 
     roles = {"student": student.denoiser(), "teacher": teacher.denoiser(), "fake": fake}
     roles |= {role: fake for role in objective.roles if role.startswith("fake.")}
     critic = exact_ratio(stage.data.moved(SHIFT * scale.low), moved.moved(SHIFT * scale.low))
-    return Cast(roles, critic), student
+    return Cast(roles, critic, rewards={"reward": liking, "proxy": MeanReward()}), student
 
 
 def exact_ratio(p: Mixture, q: Mixture) -> Critic:
@@ -206,10 +220,14 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     stage = world(VP(), "v")
     cast, student = cast_of(stage, objective, offset=0.3)
     networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
+    others = set(objective.players) - {*networks, "critic", "proxy"}
+    networks |= {name: Bent(cast["fake"]) for name in sorted(others)}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
     roles |= {role: cast[role] for role in objective.roles if role.startswith("fake.")}
     critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"
-    modules: dict[str, nn.Module] = {**networks, "critic": critic}
+    proxy = MeanReward()
+    modules: dict[str, nn.Module] = {**networks, "critic": critic, "proxy": proxy}
+    rewards = {"reward": liking, "proxy": proxy}
     for player in objective.players:
         through = any(getattr(term, "through_networks", False) for term in objective.terms[player])
         for name, module in modules.items():
@@ -218,7 +236,8 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
             module.requires_grad_(mine or not (through or name == "critic"))  # as the loop does, and frozen networks are
         batch = stage.batch(COUNT)
         batch = replace(batch, noise=batch.x0.flip(0))  # any, for terms that learn from pairs
-        objective.loss(player, Cast(roles, critic), batch, turn(player=player))[0].backward()
+        them = Cast(roles, critic, rewards=rewards)
+        objective.loss(player, them, batch, turn(player=player))[0].backward()
         taught = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
         learned = {judge if name == "critic" else name for name in taught}
         yield holds(f"the {player}'s turn teaches the {player} alone", learned == {player})

@@ -16,7 +16,7 @@ from fewstep.models.paths import VP
 
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Turn
-from .oracle_world import Bent, Check, MeanCritic, World, below, holds, world
+from .oracle_world import Bent, Check, MeanCritic, MeanReward, World, below, holds, liking, world
 from .player import Decay, Player, PlayerSettings
 from .recipe import Recipe, Stage
 from .watch import watch
@@ -135,6 +135,9 @@ def _watched(stage: Stage, scalar: bool) -> Watched:
         if name == "critic":
             players.append(Player(name, MeanCritic(), settings))
             continue
+        if name == "proxy":
+            players.append(Player(name, MeanReward(), settings))
+            continue
         module = Bent(bench.teacher(takes_w=scalar), gain=0.1 * (k + 1), offset=0.2)
         player = Player(name, module, settings)
         players.append(player)
@@ -146,13 +149,14 @@ def _watched(stage: Stage, scalar: bool) -> Watched:
     own: dict[str, nn.Module] = {player.name: player.module for player in players}
     critic: Any = own.get("critic")
     if critic is None and len(players) > 1:
-        fake = _bent(own.get("fake", players[-1].module))
+        fake = _bent(own.get("fake", [module for module in own.values() if isinstance(module, Bent)][-1]))
 
         def critic(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             return (fake.gain * x + fake.offset).flatten(1).mean(1)
 
     seen = {"student": watch(players[0].module, {"": "whole"}), "teacher": watch(teacher, {"": "whole"})}
-    return Watched(stage, tuple(players), Cast(roles, critic, seen), {"teacher": teacher})
+    rewards: dict[str, Any] = {"reward": liking, "proxy": own.get("proxy")}
+    return Watched(stage, tuple(players), Cast(roles, critic, seen, rewards=rewards), {"teacher": teacher})
 
 
 def _bent(module: nn.Module) -> Bent:

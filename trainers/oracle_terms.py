@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from . import oracle_preference, oracle_reward
 from .adversarial import TeacherAim
 from .also import Also
+from .chain import Chain
 from .density_ratio import ClimbRatio
 from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching
 from .embedding import EmbeddingLoss
 from .expectation import Expectation
+from .faithful import Faithful
 from .forgetting import Forgetting
 from .gan_losses import Softplus
 from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
@@ -35,7 +38,9 @@ from .oracle_parts import rollout_checks
 from .oracle_segments import SCORE_ROLLOUTS, SCORE_TERMS
 from .oracle_world import Check, holds
 from .noised_rollout import NoisedRollout
+from .preference import DenoisePreferred, PairedLikelihood, PreferenceGap, PreferredPairs
 from .recipe import Recipe
+from .rewarding import Agree, Favour, Rewarded
 from .rollout import BackwardSimulation
 from .score_gap import Denoise, ScoreGap
 from .score_identity import ScoreIdentity
@@ -43,7 +48,15 @@ from .self_paced import BesideNext, WholeWalk
 from .times import StartedGrids
 
 TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
+    Agree: oracle_reward.agree_checks,
     AmortisedGap: amortised_checks,
+    DenoisePreferred: oracle_preference.denoise_checks,
+    Faithful: oracle_preference.faithful_checks,
+    Favour: oracle_reward.favour_checks,
+    PairedLikelihood: oracle_preference.likelihood_checks,
+    PreferenceGap: oracle_preference.gap_checks,
+    PreferredPairs: oracle_preference.pairs_checks,
+    Rewarded: oracle_reward.rewarded_checks,
     ClimbRatio: climb_checks,
     DenoiseMixture: mixture_denoise_checks,
     EmbeddingLoss: embedding_checks,
@@ -62,6 +75,7 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     TeacherAim: aim_checks,
 }
 ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
+    Chain: oracle_preference.chain_checks,
     BackwardSimulation: rollout_checks,
     **SCORE_ROLLOUTS,
     NoisedRollout: noised_checks,

@@ -93,6 +93,26 @@ class MeanCritic(nn.Module):
         return self.gain * features[0].flatten(1).mean(1) + self.offset
 
 
+LIKED = 1.0
+
+
+def liking(x: Tensor, cond: Condition) -> Tensor:
+    """The suite's reward: `-mean (x - LIKED)^2 / 2`, whose gradient is `(LIKED - x) / elements`. [B]."""
+    return -0.5 * (x - LIKED).square().flatten(1).mean(1)
+
+
+class MeanReward(nn.Module):
+    """A proxy of two weights: `gain R(x) + offset`, right at (1, any)."""
+
+    def __init__(self, gain: float = 0.5, offset: float = 0.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        return self.gain * liking(x, cond) + self.offset
+
+
 @dataclass(frozen=True)
 class World:
     """One Gaussian on one path, and perfect networks for it."""

@@ -3,6 +3,7 @@
 Rows of a chain of twins are [first; second]; the reward, or the data, says which of each two wins.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,13 +75,13 @@ class PairedLikelihood:
         """[B]: log r of the first twin less that of the second."""
         assert step.s is not None and step.x_s is not None  # `Chain`
         gain = log_likelihood(path, step.x0, step.x_s, step.s) - log_likelihood(path, theirs, step.x_s, step.s)
-        first, second = gain.exp().clamp(1.0 - self.clip, 1.0 + self.clip).log().chunk(2)
+        first, second = gain.clamp(math.log1p(-self.clip), math.log1p(self.clip)).chunk(2)
         return first - second
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferredPairs:
-    """PSO offline: at a time the student is asked at, the winner's error falls below the reference's, the loser's rises.
+    """PSO offline: at a time of the grids, the winner's error falls below the reference's, and the loser's rises.
 
     `-log sigmoid(beta d)`, `d = (err_ref - err_theta)(winner) - (err_ref - err_theta)(loser)`, err the mean squared
     error of x0; or with `hinge` `max(0, 1 - beta d)` and no reference. winners: "reward", the better twin, or "data",
@@ -120,17 +121,23 @@ class PreferredPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceGap:
-    """Distillation-DPO (Zhao et al. 2025): winners descend KL to the teacher, losers ascend it.
+    """Distillation-DPO (Zhao et al. 2025): scores of winners and losers against the teacher's.
 
-    `mean sg(e_T - e_w) x_w - lose mean sg(e_T - e_l) x_l` at samples noised to a time of their own, with one noise for
-    both; e_w and e_l are the noise estimates of two networks that learn winners and losers. The released code
-    multiplies by `x_t - x`, which has no derivative in the student; here by x.
+    `mean sg(e_T - e_w) x_w - lose mean sg(e_T - e_l) x_l + prefer mean sg(e_w - e_l) x`, x both, at samples noised to a
+    time of their own, with one noise for both; e_w and e_l are the noise estimates of two networks that learn winners
+    and losers. The released code multiplies by `x_t - x`, which has no derivative in the student; here by x.
+
+    The paper has lose 1 and no prefer: winners descend KL to the teacher, losers ascend it. Where the student's law is
+    the teacher's p already, that moves samples along `-2 grad P(win | x)`, away from what is preferred, and losers have
+    no bound. With lose -1 both descend, which is DMD by two networks, and `prefer` moves both along the log odds of
+    winning: at rest the student's law is `p (P(win) / P(lose))^prefer`.
     """
 
     times: UniformTimes
     guidance: UniformScale
     cfg: bool
     lose: float = 1.0
+    prefer: float = 0.0
 
     roles = ("teacher", "winner", "loser")
 
@@ -141,11 +148,19 @@ class PreferenceGap:
         teacher = guided(cast["teacher"], batch.uncond, w) if self.cfg else cast["teacher"]
         t, noise = self.times.draw(teacher.path, count, turn), turn.noise(batch.x0)
         winner, loser = sides(made, won)
-        down = preference_gradient(teacher, cast["winner"], winner, t, noise, batch.cond)
-        up = preference_gradient(teacher, cast["loser"], loser, t, noise, batch.cond)
-        loss = carry(winner, down) + carry(loser, -self.lose * up)
+        down, odds = self._gradients(teacher, cast, "winner", winner, t, noise, batch.cond)
+        up, others = self._gradients(teacher, cast, "loser", loser, t, noise, batch.cond)
+        loss = carry(winner, down + self.prefer * odds) + carry(loser, self.prefer * others - self.lose * up)
         size = float(down.square().mean().sqrt())
         return loss, {"winner_gradient": size, **_reward(made, cast, batch)}
+
+    def _gradients(
+        self, teacher: Denoiser, cast: Cast, side: str, x: Tensor, t: Tensor, noise: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor | float]:
+        """(towards the teacher from this side's score, up the odds of winning)."""
+        gap = preference_gradient(teacher, cast[side], x, t, noise, cond)
+        odds = preference_gradient(cast["winner"], cast["loser"], x, t, noise, cond) if self.prefer else 0.0
+        return gap, odds
 
 
 def preference_gradient(real: Denoiser, fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:

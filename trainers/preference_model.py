@@ -1,4 +1,4 @@
-"""A preference model of a user's own: a CLIP that was taught which picture of a prompt people choose (PickScore, HPSv2).
+"""A preference model of a user's own: a CLIP taught which picture of a prompt people choose (PickScore, HPSv2).
 
 The folder is as transformers saves a `CLIPModel` with its tokenizer and image processor. Its logit of a picture against
 its prompt is the reward. Prompts reach it as `prompt` of the condition: token ids of its own tokenizer, [B, L].

@@ -1,7 +1,9 @@
-"""A reward's proxy: a small network that judges latents, so that no gradient passes through a decoder and a large model.
+"""A reward's proxy: a small network that judges latents, so no gradient passes through a decoder or a large model.
 
 Shapes: latents [B, C, h, w] and `ctx` [B, L, D], or points [B, 2] and `label` [B, 4]; judgements [B].
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class LatentReward(nn.Module):
         super().__init__()
         sizes = (channels, width, width, width)
         layers: list[nn.Module] = []
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in pairwise(sizes):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body, self.told = nn.Sequential(*layers), nn.Linear(told, width)
         self.head = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))

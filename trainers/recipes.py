@@ -25,6 +25,7 @@ from .recipes_matching import MATCHING
 from .recipes_mixture import MIXTURE
 from .recipes_multistep import MULTISTEP
 from .recipes_score import SCORE
+from .recipes_reward import REWARD
 from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
 from .student import Student
@@ -95,6 +96,7 @@ RECIPES: dict[str, RecipeFunction] = {
     **IDENTITY,
     **MIXTURE,
     **ADVERSARIAL,
+    **REWARD,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,
     "a-sdm": a_sdm,

@@ -34,6 +34,7 @@ class Favour:
     by: str = "reward"
 
     roles = ()
+    through_networks = True
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         judged = reward_of(cast, self.by)(made.x0, batch.cond).mean()
@@ -91,7 +92,7 @@ class Agree:
 
 
 def agreement(rule: Agree, samples: list[Tensor], cond: Condition, cast: Cast) -> tuple[Tensor, Metrics]:
-    """The proxy's loss on kinds of samples under one condition, each [B, C, ...], and how often it orders them right."""
+    """The proxy's loss on kinds of samples of one condition, each [B, C, ...], and how often it orders them right."""
     proxy = torch.stack([reward_of(cast, "proxy")(x, cond) for x in samples])
     with torch.no_grad():
         expert = torch.stack([reward_of(cast, "reward")(x, cond) for x in samples])
@@ -121,8 +122,8 @@ def rewarded(
     objective: Any = last.objective
     if not isinstance(objective, DistributionMatching):
         raise RecipeError(
-            f"{recipe.name} is a {type(objective).__name__} and takes no reward beside its loss; use rg-lcd, or a recipe "
-            "of distribution matching such as dmd2"
+            f"{recipe.name} is a {type(objective).__name__} and takes no reward beside its loss; use rg-lcd, or a "
+            "recipe of distribution matching such as dmd2"
         )
     own = objective.terms["student"]
     if power:

@@ -1,8 +1,8 @@
 """Rewards: what a student is tuned to please. A reward judges samples under their condition, and has a gradient.
 
 A `Reward` maps (samples [B, C, ...] as the denoiser sees them, condition) to [B]; more is better. It never trains: the
-one that does is its proxy (`trainers.proxy`). A recipe names its reward: one of `PICTURE_REWARDS`, which look at decoded
-pictures, or the folder of a CLIP-like preference model (`trainers.preference_model`). The plane has one of its own.
+one that does is its proxy (`trainers.proxy`). A recipe names its reward: one of `PICTURE_REWARDS`, which look at
+decoded pictures, or the folder of a CLIP-like preference model (`trainers.preference_model`). The plane has its own.
 """
 
 from collections.abc import Callable, Mapping
