@@ -42,6 +42,16 @@ HEADLINES: dict[str, str] = {
     "smt": "ImageNet-64, 1 step, no teacher: 3.23",
     "smd": "ImageNet-64, 1 step: 1.48",
     "embedding-loss": "1 step: CIFAR-10 1.475 / 1.380 by class; 80 % fewer steps",
+    "diff-instruct": "CIFAR-10, 1 step: 4.5 or lower",
+    "swiftbrush": "COCO, 30,000 pictures, 1 step: 16.67, CLIP score 0.29",
+    "snoopi": "1 step: HPSv2 31.08",
+    "dmd": "1 step: ImageNet-64 2.62; COCO, 30,000 pictures: 11.49",
+    "dmd2": "ImageNet-64, 1 step: 1.28; COCO, 1 step: 8.35; SDXL, 4 steps: 19.32",
+    "f-distill": "1 step: CIFAR-10 1.92, ImageNet-64 1.16",
+    "decoupled-dmd": "SDXL, 4 steps: 17.80 (DMD2 18.95)",
+    "tdm": "PixArt-alpha, 4 steps: preferred to its teacher after 500 steps of training",
+    "phased-dmd": "Wan 2.2 video: optical flow 9.30 (DMD2 3.23)",
+    "flash-dmd": "SDXL, 4 steps: ImageReward 0.974, with its preferences",
     "edgefusion": "2 steps, in eight-bit weights on an NPU",
 }
 """By recipe; none where no figure of the paper was at hand."""
