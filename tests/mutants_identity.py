@@ -8,7 +8,6 @@ from mutants import Mutant
 from fewstep.trainers import density_ratio, embedding, expectation, forgetting, mixture_scores, score_identity
 from fewstep.trainers.expectation import Expectation, Student
 from fewstep.trainers.mixture_scores import Shares
-from fewstep.trainers.rollout import Made
 
 
 def still(which):
@@ -95,17 +94,7 @@ def kept_everywhere(original):
 
 def unasked(original):
     """Student and fake score are asked for the other concept too."""
-    return lambda net, cond: net
-
-
-def of_other_rows(original):
-    """Forgotten rows come with samples of others."""
-
-    def rows(made, which):
-        found = original(made, which)
-        return Made(found.x0.flip(0) * 0.5, found.x, found.t)
-
-    return rows
+    return lambda net, cond, share: net
 
 
 IDENTITY = ("sid", "sid-few-step", "sim", "uni-instruct", "sfd")
@@ -152,5 +141,7 @@ IDENTITY_MUTANTS: dict[str, Mutant] = {
     ),
     "forgetting: nothing counts as forgotten": Mutant(forgetting, "forgotten", kept_everywhere, ("sfd",)),
     "forgetting: all are asked for the other concept": Mutant(forgetting, "asked", unasked, ("sfd",)),
-    "forgetting: samples of other rows": Mutant(forgetting, "_rows", of_other_rows, ("sfd",)),
+    "forgetting: forgotten rows count as the others": Mutant(
+        forgetting, "counted", lambda g: lambda x, share: x, ("sfd",)
+    ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from .distribution import Term
 from .errors import RecipeError
@@ -34,17 +34,19 @@ class Swap:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A term, where the teacher is asked for what `batch.taught` says; those rows count `weight` times.
+    """A term, where the teacher is asked for what `batch.taught` says; forgotten rows count `weight` times.
 
-    The term sees kept and forgotten rows apart. Its estimate of the fake score must be unguided.
+    They count by their gradient: the student's samples, or in another's turn what the networks answer, pass that much
+    of it back. So no row is set apart, and all see the draws that they would see anyway.
     """
 
     term: Term
     weight: float
 
     def __post_init__(self) -> None:
-        if any(getattr(self.term, name, 1.0) != 1.0 for name in ("fake_guidance",)):
-            raise RecipeError("a term that guides its fake score has no room for a forgotten concept; set it to 1")
+        own = (getattr(self.term, "fake_guidance", 1.0), getattr(self.term, "guidance", 1.0))
+        if any(isinstance(scale, float) and scale != 1.0 for scale in own):
+            raise RecipeError("a term that guides its fake score has no room for a forgotten concept; set that to 1")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -61,23 +63,20 @@ class Forgetting:
         return scale if isinstance(scale, UniformScale) else None
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        taught = batch.taught or {}
+        if batch.taught is None:
+            return self.term.loss(made, cast, batch, turn)
         gone = forgotten(batch)
-        total, told = torch.zeros((), device=made.x0.device), {}
-        for rows, factor in ((~gone, 1.0), (gone, self.weight)):
-            if not bool(rows.any()):
-                continue
-            part = Batch(batch.x0[rows], pick(batch.cond, rows), pick(batch.uncond, rows))
-            theirs = cast
-            if bool(gone[rows].any()):
-                others = {name: net for name, net in cast.roles.items() if name != "teacher"}
-                told_so = {name: asked(net, part.cond) for name, net in others.items()}
-                theirs = replace(cast, roles={**cast.roles, **told_so})
-                part = replace(part, cond={**part.cond, **pick(taught, rows)})
-            value, found = self.term.loss(_rows(made, rows), theirs, part, turn)
-            total = total + factor * rows.float().mean() * value
-            told |= found if factor == 1.0 else {f"forgotten_{name}": number for name, number in found.items()}
-        return total, told
+        share = 1.0 + (self.weight - 1.0) * gone.to(made.x0)
+        learns = made.x0.requires_grad
+        if learns:
+            x_s = None if made.x_s is None else counted(made.x_s, share)
+            made = replace(made, x0=counted(made.x0, share), x_s=x_s)
+        others = {name: net for name, net in cast.roles.items() if name != "teacher"}
+        told = {name: asked(net, batch.cond, None if learns else share) for name, net in others.items()}
+        theirs = replace(cast, roles={**cast.roles, **told})
+        meant = replace(batch, cond={**batch.cond, **batch.taught}, taught=None)
+        value, metrics = self.term.loss(made, theirs, meant, turn)
+        return value, {**metrics, "forgotten": float(gone.float().mean())}
 
 
 def forgotten(batch: Batch) -> Tensor:
@@ -88,15 +87,16 @@ def forgotten(batch: Batch) -> Tensor:
     return gone
 
 
-def asked(net: Denoiser, cond: Condition) -> Denoiser:
-    """The network, asked in `cond` whatever it is told."""
-    return Denoiser(lambda x, t, told: net.raw(x, t, {**told, **cond}), net.path, net.prediction)
+def counted(x: Tensor, share: Tensor) -> Tensor:
+    """x, whose gradient is `share` [B] times itself."""
+    return x.detach() + expand(share, x) * (x - x.detach())
 
 
-def pick(cond: Condition, rows: Tensor) -> dict[str, Tensor]:
-    return {name: value[rows] for name, value in cond.items()}
+def asked(net: Denoiser, cond: Condition, share: Tensor | None) -> Denoiser:
+    """The network, asked in `cond` whatever it is told; share [B]: how much of the gradient of its answer counts."""
 
+    def answer(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        out = net.raw(x, t, {**told, **cond})
+        return out if share is None else counted(out, share)
 
-def _rows(made: Made, rows: Tensor) -> Made:
-    s, x_s = (None if v is None else v[rows] for v in (made.s, made.x_s))
-    return Made(made.x0[rows], made.x[rows], made.t[rows], s, x_s)
+    return Denoiser(answer, net.path, net.prediction)

@@ -17,7 +17,7 @@ from . import score_identity
 from .distribution import DistributionMatching, Term
 from .forgetting import Forgetting
 from .objective import Batch, Cast
-from .oracle_world import SHIFT, Check, World, absorbed, below, between, holds, turn, world
+from .oracle_world import SHIFT, Bent, Check, World, absorbed, below, between, holds, turn, world
 from .recipe import Recipe
 from .rollout import Made
 from .score_identity import DIVERGENCES, Huber, Linear, RatioWeight, ScoreIdentity
@@ -303,23 +303,39 @@ def forgetting_checks(recipe: Recipe, objective: DistributionMatching, term: For
     yield from TERMS[type(term.term)](recipe, objective, term.term)
     stage = world(VP(), "v")
     made, cast, batch, law = placed(term, stage, offset=0.3)
-    inner = term.term.loss(made, cast, batch, turn())[0]
-    yield below(
-        "forgetting: nothing to forget is the term itself", term.loss(made, cast, batch, turn())[0] - inner, 1e-9
-    )
-    made, cast, batch, law = placed(term, stage, offset=0.3, taught=-0.7)
-    whole = term.loss(made, cast, batch, turn())[0]
-    once = replace(term, weight=1.0).loss(made, cast, batch, turn())[0]
-    yield below("forgetting: forgotten rows count by their weight", whole - term.weight * once, 1e-9)
-    half = {"ctx": batch.cond["ctx"].clone()}
-    half["ctx"][: COUNT // 2] = -0.7
-    shared = replace(term, weight=3.0).loss(made, cast, replace(batch, taught=half), turn())[1]
-    yield holds("forgetting: kept and forgotten rows are told apart", any(n.startswith("forgotten_") for n in shared))
+    gap = term.loss(made, cast, batch, turn())[0] - term.term.loss(made, cast, batch, turn())[0]
+    yield below("forgetting: nothing to forget is the term itself", gap, 1e-9)
+    yield from _by_weight(term, stage)
     if "teacher" in term.roles:
+        whole = replace(term, weight=1.0)
         made, cast, batch, law = placed(term, stage, taught=-0.7)
-        value = replace(term, weight=1.0).loss(made, cast, batch, turn())[0]
-        yield below("forgetting: nothing pulls at the other concept", max(map(abs, slopes(value, law))), 1e-8)
-        wrong = replace(batch, taught=None)
-        made, cast, _, law = placed(term, stage, taught=-0.7)
-        value = replace(term, weight=1.0).loss(made, cast, wrong, turn())[0]
-        yield holds("forgetting: the concept itself would pull", max(map(abs, slopes(value, law))) > 1e-3)
+        pulled = slopes(whole.loss(made, cast, batch, turn())[0], law)
+        yield below("forgetting: nothing pulls at the other concept", max(map(abs, pulled)), 1e-8)
+        made, cast, batch, law = placed(term, stage, taught=-0.7)
+        pulled = slopes(whole.loss(made, cast, replace(batch, taught=None), turn())[0], law)
+        yield holds("forgetting: the concept itself would pull", max(map(abs, pulled)) > 1e-3)
+
+
+def _by_weight(term: Forgetting, stage: World) -> Iterator[Check]:
+    """What forgotten rows teach is `weight` times what they would, and kept rows teach as ever."""
+    for part in (1.0, 0.5):
+        mine, whole, kept = (_taught(replace(term, weight=w), stage, part) for w in (term.weight, 1.0, 0.0))
+        wanted = kept + term.weight * (whole - kept)
+        yield below(f"forgetting: {part:g} of the rows count by their weight", (mine - wanted) / whole, 1e-6)
+        if part == 1.0:
+            yield below("forgetting: no other row teaches", kept / whole, 1e-9)
+
+
+def _taught(term: Forgetting, stage: World, part: float) -> float:
+    """The gradient that a term gives its player, the student or the fake score; the first rows are forgotten."""
+    made, cast, batch, law = placed(term, stage, offset=0.3, taught=-0.7)
+    taught = batch.cond["ctx"].clone()
+    taught[: round(part * COUNT)] = -0.7
+    batch = replace(batch, taught={"ctx": taught})
+    if "teacher" in term.roles:
+        return slopes(term.loss(made, cast, batch, turn())[0], law)[0]
+    learner = Bent(cast["fake"], offset=0.3)
+    them = Cast({**cast.roles, "fake": learner.denoiser()})
+    still = replace(made, x0=made.x0.detach())
+    term.loss(still, them, batch, turn(player="fake"))[0].backward()  # type: ignore[no-untyped-call]
+    return float(learner.offset.grad)  # type: ignore[arg-type]
