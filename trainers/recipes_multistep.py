@@ -95,7 +95,7 @@ def cdm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, most: int = 6, off: float = 0.5,
     guidance: float = 3.0, keep: float = 0.999, mean: float = -0.5, std: float = 1.2,
 ) -> Recipe:  # fmt: skip
-    """CDM, 2026 (github.com/byliutao/CDM): distribution matching with no fixed steps, on random schedules and off the trajectory.
+    """CDM, 2026 (github.com/byliutao/CDM): matching with no fixed steps, on random schedules and off the trajectory.
 
     The student walks 1 to `most` steps of random times by its own ODE; its estimate at a drawn step, or where the
     step's velocity leads at another time (with probability `off`), goes to Decoupled DMD's gap. The fake also merges
@@ -106,7 +106,7 @@ def cdm(
         times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True, floor=0.1,
         augment=Window(UniformTimes(0.02), START, above=False),
     )  # fmt: skip
-    paper = "CDM 2026, Continuous-Time Distribution Matching for Few-Step Diffusion Distillation (github.com/byliutao/CDM)"
+    paper = "CDM 2026, Continuous-Time Distribution Matching for Few-Step Distillation (github.com/byliutao/CDM)"
     rollout, sampling = RandomWalk(most, off=off), chain((1, 2, 4, 8))
     return few_steps(
         "cdm", paper, rollout, dmd2_terms(gap, None), steps, lr, fake_lr, every, sampling, keep=keep, data=False
