@@ -11,6 +11,7 @@ import torch
 from mutants import CONSISTENCY_MUTANTS, Mutant
 from mutants_adapted import ADAPTED_MUTANTS
 from mutants_adversarial import ADVERSARIAL_MUTANTS
+from mutants_control import CONTROL_MUTANTS
 from mutants_coupled import COUPLED_MUTANTS
 from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
@@ -164,6 +165,7 @@ LCM, PD = ("lcm",), ("progressive",)
 FEATURES = ("bk-sdm", "edgefusion", "a-sdm", "vdmini", "linfusion", "ppcl")
 MUTANTS = (
     CONSISTENCY_MUTANTS
+    | CONTROL_MUTANTS
     | COUPLED_MUTANTS
     | DISTRIBUTION_MUTANTS
     | ADAPTED_MUTANTS

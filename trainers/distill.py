@@ -23,6 +23,7 @@ from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
 from .bank import can_share, plain, share
+from .blending import BlendedSource
 from .checkpoint import has_checkpoint
 from .checkpoint_search import Elsewhere, KeptFiles, Saving, settle, weights_of
 from .critics import MIDDLE, FakeWithCritic, picture_critic
@@ -69,6 +70,10 @@ def distill(
     """
     if isinstance(recipe, str):
         recipe = configure(find_recipe(recipe), overrides or {})
+    if recipe.student.control:
+        from .control import train_control
+
+        return train_control(recipe, teacher, Path(out), resume=resume, max_seconds=max_seconds, device=device)
     ranks = join(device, mode=recipe.run.parallel, bf16=recipe.run.bf16)
     try:
         return _distill(recipe, teacher, Path(out), ranks, resume, max_seconds, data)
@@ -238,8 +243,10 @@ def _run_stage(
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
     if recipe.needs.student and recipe.run.init is not None:
         check_start(student_spec(recipe, teacher), init, recipe.name)
-    start = again(previous, recipe.student) if stage.start == "previous" else _begin(recipe, teacher, init)
-    start = again(unlearned(start), recipe.student) if stage.start == "noise" else start
+    plan = stage.student or recipe.student
+    begun = teacher if stage.start == "teacher" else init
+    start = again(previous, plan) if stage.start == "previous" else _begin(recipe, plan, teacher, begun)
+    start = again(unlearned(start), plan) if stage.start == "noise" else start
     if resume and ranks.once(done.is_file):
         from safetensors.torch import load_model
 
@@ -265,6 +272,8 @@ def _run_stage(
     batches: Any = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
     if stage.forget is not None:
         batches = ForgettingSource(source, stage.forget, teacher)
+    if stage.blend is not None:
+        batches = BlendedSource(source, stage.blend, teacher)
     if stage.cell is not None:
         batches = CellSource(source, stage.cell)
     shelf = KeptFiles(folder / "saved")
@@ -323,12 +332,12 @@ def _paired(
     return PairSource(load_pairs(file), source, source.size, seed=source.seed, part=ranks.part)
 
 
-def _begin(recipe: Recipe, teacher: Bundle, init: Bundle) -> Any:
+def _begin(recipe: Recipe, plan: Student, teacher: Bundle, init: Bundle) -> Any:
     scale = recipe.stages[0].objective
     w = getattr(getattr(scale, "guidance", None), "high", init.spec.guidance.default if recipe.needs.student else 1.0)
     if init.spec.prediction != teacher.spec.prediction or init.spec.path != teacher.spec.path:
         raise RecipeError(f"init {init.name!r} and the teacher {teacher.name!r} differ in path or prediction")
-    return build_student(init, recipe.student, fold_scale=float(w))
+    return build_student(init, plan, fold_scale=float(w))
 
 
 def _kept(student: Player, stage: Stage) -> Any:

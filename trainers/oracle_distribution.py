@@ -19,6 +19,7 @@ from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.paths import EDM, VP
 
 from . import score_gap
+from .control_terms import CONTROL
 from .distribution import DistributionMatching, Term
 from .jumps import ToClean
 from .objective import Cast, Critic
@@ -130,7 +131,7 @@ def cast_of(stage: World, objective: DistributionMatching, offset: float = 0.0, 
     roles = {"student": student.denoiser(), "teacher": teacher.denoiser(), "fake": fake}
     roles |= {role: fake for role in objective.roles if role.startswith("fake.")}
     critic = exact_ratio(stage.data.moved(SHIFT * scale.low), moved.moved(SHIFT * scale.low))
-    return Cast(roles, critic, rewards={"reward": liking, "proxy": MeanReward()}), student
+    return Cast(roles, critic, rewards={"reward": liking, CONTROL: liking, "proxy": MeanReward()}), student
 
 
 def exact_ratio(p: Mixture, q: Mixture) -> Critic:
@@ -227,7 +228,7 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"
     proxy = MeanReward()
     modules: dict[str, nn.Module] = {**networks, "critic": critic, "proxy": proxy}
-    rewards = {"reward": liking, "proxy": proxy}
+    rewards = {"reward": liking, CONTROL: liking, "proxy": proxy}
     for player in objective.players:
         through = any(getattr(term, "through_networks", False) for term in objective.terms[player])
         for name, module in modules.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.models.paths import VP
 
+from .control_terms import CONTROL
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Turn
 from .oracle_world import Bent, Check, MeanCritic, MeanReward, World, below, holds, liking, world
@@ -155,7 +156,7 @@ def _watched(stage: Stage, scalar: bool) -> Watched:
             return (fake.gain * x + fake.offset).flatten(1).mean(1)
 
     seen = {"student": watch(players[0].module, {"": "whole"}), "teacher": watch(teacher, {"": "whole"})}
-    rewards: dict[str, Any] = {"reward": liking, "proxy": own.get("proxy")}
+    rewards: dict[str, Any] = {"reward": liking, CONTROL: liking, "proxy": own.get("proxy")}
     return Watched(stage, tuple(players), Cast(roles, critic, seen, rewards=rewards), {"teacher": teacher})
 
 

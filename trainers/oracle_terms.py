@@ -12,6 +12,7 @@ from .adversarial import TeacherAim
 from .also import Also
 from .chain import Chain
 from .density_ratio import ClimbRatio
+from .control_terms import Follow
 from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching
 from .embedding import EmbeddingLoss
@@ -23,6 +24,7 @@ from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
 from .oracle_beside import aim_checks, also_checks, cell_checks, next_checks, noised_checks, walk_checks
 from .oracle_critics import judge_parts
+from .oracle_control import follow_checks
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
 from .oracle_identity import forgetting_checks, identity_checks
 from .oracle_mixture import (
@@ -56,6 +58,7 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     PairedLikelihood: oracle_preference.likelihood_checks,
     PreferenceGap: oracle_preference.gap_checks,
     PreferredPairs: oracle_preference.pairs_checks,
+    Follow: follow_checks,
     Rewarded: oracle_reward.rewarded_checks,
     ClimbRatio: climb_checks,
     DenoiseMixture: mixture_denoise_checks,

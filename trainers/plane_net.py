@@ -19,7 +19,7 @@ from .errors import RecipeError
 from .plane import CLASSES, PREDICTIONS
 from .student import Student
 
-WIDTH, BLOCKS, WAVES, SCALES = 96, 3, 6, 3
+WIDTH, BLOCKS, WAVES, SCALES, CONTROLS = 96, 3, 6, 3, 7
 LOWEST = math.log(1e-3)
 """Of the log of sigma / alpha that time features look at; clean data counts as this."""
 
@@ -30,12 +30,13 @@ class PlaneNet(nn.Module):
     At a time below 0 it answers as at -t, and is told so. A fresh input of w or s changes nothing at first: its
     projection starts at zero. adapter_width: of parts beside each block that know w, the time and the label, as
     pictures' networks have beside each cross-attention. avoids: whether
-    these also know `neg_label` [B, 4], a class to avoid, no class where none is told.
+    these also know `neg_label` [B, 4], a class to avoid, no class where none is told. takes_control: whether it reads
+    `control` [B, 1], a coordinate (`trainers.plane_control`).
     """
 
     def __init__(
         self, path: Path, *, width: int = WIDTH, takes_w: bool = False, takes_s: bool = False,
-        adapter_width: int | None = None, avoids: bool = False,
+        adapter_width: int | None = None, avoids: bool = False, takes_control: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.path, self.width = path, width
@@ -44,6 +45,7 @@ class PlaneNet(nn.Module):
         self.time = nn.Linear(features, width)
         self.scale = _silent(SCALES, width) if takes_w else None
         self.second = _silent(features, width) if takes_s else None
+        self.control = _silent(CONTROLS, width) if takes_control else None
         self.blocks = nn.ModuleList(_Block(width) for _ in range(BLOCKS))
         self.avoids = avoids
         told = SCALES + features + CLASSES * (1 + avoids)
@@ -74,6 +76,8 @@ class PlaneNet(nn.Module):
             h = h + self.scale(_scale_features(u, cond))
         if self.second is not None:
             h = h + self.second(_waves(*self._coefficients(cond["s"])) if "s" in cond else waves)
+        if self.control is not None:
+            h = h + self.control(_control_features(cond["control"].float()))
         for k, block in enumerate(self.blocks):
             h = block(h)
             if self.adapters:
@@ -104,6 +108,7 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
     net = PlaneNet(
         path, width=start.width, takes_w=plan.guidance_width is not None, takes_s=plan.second_time,
         adapter_width=start.width if plan.negative else plan.adapter_width, avoids=plan.negative,
+        takes_control=plan.control,
     )  # fmt: skip
     if not fresh:
         net.load_state_dict(plain_state(start), strict=False)
@@ -160,6 +165,12 @@ def _scale_features(like: Tensor, cond: Condition) -> Tensor:
     """Features [B, SCALES] of the guidance scale, 1 where none is told."""
     w = cond["w"].float()[:, None] if "w" in cond else torch.ones_like(like[:, :1])
     return torch.cat([w / 4.0, w.clamp(min=0.1).log(), (w / 4.0) ** 2], 1)
+
+
+def _control_features(control: Tensor) -> Tensor:
+    """[B, CONTROLS] of a coordinate [B, 1]."""
+    waves = torch.tensor([1.0, 2.0, 4.0], device=control.device) * control
+    return torch.cat([control, waves.sin(), waves.cos()], 1)
 
 
 def _silent(inputs: int, width: int) -> nn.Linear:

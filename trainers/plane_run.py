@@ -24,6 +24,7 @@ from fewstep.models.spec import Guidance, Latent, SamplerSpec
 from fewstep.runtime.samplers import start_scale, updates
 
 from .checkpoint_search import Kept, Saving, settle, weights_of
+from .control_terms import CONTROL
 from .critics import MIDDLE
 from .distill import Assembled
 from .errors import RecipeError
@@ -33,7 +34,8 @@ from .objective import Cast, Reward, Turn
 from .pairs import PairSource, draw_pairs
 from .parting import CellPoints, Routed
 from .partners import SCORES, plane_partner
-from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, reference_points
+from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, plane, reference_points
+from .plane_control import ControlledPoints, Likelihood, asked
 from .plane_critic import PlaneCritic, PlaneFake
 from .plane_net import PlaneNet, plane_student
 from .plane_scores import sliced_distance
@@ -124,7 +126,8 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
         steps = max(1, round(budget.steps * stage.steps / asked))
         before = previous if stage.start == "previous" else None
         begun = start if before is None else before
-        net = plane_student(begun, recipe.student, path=path, seed=budget.seed, fresh=stage.start == "noise")
+        plan = stage.student or recipe.student
+        net = plane_student(begun, plan, path=path, seed=budget.seed, fresh=stage.start == "noise")
         method = _assemble(recipe, stage, net, start, previous, data, budget, count)
         shelf = Kept()
         saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
@@ -182,6 +185,8 @@ def plane_spec(recipe: Recipe) -> SamplerSpec:
 def sample_points(trained: Trained, cond: Condition, uncond: Condition, steps: int, *, seed: int) -> Tensor:
     """Points [B, 2] by the runtime's coefficients `x <- A x + B F + C z + D m`, in float64."""
     spec, rng = trained.spec, torch.Generator().manual_seed(seed)
+    if trained.net.control is not None and CONTROL not in cond:
+        cond = asked(plane(), cond, seed)
     shape = (cond["label"].shape[0], 2)
 
     def noise() -> Tensor:
@@ -245,6 +250,8 @@ def _assemble(
         players.append(Player("critic", own, settings("critic")))
         critic = own.judge
     rewards: dict[str, Reward] = {} if recipe.reward is None else {"reward": plane_reward(recipe.reward, data)}
+    if recipe.student.control:
+        rewards[CONTROL] = Likelihood()
     if "proxy" in stage.objective.players:
         torch.manual_seed(budget.seed)
         rewards["proxy"] = proxy = PlaneReward()
@@ -290,6 +297,8 @@ def _train(
         source = CellPoints(source, stage.cell)
     if stage.forget is not None:
         source = ForgettingPoints(source, stage.forget)
+    if recipe.student.control:
+        source = ControlledPoints(source)
     settings = LoopSettings(
         steps=steps, seed=budget.seed, bf16=False, checkpoint_every=0, max_bad_steps=recipe.run.max_bad_steps
     )

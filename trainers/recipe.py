@@ -14,6 +14,7 @@ from typing import Any
 from fewstep.models.paths import Path
 from fewstep.models.spec import Boundary
 
+from .blending import Blend
 from .checkpoint_search import Search
 from .critics import VISION, CriticPlan
 from .errors import RecipeError
@@ -66,8 +67,9 @@ class Stage:
     players. `average` names the student's running average that is kept, None for its weights themselves. `pairs`: it
     learns from samples of its teacher with their noise (`trainers.pairs`), not from the data. `search`: its student is
     the best combination of checkpoints saved on the way (`trainers.checkpoint_search`). `forget`: what is taught in
-    place of a concept (`trainers.forgetting`). `cell`: the part of the conditions that its student is for; each such
-    stage's student is sold (`trainers.parting`).
+    place of a concept (`trainers.forgetting`). `student`: what it makes of its start, where that is not the recipe's.
+    `blend`: its batches hold samples of an old domain too (`trainers.blending`). `cell`: the part of the conditions that
+    its student is for; each such stage's student is sold (`trainers.parting`).
     """
 
     name: str
@@ -80,6 +82,8 @@ class Stage:
     pairs: Pairs | None = None
     search: Search | None = None
     forget: Swap | None = None
+    student: Student | None = None
+    blend: Blend | None = None
     cell: Cell | None = None
 
 

@@ -16,8 +16,10 @@ from .recipes_adapted import ADAPTED
 from .recipes_adversarial import ADVERSARIAL
 from .recipes_consistency import CONSISTENCY
 from .recipes_continuous import CONTINUOUS
+from .recipes_control import CONTROL
 from .recipes_coupled import COUPLED
 from .recipes_distribution import DISTRIBUTION
+from .recipes_finetune import FINETUNE
 from .recipes_flow import FLOWS
 from .recipes_guidance import GUIDANCE
 from .recipes_identity import IDENTITY
@@ -91,6 +93,8 @@ RECIPES: dict[str, RecipeFunction] = {
     **ADAPTED,
     **GUIDANCE,
     **DISTRIBUTION,
+    **CONTROL,
+    **FINETUNE,
     **SCORE,
     **MULTISTEP,
     **IDENTITY,

@@ -180,16 +180,16 @@ def plural(shape: str) -> str:
 
 def render(scene: Scene) -> Image.Image:
     """The picture, [64, 64] RGB, antialiased."""
-    ground = _shift(BACKGROUNDS[scene.background], scene.jitter[-1])
+    ground = shifted(BACKGROUNDS[scene.background], scene.jitter[-1])
     big = Image.new("RGB", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), ground)
     for thing, jitter in zip(scene.objects, scene.jitter, strict=False):
-        big.paste(_shift(COLOURS[thing.colour], jitter), mask=_stencil(thing))
+        big.paste(shifted(COLOURS[thing.colour], jitter), mask=stencil(thing))
     return big.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def masks(scene: Scene) -> list[Image.Image]:
     """One [64, 64] "L" mask per object, 255 inside."""
-    small = (_stencil(thing).resize((SIZE, SIZE), Image.Resampling.BOX) for thing in scene.objects)
+    small = (stencil(thing).resize((SIZE, SIZE), Image.Resampling.BOX) for thing in scene.objects)
     return [mask.point(lambda v: 255 if v >= 128 else 0) for mask in small]
 
 
@@ -221,7 +221,7 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
     ]  # fmt: skip
 
 
-def _stencil(thing: SceneObject) -> Image.Image:
+def stencil(thing: SceneObject) -> Image.Image:
     """The object's mask at the supersampled size, 255 inside."""
     mask = Image.new("L", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), 0)
     draw = ImageDraw.Draw(mask)
@@ -236,7 +236,7 @@ def _stencil(thing: SceneObject) -> Image.Image:
     return mask
 
 
-def _shift(colour: tuple[int, int, int], jitter: tuple[int, int, int]) -> tuple[int, int, int]:
+def shifted(colour: tuple[int, int, int], jitter: tuple[int, int, int]) -> tuple[int, int, int]:
     r, g, b = (min(255, max(0, c + j)) for c, j in zip(colour, jitter, strict=True))
     return r, g, b
 

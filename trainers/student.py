@@ -45,6 +45,7 @@ class Student:
     as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a transformer's layers, each
     replaced by one, which alone trains; probe: how they are found where none are named (`trainers.probing`).
     frozen: words; weights of blocks with one of them in their name stay as they are (GDD-I: convolutions, projections).
+    control: whether it follows a control, by a ControlNet beside it (`trainers.control`).
     """
 
     guidance_width: int | None = None
@@ -59,6 +60,7 @@ class Student:
     runs: tuple[Run, ...] = ()
     probe: Probe | None = None
     frozen: tuple[str, ...] = ()
+    control: bool = False
 
     @property
     def unet_only(self) -> bool:

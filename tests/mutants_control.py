@@ -1,0 +1,65 @@
+"""Planted faults in control and fine-tuning (`test_oracle_mutants` plants them)."""
+
+from dataclasses import replace
+
+from mutants import Mutant, attached_residual
+
+from fewstep.trainers import consistency, control_terms, score_gap
+from fewstep.trainers.control_terms import Follow
+from fewstep.trainers.distillation import KnowledgeDistillation
+from fewstep.trainers.plane_control import Likelihood
+from fewstep.trainers.steps import SameNoise
+
+
+def against(original):
+    """The samples are pushed away from their control."""
+    return lambda cast, name: lambda x, cond: -original(cast, name)(x, cond)
+
+
+def cut_off(original):
+    """The detector sees samples that have no gradient."""
+    return lambda cast, name: lambda x, cond: original(cast, name)(x.detach() + 0.0 * x, cond)
+
+
+def whole_square(original):
+    """`(x - c)^2 / tau^2`: the half is forgotten."""
+    return lambda self, x, cond: 2.0 * original(self, x, cond)
+
+
+def fresh_noise(original):
+    """The neighbour has noise of its own."""
+
+    def step(self, teacher, at, s, turn):
+        return original(self, teacher, replace(at, noise=turn.noise(at.noise)), s, turn)
+
+    return step
+
+
+def on_its_own(original):
+    """The student of the first stage learns its teacher's output, and no pictures."""
+
+    def loss(self, player, cast, batch, turn):
+        return original(replace(self, task=0.0, output=1.0), player, cast, batch, turn)
+
+    return loss
+
+
+JDM = ("jdm",)
+CONTROL_MUTANTS: dict[str, Mutant] = {
+    "control: samples pushed away": Mutant(control_terms, "reward_of", against, JDM),
+    "control: detector without a gradient": Mutant(control_terms, "reward_of", cut_off, JDM),
+    "control: twice the likelihood": Mutant(Likelihood, "__call__", whole_square, JDM),
+    "control: weight ignored": Mutant(
+        Follow, "loss", lambda g: lambda self, *given: g(replace(self, weight=1.0 + self.weight), *given), JDM
+    ),
+    "control: real and fake swapped": Mutant(
+        score_gap, "dmd_gradient", lambda g: lambda real, fake, *rest: g(fake, real, *rest), JDM
+    ),
+    "control: the neighbour's noise is fresh": Mutant(SameNoise, "__call__", fresh_noise, ("control-student",)),
+    "control: target keeps its gradient": Mutant(
+        consistency, "consistency_residual", attached_residual, ("control-student", "finetune-student")
+    ),
+    "finetune: the teacher learns no pictures": Mutant(
+        KnowledgeDistillation, "loss", on_its_own, ("finetune-student",)
+    ),
+}
