@@ -145,6 +145,18 @@ def both_ways():
     return rewarded(dmd2(steps=2), "typical", scale=0.5, power=1.0, proxy=PlayerSettings(lr=1e-3))
 
 
+def test_a_reward_is_set_beside_any_distribution_recipe():
+    asked = {"reward": "typical", "reward_scale": 0.5, "reward_power": 1.0, "reward_proxy_lr": 1e-3}
+    by_settings = configure(dmd2, asked)
+    by_hand = rewarded(dmd2(), "typical", scale=0.5, power=1.0, proxy=PlayerSettings(lr=1e-3, warmup=50))
+    assert by_settings == by_hand != dmd2()
+    with pytest.raises(RecipeError, match="a reward is named and reward_scale is 0"):
+        configure(dmd2, {"reward": "typical"})
+    with pytest.raises(RecipeError, match="takes no reward beside its loss"):
+        configure(RECIPES["cd"], {"reward_scale": 1.0})
+    assert configure(rocm, {"reward": "typical"}).reward == "typical", "its own setting"
+
+
 def test_any_distribution_recipe_takes_a_reward(both_ways, start):
     assert both_ways.objective.players == ("student", "fake", "proxy")
     assert all(check.passed for check in checks_of(both_ways))

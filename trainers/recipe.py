@@ -29,7 +29,7 @@ from .times import Grids
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a method needs beside a student. student: it tunes one that has few steps already, and keeps its contract."""
+    """What a method needs beside a student. student: it tunes one that has few steps already and keeps its contract."""
 
     teacher: bool = True
     data: bool = True
@@ -189,12 +189,15 @@ RecipeFunction = Callable[..., Recipe]
 
 
 def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
-    """Call a recipe with changed settings; those of `Run` are replaced in its result.
+    """Call a recipe with changed settings; those of `Run` are replaced in its result, and those of a reward beside its
+    own loss (`trainers.rewarding`) added to it.
 
     Errors: `RecipeError` naming an unknown setting with its nearest neighbour, or a value of the wrong type.
     """
     own = inspect.signature(function).parameters
-    common = {f.name: f.type for f in fields(Run)}
+    from .rewarding import Beside, pleasing
+
+    common = {f.name: f.type for part in (Run, Beside) for f in fields(part)}
     known = {**common, **{name: parameter.annotation for name, parameter in own.items()}}
     mine: dict[str, Any] = {}
     shared: dict[str, Any] = {}
@@ -205,7 +208,9 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"{function.__name__} has no setting {name!r}; {hint}It has {', '.join(sorted(known))}")
         (mine if name in own else shared)[name] = check_setting(name, known[name], value)
     recipe = function(**mine)
-    return replace(recipe, run=replace(recipe.run, **shared))
+    beside = {f.name: shared.pop(f.name) for f in fields(Beside) if f.name in shared}
+    recipe = replace(recipe, run=replace(recipe.run, **shared))
+    return pleasing(recipe, Beside(**beside)) if beside else recipe
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

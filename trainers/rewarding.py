@@ -18,7 +18,7 @@ from .errors import RecipeError
 from .objective import Batch, Cast, Metrics, Turn
 from .player import PlayerSettings
 from .recipe import Recipe
-from .rewards import check_reward, reward_of
+from .rewards import DEFAULT, check_reward, reward_of
 from .rollout import Made
 from .times import UniformScale
 
@@ -106,6 +106,28 @@ def agreement(rule: Agree, samples: list[Tensor], cond: Condition, cast: Cast) -
         loss = (odds * softplus(-mine) + (1.0 - odds) * softplus(mine)).mean()
         loss = loss + (odds.clamp(1e-9, 1.0).log() * odds + (1 - odds).clamp(1e-9, 1.0).log() * (1 - odds)).mean()
     return loss, {"agreement": float(((theirs > 0) == (mine > 0)).float().mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Settings of a reward for any recipe of distribution matching. reward_scale: of its gradient, added; reward_power:
+    of the share of each sample (`Rewarded`); reward_proxy_lr: where given, a proxy stands for it and learns so fast.
+    """
+
+    reward: str = DEFAULT
+    reward_scale: float = 0.0
+    reward_power: float = 0.0
+    reward_proxy_lr: float | None = None
+
+
+def pleasing(recipe: Recipe, beside: Beside) -> Recipe:
+    """The recipe with these settings. Errors: those of `rewarded`, and `RecipeError` for settings without effect."""
+    if not beside.reward_scale and (beside.reward_proxy_lr is not None or not beside.reward_power):
+        raise RecipeError(
+            f"{recipe.name}: a reward is named and reward_scale is 0; set it, or reward_power to weigh samples by it"
+        )
+    proxy = None if beside.reward_proxy_lr is None else PlayerSettings(lr=beside.reward_proxy_lr, warmup=50)
+    return rewarded(recipe, beside.reward, scale=beside.reward_scale, power=beside.reward_power, proxy=proxy)
 
 
 def rewarded(
