@@ -1,50 +1,80 @@
-"""What a run will hold in memory, counted from its networks without training anything."""
+"""What a run will hold in memory, from its networks and one small step, without training anything."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.models.bundle import load_bundle
+import torch
 
-from .recipe import Recipe
-from .settling import settled
-from .student import build_student, fake_of, load_denoiser
+from fewstep.models.bundle import Bundle, load_bundle
 
-BYTES = 4
-"""Weights, gradients, optimiser moments and averages are float32."""
+from .data import LatentSource
+from .memory import Memory, memory_of
+from .preference_model import with_prompts
+from .recipe import Recipe, Stage
+from .rewards import PICTURE_REWARDS
+from .settling import settled, training_data
+from .student import build_student, load_denoiser, merged
+
+FEW = 8
+"""Samples that are encoded to look at."""
 
 
 def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
-    """Parameters per player and bytes of weights, gradients, AdamW's two moments and averages; activations come on top.
+    """Of the last stage: parameters and bytes per player, what a step adds at its peak, and the sum of all, in bytes.
 
-    Errors: `BundleError` where the teacher cannot be opened.
+    Errors: `BundleError` where the teacher cannot be opened; `RecipeError` as when it is trained.
     """
     bundle = load_bundle(teacher)
     recipe = settled(recipe, bundle)
-    teacher_unet = load_denoiser(bundle)
-    student = build_student(bundle, recipe.student, fold_scale=1.0)
-    stage = recipe.stages[-1]
-    networks = {"student": student}
-    if "fake" in stage.objective.players:
-        from .critics import MIDDLE, FakeWithCritic
-
-        networks["fake"] = FakeWithCritic(
-            fake_of(teacher_unet, recipe.fake, bundle.spec.path), _never, recipe.critic or MIDDLE
-        )
-    total = count(teacher_unet) * BYTES
+    method, frozen = _assembled(recipe, bundle)
     players = {}
-    for name, network in networks.items():
-        averages = len(stage.player_settings[name].ema)
-        weights, trained = count(network), count(network, trained=True)
-        held = BYTES * (weights * (1 + averages) + 3 * trained)
-        players[name] = {"parameters": weights, "trained": trained, "averages": averages, "bytes": held}
-        total += held
-    steps = {stage.name: stage.steps for stage in recipe.stages}
-    found = {"teacher_parameters": count(teacher_unet), "players": players, "bytes": total, "stage_steps": steps}
-    return found | ({"runs": [str(run) for run in recipe.student.runs]} if recipe.student.runs else {})
+    for player in method.players:
+        weights, trained = count(player.module), sum(w.numel() for w in player.weights)
+        averages = sum(count(average) for average in player.averages.values())
+        held = 4 * (weights + averages + 3 * trained)
+        players[player.name] = {
+            "parameters": weights, "trained": trained, "averages": len(player.averages), "bytes": held,
+        }  # fmt: skip
+    found = memory_before(recipe, recipe.stages[-1], bundle, method, frozen)
+    told = {"teacher_parameters": count(frozen), "players": players, "bytes": found.total}
+    told |= {"step_bytes": found.step, "stage_steps": {each.name: each.steps for each in recipe.stages}}
+    return told | ({"runs": [str(run) for run in recipe.student.runs]} if recipe.student.runs else {})
 
 
-def _never(*asked: Any) -> Any:
-    raise TypeError("a network that is counted is not asked")
+def estimated(recipe: Recipe, teacher: str | Path, parts: int = 1) -> Memory:
+    """What one of `parts` processes with whole weights will hold in the last stage."""
+    bundle = load_bundle(teacher)
+    recipe = settled(recipe, bundle)
+    method, frozen = _assembled(recipe, bundle)
+    return memory_before(recipe, recipe.stages[-1], bundle, method, frozen, parts)
+
+
+def _assembled(recipe: Recipe, bundle: Bundle) -> tuple[Any, Any]:
+    """The last stage's method, and its frozen network."""
+    from .distill import assemble
+
+    stage, frozen = recipe.stages[-1], merged(load_denoiser(bundle))
+    learner = build_student(bundle, stage.student or recipe.student, fold_scale=1.0)
+    return assemble(recipe, stage, bundle, frozen, learner), frozen
+
+
+def memory_before(recipe: Recipe, stage: Stage, teacher: Bundle, method: Any, frozen: Any, parts: int = 1) -> Memory:
+    """Of an assembled stage, seen on a few samples of its data. parts: processes that share a batch."""
+    device = next(method.players[0].module.parameters()).device
+    run = recipe.run
+    text = teacher.text_encoder()
+    data = training_data(replace(recipe, run=replace(run, latents=None)), teacher, first=FEW)
+    if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
+        data = with_prompts(data, teacher, Path(recipe.reward))
+    source = LatentSource(data, text, FEW, seed=run.seed, bf16=run.bf16, device=device, spec=teacher.spec)
+    batch = source.batch(0)
+    batch = replace(batch, noise=torch.randn_like(batch.x0)) if stage.pairs is not None else batch
+    batch = replace(batch, taught=batch.cond) if stage.forget is not None else batch
+    rows = run.batch // (run.accumulate * parts)
+    return memory_of(
+        method, batch, rows=rows, networks=(frozen, text), bf16=run.bf16, seed=run.seed, accumulate=run.accumulate
+    )
 
 
 def count(network: Any, *, trained: bool = False) -> int:

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 
 def distill(argv: list[str]) -> int:
-    """`fewstep distill RECIPE --teacher DIR --out DIR`."""
+    """`fewstep distill RECIPE --teacher DIR --out DIR`, also under torchrun."""
     parser = argparse.ArgumentParser(
         prog="fewstep distill",
         description="Distil a teacher bundle into a few-step student bundle.",
@@ -43,8 +44,15 @@ def distill(argv: list[str]) -> int:
         parser.error("--out is needed, unless --dry-run")
     from .distill import distill as run
 
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if first and not args.resume:
+        from .budget import estimated
+
+        print(estimated(recipe, args.teacher, int(os.environ.get("WORLD_SIZE", "1"))), file=sys.stderr)
     seconds = None if args.minutes is None else args.minutes * 60
     bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
+    if not first:
+        return 0
     steps = ", ".join(map(str, bundle.spec.steps)) or f"1 to {bundle.spec.spacing.max_steps}"
     print(f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher} for {steps} steps")
     for name in recipe.beside:
