@@ -6,6 +6,7 @@ import torch
 from mutants import Mutant
 
 from fewstep.trainers import also, discriminator, parting, self_paced
+from fewstep.trainers.adaptation import TaughtBy
 from fewstep.trainers.critics import TeacherEye
 from fewstep.trainers.discriminator import Adversary
 from fewstep.trainers.distribution import DistributionMatching
@@ -147,6 +148,9 @@ ADVERSARIAL_MUTANTS: dict[str, Mutant] = {
     ),
     "parts: a class left to the first": Mutant(
         parting, "part_of", lambda g: lambda label, of: max(0, g(label, of) - 1), ("msd",)
+    ),
+    "taught by another: the first after all": Mutant(
+        TaughtBy, "loss", lambda g: lambda self, *rest: self.term.loss(*rest), ("uni-dad",)
     ),
     "beside: draws of its own changed by others": Mutant(also.Also, "loss", as_drawn, SPRINT),
 }

@@ -13,16 +13,20 @@ from fewstep.models.known import known
 from fewstep.models.networks import as_network
 from fewstep.models.paths import VP
 from fewstep.models.shapes import make_folder
+from fewstep.runtime.groups import read_group
+from fewstep.runtime.local import Runtime
+from fewstep.runtime.request import GenerateRequest
 from fewstep.trainers.bench_recipes import Setup, on_plane
 from fewstep.trainers.critics import CriticPlan, FakeWithCritic, blocks_of, picture_critic, taps
 from fewstep.trainers.data import LatentSource, encode_scenes
 from fewstep.trainers.discriminator import Adversary, Deceive, Judge
 from fewstep.trainers.distill import distill
 from fewstep.trainers.distribution import DistributionMatching
-from fewstep.trainers.errors import RecipeError
+from fewstep.trainers.errors import DataError, RecipeError
 from fewstep.trainers.gan_losses import R1, Hinge, Relativistic
 from fewstep.trainers.noised_rollout import SampledTimes
 from fewstep.trainers.oracle_critics import ReadsRatio
+from fewstep.trainers.parting import Cell, CellSource, embeddings
 from fewstep.trainers.plane import CLASSES, conditions, plane
 from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
@@ -46,14 +50,16 @@ def start():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_trains_and_samples_on_the_plane(name, start):
-    trained = run_recipe(on_plane(name, TINY), plane(), start, TINY.budget)
+    budget = replace(TINY.budget, steps=16 if name == "msd" else 4)  # its four students share them
+    trained = run_recipe(on_plane(name, TINY), plane(), start, budget)
     cond, uncond = conditions(torch.arange(CLASSES))
     assert set(trained.spec.grids) == set(RECIPES[name]().steps)
     for steps in trained.spec.grids:
         points = sample_points(trained, cond, uncond, steps, seed=0)
         assert points.shape == (CLASSES, 2) and bool(torch.isfinite(points).all())
-    kept = start.state_dict()
-    assert any(not torch.equal(w, kept[k]) for k, w in trained.net.state_dict().items() if k in kept)
+    kept, found = start.state_dict(), trained.net.state_dict()
+    named = {k.removeprefix("nets.0."): w for k, w in found.items()}
+    assert any(not torch.equal(w, kept[k]) for k, w in named.items() if k in kept)
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +71,55 @@ def pictures(tiny_teacher):
 def test_each_trains_and_samples_pictures(name, tiny_teacher, pictures, tmp_path):
     extra = {"pairs": 5, "pair_steps": 2} if name == "ladd" else {}
     extra |= {"guidance_width": 32} if name == "sana-sprint" else {}
-    extra |= {"every": 1} if name in ("asd", "ladd") else {}
+    extra |= {"every": 1} if name in ("asd", "ladd", "msd", "uni-dad") else {}
+    extra |= {"students": 2} if name == "msd" else {}
+    extra |= {"adapted": str(tiny_teacher.root)} if name == "uni-dad" else {}
     out = tmp_path / f"tiny-{name}"
     student = distill(name, tiny_teacher, out, FAST | extra, data=pictures, device="cpu")
     assert student.spec.recipe == name and student.spec.steps == RECIPES[name]().steps
-    shown = out.with_name(out.name + ".run") / name / "samples"
-    assert list(shown.glob("step_*.png")), "its own bundle's sampler has drawn pictures"
+    shown = out.with_name(out.name + ".run").glob("*/samples/step_*.png")
+    assert list(shown), "its own bundle's sampler has drawn pictures"
+
+
+def test_students_of_parts_are_sold_with_their_group(tiny_teacher, pictures, tmp_path):
+    settings = FAST | {"students": 2, "every": 1}
+    last = distill("msd", tiny_teacher, tmp_path / "out", settings, data=pictures, device="cpu")
+    file = tmp_path / "out.group.json"
+    group = read_group(file)
+    assert group.models == ("out-part-1", "out") and group.by_centroid and last.name == "out"
+    first = load_bundle(tmp_path / "out-part-1")
+    weights = [bundle.load("unet").state_dict() for bundle in (first, last)]
+    assert any(not torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+    source = LatentSource(pictures, tiny_teacher.text_encoder(), 4, spec=tiny_teacher.spec)
+    cells = [CellSource(source, Cell(k, 2)) for k in range(2)]
+    rows = [{tuple(row) for row in cell.members.tolist()} for cell in cells]
+    assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == 4, "no prompt is left out, none is in both"
+    for cell, name in zip(cells, group.models, strict=True):
+        found = {group.nearest(point.tolist()) for point in embeddings(source)[cell.members[:, 0]]}
+        assert found == {name}
+    with pytest.raises(DataError, match="4 different prompts, too few for 5 students"):
+        distill("msd", tiny_teacher, tmp_path / "no", FAST | {"students": 5}, data=pictures, device="cpu")
+    with Runtime([first.root, last.root], engine="torch", groups=[file]) as runtime:
+        found = runtime.generate(GenerateRequest(prompt="a red circle", steps=1), model=group.name)
+        assert found.pictures[0].shape == (32, 32, 3)
+
+
+def test_one_part_is_one_student():
+    alone = RECIPES["msd"](students=1)
+    assert [stage.cell for stage in alone.stages] == [None]
+    with pytest.raises(RecipeError, match="students is 0"):
+        RECIPES["msd"](students=0)
+
+
+def test_uni_dad_asks_for_its_second_teacher(tiny_teacher, pictures, tmp_path):
+    with pytest.raises(RecipeError, match="--set adapted=DIR, or set target=0"):
+        distill("uni-dad", tiny_teacher, tmp_path / "out", FAST | {"every": 1}, data=pictures, device="cpu")
+    alone = RECIPES["uni-dad"](target=0.0)
+    assert "adapted" not in alone.objective.roles
 
 
 def test_gdd_i_keeps_convolutions_and_projections(tiny_teacher, pictures, tmp_path):
-    student = distill("gdd-i", tiny_teacher, tmp_path / "out", FAST | {"steps": 10}, data=pictures, device="cpu")
+    student = distill("gdd-i", tiny_teacher, tmp_path / "out", FAST | {"steps": 4}, data=pictures, device="cpu")
     before, after = (bundle.load("unet").state_dict() for bundle in (tiny_teacher, student))
     blocks = [name for name in before if "block" in name]
     masked = [name for name in blocks if "conv" in name or "proj" in name]

@@ -110,6 +110,7 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
     """One recipe's row: trained and measured, or read back where its key is the same. Also keeps a few points of it."""
     import torch
 
+    from .adaptation import MOVED, learns_adapted, moved_plane
     from .plane import CLASSES, conditions, plane
     from .plane_run import run_recipe, sample_points, sampling_scale
     from .plane_scores import score
@@ -123,6 +124,8 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
     cond, uncond = conditions(labels)
     w = sampling_scale(recipe)
     labels, aim = aimed_at(recipe, labels, _reference(setup, w, folder))
+    if learns_adapted(recipe):
+        data, aim = moved_plane(data), aim + torch.tensor(MOVED, dtype=aim.dtype)
     scores, shown = {}, {}
     for steps in (n for n in counts_of(recipe) if n in trained.spec.grids):
         points = sample_points(trained, cond, uncond, steps, seed=setup.seed + 5)

@@ -22,6 +22,7 @@ from fewstep.models.negative_adapter import avoids
 from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
+from .adaptation import ADAPTED, adapted_network
 from .bank import can_share, plain, share
 from .blending import BlendedSource
 from .checkpoint import has_checkpoint
@@ -218,6 +219,8 @@ def assemble(
     if "proxy" in stage.objective.players:
         rewards["proxy"] = proxy = picture_proxy(teacher).to(frozen.device).train()
         players.append(player("proxy", proxy))
+    if ADAPTED in stage.objective.roles:
+        roles[ADAPTED] = denoiser(adapted_network(recipe.adapted, recipe.name, teacher).to(learner.device))
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
     seen = watch_both(learner, frozen, pairs) if pairs else {}

@@ -15,6 +15,7 @@ from fewstep.models.paths import VP
 from fewstep.runtime.groups import Group, Student
 
 from . import parting
+from .adaptation import TaughtBy
 from .adversarial import TeacherAim
 from .also import Also
 from .discriminator import Judge
@@ -23,7 +24,7 @@ from .noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
 from .objective import Batch, Cast
 from .oracle_distribution import cast_of, slope_at, with_terms
 from .oracle_parts import perfect_student, sampled, source_checks
-from .oracle_world import Bent, Check, MeanCritic, below, between, holds, recipe_spec, turn, world
+from .oracle_world import Bent, Check, MeanCritic, World, below, between, holds, recipe_spec, turn, world
 from .plane import CLASSES
 from .recipe import Recipe
 from .rollout import Made
@@ -76,6 +77,29 @@ def also_checks(recipe: Recipe, objective: DistributionMatching, term: Also) -> 
         grads.append(torch.stack([student.gain.grad, student.offset.grad]))  # type: ignore[list-item]
     factor = term.weight
     yield holds("beside weights of 0 it is the other objective, bit for bit", torch.equal(factor * grads[0], grads[1]))
+
+
+def taught_checks(recipe: Recipe, objective: DistributionMatching, term: TaughtBy) -> Iterator[Check]:
+    """The other teacher alone is heard, and with the teacher in its place the term is the plain one, bit for bit."""
+    stage = world(VP(), "x0", mean=0.0)
+    cast, _ = cast_of(stage, objective, offset=0.3)
+    far = World(stage.path, stage.prediction, stage.data.moved(5.0)).teacher()
+    batch, found = stage.batch(64), {}
+    made = objective.rollout.make(cast["student"], batch, turn())
+    for name, part, roles in (
+        ("plain", term.term, cast.roles),
+        ("same", term, {**cast.roles, term.role: cast["teacher"], "teacher": far}),
+        ("other", term, {**cast.roles, term.role: far}),
+    ):
+        x0 = made.x0.detach().requires_grad_()
+        part.loss(replace(made, x0=x0), Cast(roles), batch, turn(1))[0].backward()
+        assert x0.grad is not None
+        found[name] = x0.grad
+    yield holds(
+        "taught by another: the plain term where both are one", torch.equal(term.weight * found["plain"], found["same"])
+    )
+    pull = float(-(found["other"] - found["same"]).mean())
+    yield between("taught by another: it pulls to where that teacher's data lie", pull, 1e-6, float("inf"))
 
 
 def _silent(term: Any) -> Any:

@@ -223,6 +223,8 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     networks = {"student": student, "teacher": Bent(stage.teacher()), "fake": Bent(cast["fake"])}
     others = set(objective.players) - {*networks, "critic", "proxy"}
     networks |= {name: Bent(cast["fake"]) for name in sorted(others)}
+    frozen = set(objective.roles) - {*networks, *objective.players}
+    networks |= {name: Bent(stage.teacher()) for name in sorted(frozen)}
     roles: dict[str, Denoiser] = {name: module.denoiser() for name, module in networks.items()}
     roles |= {role: cast[role] for role in objective.roles if role.startswith("fake.")}
     critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"

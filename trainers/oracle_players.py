@@ -147,6 +147,7 @@ def _watched(stage: Stage, scalar: bool) -> Watched:
         roles |= {f"{own}{average}": _bent(m).denoiser() for average, m in player.averages.items()}
     teacher = Bent(bench.teacher()).requires_grad_(False)
     roles["teacher"] = teacher.denoiser()
+    roles |= {role: teacher.denoiser() for role in stage.objective.roles if role not in roles}
     own: dict[str, nn.Module] = {player.name: player.module for player in players}
     critic: Any = own.get("critic")
     if critic is None and len(players) > 1:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import oracle_preference, oracle_reward
+from .adaptation import TaughtBy
 from .adversarial import TeacherAim
 from .also import Also
 from .chain import Chain
@@ -22,7 +23,7 @@ from .forgetting import Forgetting
 from .gan_losses import Softplus
 from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
-from .oracle_beside import aim_checks, also_checks, cell_checks, next_checks, noised_checks, walk_checks
+from .oracle_beside import aim_checks, also_checks, cell_checks, next_checks, noised_checks, taught_checks, walk_checks
 from .oracle_critics import judge_parts
 from .oracle_control import follow_checks
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
@@ -68,6 +69,7 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     Forgetting: forgetting_checks,
     RatioGap: ratio_gap_checks,
     ScoreIdentity: identity_checks,
+    TaughtBy: taught_checks,
     Also: also_checks,
     BesideNext: next_checks,
     Deceive: deceive_checks,

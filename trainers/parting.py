@@ -121,7 +121,7 @@ class Routed(torch.nn.Module):
     def __init__(self, nets: list[Any]) -> None:
         super().__init__()
         self.nets = torch.nn.ModuleList(nets)
-        self.path = nets[0].path
+        self.path, self.control = nets[0].path, nets[0].control
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         owner = torch.tensor([part_of(int(c), len(self.nets)) for c in cond["label"].argmax(1)], device=x.device)

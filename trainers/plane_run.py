@@ -23,6 +23,7 @@ from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
 from fewstep.runtime.samplers import start_scale, updates
 
+from .adaptation import ADAPTED, FewShots, moved_plane
 from .checkpoint_search import Kept, Saving, settle, weights_of
 from .control_terms import CONTROL
 from .critics import MIDDLE
@@ -256,6 +257,8 @@ def _assemble(
         torch.manual_seed(budget.seed)
         rewards["proxy"] = proxy = PlaneReward()
         players.append(Player("proxy", proxy, settings("proxy")))
+    if ADAPTED in stage.objective.roles:
+        roles[ADAPTED] = count.watch(moved_plane(data).teacher(path), "teacher")
     if absent := [role for role in stage.objective.roles if role not in roles]:
         raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
     return Assembled(stage.objective, Cast(roles, critic, rewards=rewards), tuple(players))
@@ -293,6 +296,8 @@ def _train(
             lambda: draw_pairs(method.cast["teacher"], stage.teacher == "teacher", plan, source, seed=budget.seed)
         )
         source = PairSource(drawn, source, budget.batch, seed=budget.seed)
+    if ADAPTED in stage.objective.roles:
+        source = FewShots(PlaneSource(moved_plane(data), budget.batch, seed=budget.seed))
     if stage.cell is not None:
         source = CellPoints(source, stage.cell)
     if stage.forget is not None:

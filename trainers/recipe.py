@@ -119,7 +119,7 @@ class Recipe:
     path: what its student lives on, None for whatever its teacher does. beside: further players that are sold, each in
     a bundle of its own beside the student's, and how they are sampled. fake: what is done to the teacher's network to
     make the fake score's, LoRA for one. critic: what an adversary's critic looks at, None for the middle of the fake
-    score. reward: who judges samples, a name or a folder of `trainers.rewards`, None for nobody.
+    score. adapted: a bundle of a teacher that was fine-tuned on the new domain (`trainers.adaptation`). reward: who judges samples, a name or a folder of `trainers.rewards`, None for nobody.
     """
 
     name: str
@@ -133,6 +133,7 @@ class Recipe:
     beside: Mapping[str, Sampling] = field(default_factory=dict)
     fake: Student = field(default_factory=Student)
     critic: CriticPlan | None = None
+    adapted: str | None = None
     reward: str | None = None
     run: Run = field(default_factory=Run)
 
