@@ -1,7 +1,7 @@
 """The oracle of what a score gap may have besides: divergences, a guided fake, split draws; and of terms around it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.analytic import Mixture, exact, gaussian, log_density, mixture
-from fewstep.models.denoiser import times
+from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import EDM, VP
 
 from . import score_gap
@@ -20,12 +20,12 @@ from .backtrack import After, Trail
 from .discriminator import Deceive
 from .distribution import DistributionMatching
 from .divergences import WEIGHTS, Divergence
-from .objective import Cast
+from .objective import Batch, Cast
 from .only import Only
 from .oracle_adversary import deceive_checks
 from .oracle_distribution import cast_of, gap_checks, with_terms
 from .oracle_parts import perfect_student
-from .oracle_world import Bent, Check, below, holds, turn, world
+from .oracle_world import Bent, Check, below, between, holds, turn, world
 from .recipe import Recipe
 from .rollout import Made
 from .score_gap import ScoreGap
@@ -147,13 +147,17 @@ def mode_checks() -> Iterator[Check]:
         yield below(f"T2: {kind} at noise 0.5 comes to spread {wanted[1]:.3f}", a - wanted[1], bound)
 
 
-def descend(divergence: Divergence, start: tuple[float, float], sigma: float, steps: int = 80) -> tuple[float, float]:
+def descend(
+    divergence: Divergence, start: tuple[float, float], sigma: float, steps: int = 80,
+    beside: Callable[[float, float], tuple[float, float]] = lambda b, a: (0.0, 0.0),
+) -> tuple[float, float]:  # fmt: skip
     """(mean, spread) where a student N(b, a^2) comes to along the weighted gap, by steps that grow and shrink."""
     place = np.array(start)
     rate = np.full(2, 0.05)
     before = np.zeros(2)
     for _ in range(steps):
-        slope = np.sign(np.array(weighted_gap(divergence, *place, sigma)))
+        found = np.array(weighted_gap(divergence, *place, sigma)) + np.array(beside(*place))
+        slope = np.sign(found)
         rate = np.where(slope * before < 0, 0.5, 1.2) * rate
         rate = np.minimum(rate, 0.3)
         place = place - rate * slope
@@ -245,7 +249,23 @@ def regress_checks(recipe: Recipe, objective: DistributionMatching, term: Regres
             yield below("pairs: loss at the exact map", loss, 1e-6)
         else:
             yield holds(f"pairs: pulled back, off by {offset}", float(student.offset.grad or 0.0) * offset > 0.0)
-    yield holds("pairs: in the student's loss", term in objective.terms["student"])
+    b, a = descend(Divergence("rkl", **UNBOUND), (2.5, 1.0), 0.5, beside=lambda b, a: _anchor_slope(term, b, a))
+    yield below("T2: from one bump, anchored by pairs, to the mean of both", b, 0.05)
+    yield between("T2: and to a spread that covers both", a, 2.2, 3.1)
+
+
+def _anchor_slope(term: Regress, b: float, a: float) -> tuple[float, float]:
+    """Slope of the anchor in the mean and the spread of a student `b + a z`, on the two bumps' exact pairs."""
+    levels = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    z, grid = torch.special.ndtri(levels), torch.linspace(-8.0, 8.0, 20001, dtype=torch.float64)
+    below_at = 0.5 * (torch.special.ndtr((grid + 3.0) / 0.5) + torch.special.ndtr((grid - 3.0) / 0.5))
+    made = grid[torch.searchsorted(below_at, levels).clamp(max=20000)][:, None]
+    place = torch.tensor([b, a], dtype=torch.float64, requires_grad=True)
+    student = Denoiser(lambda x, t, cond: place[0] + place[1] * x, VP(), "x0")
+    pairs = Batch(made, {}, {}, z[:, None])
+    term.loss(Made(made, made, torch.zeros(400)), Cast({"student": student}), pairs, turn())[0].backward()
+    assert place.grad is not None
+    return float(place.grad[0]), float(place.grad[1])
 
 
 def only_checks(recipe: Recipe, objective: DistributionMatching, term: Only) -> Iterator[Check]:
