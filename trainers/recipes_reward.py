@@ -10,7 +10,7 @@ from fewstep.models.spec import Boundary
 
 from .chain import Chain
 from .distances import snr_plus_one
-from .distribution import DistributionMatching
+from .distribution import DistributionMatching, Term
 from .errors import RecipeError
 from .faithful import Faithful
 from .jumps import LcmJump
@@ -89,10 +89,9 @@ def pso(
     grids, jump = _grids("pso", counts, 1 if offline else 2), LcmJump()
     if winners not in ("reward", "data") or (winners == "data" and not offline):
         raise RecipeError(f"pso: winners is {winners!r}; it is reward, or with offline=true data")
+    term: Term = PairedLikelihood(beta=beta, clip=clip, jump=jump)
     if offline:
         term = PreferredPairs(beta=offline_beta, grids=grids, jump=jump, winners=winners)
-    else:
-        term = PairedLikelihood(beta=beta, clip=clip, jump=jump)
     walks = Chain(grids=grids, jump=jump, gradient="each", twins=True)
     walker = "teacher" if offline else "student"
     objective = DistributionMatching(rollout=walks, terms={"student": (term,)}, walker=walker)
