@@ -57,6 +57,14 @@ def distill(argv: list[str]) -> int:
     print(f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher} for {steps} steps")
     for name in recipe.beside:
         print(f"{bundle.root}-{name}: its {name}")
+    for file in sorted(Path(f"{bundle.root}.run").glob("*/outside.json")):
+        print(f"outside of what {args.recipe} usually shows, in {file.parent}:")
+        print("".join(f"  {text}\n" for text in json.loads(file.read_text()).values()), end="")
+    parts = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
+    for name in parts:
+        print(f"{bundle.root}-{name}: the student of {name}")
+    if parts:
+        print(f"{bundle.root}.group.json: serve them as one with --group")
     return 0
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
 from .adaptation import ADAPTED, adapted_network
+from .bands import Watch, bands_of
 from .bank import can_share, plain, share
 from .blending import BlendedSource
 from .checkpoint import has_checkpoint
@@ -35,7 +36,7 @@ from .forgetting_data import ForgettingSource
 from .loop import LoopSettings, train
 from .objective import Batch, Cast, Metrics, Objective, Turn
 from .pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
-from .parting import CellSource, write_group
+from .parting import CellSource
 from .partners import picture_partner, picture_proxy
 from .picture_score import picture_score
 from .player import Player
@@ -45,6 +46,7 @@ from .ranks import ALONE, Ranks, join, leave, save_network
 from .recipe import Recipe, Stage, configure, describe
 from .recipes import find_recipe
 from .rewards import PICTURE_REWARDS, check_reward, picture_reward
+from .selling import beside_of, sell_beside, sell_parts
 from .settling import settled, training_data
 from .sharing import check_shares
 from .student import Student, again, build_student, fake_of, load_denoiser, merged, unlearned
@@ -114,43 +116,11 @@ def _distill(
         seconds = None if max_seconds is None else max_seconds * stage.steps / total
         previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, ranks)
     if ranks.first:
-        _sell_beside(recipe, teacher, run, out)
+        sell_beside(recipe, teacher, run, out)
         last = write_student(recipe, teacher, previous.cpu(), out)
-        _sell_parts(recipe, teacher, run, out, last, source)
+        sell_parts(recipe, teacher, run, out, last, source)
     ranks.wait()
     return load_bundle(out)
-
-
-def beside_of(out: Path, name: str) -> Path:
-    """The folder of a further player's bundle."""
-    return out.with_name(f"{out.name}-{name}")
-
-
-def _sell_beside(recipe: Recipe, teacher: Bundle, run: Path, out: Path) -> None:
-    """The other players that a recipe sells, as the last stage left them, each in a bundle of its own."""
-    from safetensors.torch import load_model
-
-    for name, sampling in recipe.beside.items():
-        network = picture_partner(name, recipe.name, teacher)
-        load_model(network, run / recipe.stages[-1].name / f"{name}.safetensors")
-        write_student(replace(recipe, sampling=sampling, student=Student()), teacher, network, beside_of(out, name))
-
-
-def _sell_parts(
-    recipe: Recipe, teacher: Bundle, run: Path, out: Path, last: Bundle, source: LatentSource
-) -> None:  # fmt: skip
-    """The students of all parts of the conditions but the last, which is `out`'s, and the file that groups them."""
-    from safetensors.torch import load_model
-
-    stages = [stage for stage in recipe.stages if stage.cell is not None]
-    students = []
-    for stage in stages[:-1]:
-        network = build_student(teacher, recipe.student, fold_scale=1.0)
-        load_model(network, run / stage.name / "student.safetensors")
-        students.append(write_student(recipe, teacher, network, beside_of(out, stage.name)))
-    if stages and stages[-1].cell is not None:
-        chosen = CellSource(source, stages[-1].cell).centroids
-        write_group(out.with_name(out.name + ".group.json"), [*students, last], chosen)
 
 
 @dataclass(frozen=True)
@@ -280,12 +250,15 @@ def _run_stage(
     if stage.cell is not None:
         batches = CellSource(source, stage.cell)
     shelf = KeptFiles(folder / "saved")
+    watch = Watch(bands_of(recipe.name) if ranks.first and len(recipe.stages) == 1 else {})
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
     train(
         saving, batches, settings, folder, resume=resume and ranks.once(lambda: has_checkpoint(folder)),
-        label=stage.name, device=ranks.device, on_picture=show, ranks=ranks,
+        label=stage.name, device=ranks.device, on_picture=show, on_row=watch.see, ranks=ranks,
     )  # fmt: skip
+    if watch.outside:
+        (folder / "outside.json").write_text(json.dumps(watch.outside, indent=1) + "\n")
     if stage.search is not None and ranks.first:
         plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
         distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)
