@@ -25,7 +25,7 @@ from fewstep.trainers.recipes_identity import IDENTITY, sfd, sid, sid_few_step, 
 from fewstep.trainers.recipes_mixture import MIXTURE, embedding_loss
 from fewstep.trainers.score_gap import Denoise
 from fewstep.trainers.score_identity import DIVERGENCES, RatioWeight
-from fewstep.trainers.student import Student
+from fewstep.trainers.student import Student, fake_of
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
@@ -152,7 +152,7 @@ def pictures(tiny_teacher):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_trains_and_samples_pictures(name, tiny_teacher, pictures, tmp_path):
-    extra = {"forget": word_of(tiny_teacher, pictures)} if name == "sfd" else {}
+    extra = {"forget": word_of(tiny_teacher, pictures)} if name == "sfd" else {"bf16": name == "sid"}
     out = tmp_path / f"tiny-{name}"
     student = distill(name, tiny_teacher, out, FAST | extra, data=pictures, device="cpu")
     assert student.spec.recipe == name and student.spec.steps == RECIPES[name]().steps
@@ -180,6 +180,11 @@ def test_prompts_with_the_word_are_taught_with_the_other(tiny_teacher, pictures)
     assert torch.equal(moved, gone)
     with pytest.raises(RecipeError, match="has the word 'zebra', so there is nothing to forget; set forget"):
         ForgettingSource(source, Swap("zebra", "blue"), teacher)
+
+
+def test_a_fake_score_that_takes_a_scalar_is_a_unet():
+    with pytest.raises(RecipeError, match="takes a scalar, and the teacher is a Linear"):
+        fake_of(torch.nn.Linear(2, 2), Student(guidance_width=8), VP())
 
 
 def test_the_normaliser_has_no_gradient():

@@ -144,7 +144,8 @@ class FakeWithCritic(nn.Module):
 
     def judge(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Logits of x_t; only the part of the network up to the last features runs."""
-        found = read_blocks(self.network, self.names, lambda: self._outside[0](x, t, cond))
+        told = cond if "w" in cond else {**cond, "w": torch.ones_like(t)}  # for a network that takes a scalar: none
+        found = read_blocks(self.network, self.names, lambda: self._outside[0](x, t, told))
         if self.plan.features == ENCODER:
             return found[0].mean(1) if found[0].ndim == 4 else found[0].mean(-1)
         if isinstance(self.head, CriticHead):
