@@ -23,6 +23,7 @@ from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
 from .adaptation import ADAPTED, adapted_network
+from .bands import Watch, bands_of
 from .bank import can_share, plain, share
 from .blending import BlendedSource
 from .checkpoint import has_checkpoint
@@ -249,12 +250,15 @@ def _run_stage(
     if stage.cell is not None:
         batches = CellSource(source, stage.cell)
     shelf = KeptFiles(folder / "saved")
+    watch = Watch(bands_of(recipe.name) if ranks.first and len(recipe.stages) == 1 else {})
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
     train(
         saving, batches, settings, folder, resume=resume and ranks.once(lambda: has_checkpoint(folder)),
-        label=stage.name, device=ranks.device, on_picture=show, ranks=ranks,
+        label=stage.name, device=ranks.device, on_picture=show, on_row=watch.see, ranks=ranks,
     )  # fmt: skip
+    if watch.outside:
+        (folder / "outside.json").write_text(json.dumps(watch.outside, indent=1) + "\n")
     if stage.search is not None and ranks.first:
         plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
         distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)

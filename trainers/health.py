@@ -57,7 +57,7 @@ def diverged(health: Health, step: int, folder: Path, bf16: bool) -> TrainingDiv
         term, what = f"gradient of the {row['player']} loss", f"not finite, the loss itself {row['loss']:.3g}"
     else:
         term, what = f"{row['player']} {' and '.join(terms)}", "not finite"
-    kept = f"the last good checkpoint is in {folder}" if has_checkpoint(folder) else "no checkpoint was kept yet"
+    kept = f"The last good checkpoint is in {folder}" if has_checkpoint(folder) else "No checkpoint was kept yet"
     halves = ", --set bf16=false" if bf16 else ""
     return TrainingDiverged(
         f"{health.bad} bad steps in a row up to step {step}, first at step {row['step']}: {term} ({what}). {kept}. "

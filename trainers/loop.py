@@ -68,10 +68,12 @@ class Outcome:
 def train(
     method: Method, source: Source, settings: LoopSettings, folder: Path, *, resume: bool = False, label: str = "train",
     device: torch.device | str = "cpu", on_picture: Callable[[int], None] | None = None, ranks: Ranks = ALONE,
+    on_row: Callable[[Mapping[str, Any], float], None] | None = None,
 ) -> Outcome:  # fmt: skip
     """Run to `settings.steps` or `settings.max_seconds`; leaves a checkpoint, metrics.jsonl and loss.png in `folder`.
 
-    ranks: the processes that train together; the first of them writes, but for shards.
+    ranks: the processes that train together; the first of them writes, but for shards. on_row: is told each row of
+    metrics, and the progress of the run.
 
     Errors: `TrainingDiverged` after `max_bad_steps` bad steps in a row (`trainers.health`); `CheckpointError` on a
     resume of something that is not there or has other players.
@@ -88,6 +90,8 @@ def train(
             place = place.after(rows, ranks.mean([time.monotonic() - started])[0])
             for row in rows:
                 log.write(json.dumps(row) + "\n")
+                if on_row is not None:
+                    on_row(row, progress)
             bar.set_postfix({f"{row['player']} loss": f"{row['loss']:.4g}" for row in rows}, refresh=False)
             bar.update()
             if place.health.bad >= settings.max_bad_steps:
