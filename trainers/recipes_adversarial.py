@@ -125,7 +125,8 @@ def asd(
 
     Student: DMD's gap `+ gan_student softplus(l_n(x^(n+1)) - l_n(x^n))`; fake: denoising `+ gan_critic` times the pair
     swapped, with R1 and R2 by finite differences of 0.05. l_n is the n-th of the heads on the fake's blocks; the last
-    count has DMD alone. The paper: video, slope 600, blocks 12, 21, 29. Unverified: gan_student; decided: DMD2's size.
+    count has DMD alone; the fake is told where a step began. The paper: video, slope 600, blocks 12, 21, 29.
+    Unverified: gan_student; decided: DMD2's size.
     """
     grids = LcmGrids((1, 2, 3, 4))
     walk = WholeWalk(grids, grid_weights, ToClean())
@@ -144,11 +145,15 @@ def asd(
         "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
     }
     stage = Stage(
-        name="asd", objective=DistributionMatching(rollout=walk, terms=terms), player_settings=players, steps=steps
+        name="asd",
+        objective=DistributionMatching(rollout=walk, terms=terms, told=True),
+        player_settings=players,
+        steps=steps,
     )
     return Recipe(
         name="asd", family="adversarial", needs=Needs(data=False, critic=True), student=PLAIN, stages=(stage,),
-        sampling=replace(multistep(), grids=grids), critic=CriticPlan(depths=(0.25, 0.5, 0.75), by_steps=True),
+        sampling=replace(multistep(), grids=grids), fake=Student(second_time=True),
+        critic=CriticPlan(depths=(0.25, 0.5, 0.75), by_steps=True),
         paper="Yang et al. 2025, One-Step Causal Video Generation via Adversarial Self-Distillation, arXiv:2511.01419",
     )  # fmt: skip
 
