@@ -4,7 +4,7 @@ from mutants import Mutant
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.trainers import anchor, rollout, score_gap, subinterval
-from fewstep.trainers.backtrack import After, Snapshot, Trail
+from fewstep.trainers.backtrack import Snapshot, Trail
 from fewstep.trainers.divergences import Divergence
 from fewstep.trainers.only import Only
 from fewstep.trainers.segments import RandomWalk, Segments
@@ -89,10 +89,9 @@ SCORE_MUTANTS: dict[str, Mutant] = {
     "trajectory: weight upside down": Mutant(subinterval, "importance", lambda g: lambda *a: 1.0 / g(*a), ("tdm",)),
     "walk: states of other rows": Mutant(Denoiser, "jump", noisy_jump, ("cdm",)),
     "walk: times rise": Mutant(RandomWalk, "exit", rising, ("cdm",)),
-    "part of the path: everywhere": Mutant(
-        Only, "loss", lambda g: lambda self, *rest: self.term.loss(*rest), ("flash-dmd",)
+    "part: everywhere and always": Mutant(
+        Only, "loss", lambda g: lambda self, *rest: self.term.loss(*rest), ("flash-dmd", "disback")
     ),
-    "late: from the start": Mutant(After, "loss", lambda g: lambda self, *rest: self.term.loss(*rest), ("disback",)),
     "trail: the nearest snapshot for all": Mutant(
         Trail,
         "role",

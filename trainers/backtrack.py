@@ -7,14 +7,8 @@ stop, so they are kept and resumed with the run.
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from .errors import RecipeError
-from .objective import Batch, Cast, Metrics, Turn
-from .rollout import Made
-from .times import UniformScale
 
 
 @dataclass(frozen=True)
@@ -57,30 +51,3 @@ class Trail:
             return "teacher"
         left = math.ceil(self.points * (self.back - max(progress, self.out)) / (self.back - self.out))
         return self.roles[min(self.points, left) - 1]
-
-
-@dataclass(frozen=True)
-class After:
-    """A term from a share of the run on; before that the player stands still."""
-
-    term: Any
-    share: float
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        asked: tuple[str, ...] = self.term.roles
-        return asked
-
-    @property
-    def guidance(self) -> UniformScale | None:
-        return getattr(self.term, "guidance", None)
-
-    @property
-    def adversary(self) -> Any:
-        return self.term.adversary  # no attribute where the term has none
-
-    def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        if turn.progress < self.share:
-            return 0.0 * made.x0.float().sum(), {}
-        loss, metrics = self.term.loss(made, cast, batch, turn)
-        return loss, metrics

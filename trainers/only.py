@@ -1,4 +1,4 @@
-"""A term for the steps that begin in one part of the path."""
+"""A term for the steps that begin in one part of the path, or from a share of the run on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,15 @@ from .times import UniformScale
 
 @dataclass(frozen=True)
 class Only:
-    """The term where a step begins at `low < share <= high` of the path, nothing elsewhere.
+    """The term where a step begins at `low < share <= high` of the path, and from the share `after` of the run on.
 
-    A batch shares its step, so every process of a run has the term or leaves it out.
+    Elsewhere it is nothing. A batch shares its step, so every process of a run has the term or leaves it out.
     """
 
     term: Any
     low: float = 0.0
     high: float = 1.0
+    after: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.low < self.high <= 1.0:
@@ -49,7 +50,7 @@ class Only:
         inside = (share > self.low - (self.low == 0.0)) & (share <= self.high + 1e-9)
         if bool(inside.any()) != bool(inside.all()):
             raise RecipeError("a term for some of the steps needs a rollout whose batch shares its step")
-        if not bool(inside.all()):
+        if turn.progress < self.after or not bool(inside.all()):
             return 0.0 * made.x0.float().sum(), {}
         loss, metrics = self.term.loss(made, cast, batch, turn)
         return loss, metrics

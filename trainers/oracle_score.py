@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from fewstep.models.paths import EDM, VP
 
 from . import score_gap
 from .anchor import Regress
-from .backtrack import After, Trail
+from .backtrack import Trail
 from .discriminator import Deceive
 from .distribution import DistributionMatching
 from .divergences import WEIGHTS, Divergence
@@ -216,21 +217,6 @@ def trail_checks(objective: DistributionMatching, term: ScoreGap, trail: Trail) 
         yield holds(f"trail: who is followed at {progress:.3g}", found["dmd_gradient"] > 1e-3)
 
 
-def after_checks(recipe: Recipe, objective: DistributionMatching, term: After) -> Iterator[Check]:
-    """Nothing before its share of the run, the inner term's own value from then on."""
-    stage = world(VP(), "v")
-    cast, _ = cast_of(stage, objective, offset=0.4)
-    batch = stage.batch(32)
-    for progress in (0.0, 0.99 * term.share, term.share, 1.0):
-        x = (batch.x0 + 0.2).requires_grad_()
-        made = Made(x, x.detach(), torch.full((32,), stage.path.start, dtype=torch.float64))
-        term.loss(made, cast, batch, replace(turn(), done=progress))[0].backward()
-        assert x.grad is not None
-        moved, wanted = float(x.grad.abs().max()) > 0.0, progress >= term.share
-        yield holds(f"late: at {progress:.3g} of the run it is {'there' if wanted else 'not'}", moved == wanted)
-    yield from _inner(recipe, objective, term.term)
-
-
 def regress_checks(recipe: Recipe, objective: DistributionMatching, term: Regress) -> Iterator[Check]:
     """Nothing at the exact map of the pairs, and beside it a pull back."""
     stage = world(VP(), "v")
@@ -269,19 +255,20 @@ def _anchor_slope(term: Regress, b: float, a: float) -> tuple[float, float]:
 
 
 def only_checks(recipe: Recipe, objective: DistributionMatching, term: Only) -> Iterator[Check]:
-    """The inner term's own value inside its part of the path, nothing outside."""
+    """The inner term's own value inside its part of the path and of the run, nothing outside."""
     stage = world(VP(), "v")
     cast, _ = cast_of(stage, objective, offset=0.4)
     cast = replace(cast, critic=lambda x, t, cond: x.flatten(1).mean(1))
     batch = stage.batch(32)
-    for share in (0.05, 0.3, 0.6, 0.95, 1.0):
+    for share, progress in product((0.05, 0.3, 0.6, 0.95, 1.0), sorted({0.0, 0.99 * term.after, term.after, 1.0})):
         x = (batch.x0 + 0.2).requires_grad_()
         made = Made(x, x.detach(), torch.full((32,), share * stage.path.start, dtype=torch.float64))
-        term.loss(made, cast, batch, turn())[0].backward()
+        term.loss(made, cast, batch, replace(turn(), done=progress))[0].backward()
         assert x.grad is not None
-        inside = term.low < share <= term.high
+        wanted = term.low < share <= term.high and progress >= term.after
         moved = float(x.grad.abs().max()) > 0.0
-        yield holds(f"part of the path: a step from {share} is {'moved' if inside else 'left'}", moved == inside)
+        name = f"a step from {share} at {progress:.3g} of the run is {'moved' if wanted else 'left'}"
+        yield holds(f"part: {name}", moved == wanted)
     yield from _inner(recipe, objective, term.term)
 
 

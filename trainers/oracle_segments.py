@@ -14,12 +14,11 @@ from fewstep.runtime.samplers import path_start, updates
 
 from . import subinterval
 from .anchor import Regress
-from .backtrack import After
 from .distribution import DistributionMatching
 from .objective import Cast
 from .only import Only
 from .oracle_distribution import nodes, with_terms
-from .oracle_score import after_checks, only_checks, regress_checks
+from .oracle_score import only_checks, regress_checks
 from .oracle_world import Bent, Check, World, below, between, holds, recipe_spec, turn, world
 from .recipe import Recipe
 from .rollout import Made
@@ -163,7 +162,6 @@ def _learns(objective: DistributionMatching, term: Any) -> Iterator[Check]:
 
 
 SCORE_TERMS = {
-    After: after_checks,
     DenoiseLanding: landing_checks, DenoiseTrajectory: trajectory_checks, Only: only_checks, Regress: regress_checks,
 }  # fmt: skip
 SCORE_ROLLOUTS = {RandomWalk: walk_checks, Segments: segments_checks}

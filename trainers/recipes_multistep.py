@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .also import Also
-from .backtrack import After, Trail
+from .backtrack import Trail
 from .discriminator import Adversary, Deceive
 from .distances import snr_plus_one
 from .distribution import DistributionMatching
@@ -23,7 +23,6 @@ from .rollout import BackwardSimulation, Rollout
 from .score_gap import Denoise, ScoreGap
 from .score_times import START, Window
 from .segments import RandomWalk, Segments
-from .student import Student
 from .subinterval import DenoiseLanding, DenoiseTrajectory
 from .times import EvenGrids, LcmGrids, UniformScale, UniformTimes
 
@@ -172,7 +171,7 @@ def disback(
     gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True, trail=trail)
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=0.5)
     terms = dmd2_terms(gap, adversary)
-    terms["student"] = tuple(After(term, out) for term in terms["student"])
+    terms["student"] = tuple(Only(term, after=out) for term in terms["student"])
     paper = "Zhang et al. 2024, Distribution Backtracking Builds A Faster Convergence Trajectory, arXiv:2408.15991"
     rollout = BackwardSimulation(LcmGrids((1,)), (), LcmJump())
     plain = few_steps("disback", paper, rollout, terms, steps, lr, fake_lr, every, renoised((1,)), critic=True)
@@ -184,7 +183,6 @@ def disback(
 def few_steps(
     name: str, paper: str, rollout: Rollout, terms: dict[str, tuple[Any, ...]], steps: int, lr: float, fake_lr: float,
     every: int, sampling: Sampling, *, keep: float | None = None, data: bool = True, critic: bool = False,
-    student: Student = PLAIN,
 ) -> Recipe:  # fmt: skip
     """A student of several steps and a fake that is told where each began, merging with the student where it keeps a
     share `keep` of itself."""
@@ -193,7 +191,7 @@ def few_steps(
     players = {"student": matcher(lr, every), "fake": fake}
     stage = Stage(name=name, objective=objective, steps=steps, player_settings=players)
     return Recipe(
-        name=name, family="distribution", paper=paper, needs=Needs(data=data, critic=critic), student=student,
+        name=name, family="distribution", paper=paper, needs=Needs(data=data, critic=critic), student=PLAIN,
         stages=(stage,), sampling=sampling, fake=TOLD,
     )  # fmt: skip
 
