@@ -96,6 +96,9 @@ REWARD_MUTANTS: dict[str, Mutant] = {
     "DPO: down the odds of winning": Mutant(
         PreferenceGap, "loss", lambda g: lambda self, *rest: g(replace(self, prefer=-self.prefer), *rest), DPO
     ),
+    "DPO: scores not told where the step began": Mutant(
+        preference, "told_where", lambda g: lambda made, cond, count: dict(cond), DPO
+    ),
     "DPO: both networks learn winners": Mutant(DenoisePreferred, "loss", winners_for_all, DPO),
     "divergence: KL twice as large": Mutant(
         faithful, "DIVERGENCES", other_divergence("kl", faithful.fisher), ROCM

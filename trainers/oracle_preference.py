@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import logsigmoid
 
 from fewstep.models.analytic import exact, gaussian
-from fewstep.models.denoiser import times
+from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import VP
 from fewstep.runtime.samplers import path_start, updates
 
@@ -264,6 +264,16 @@ def denoise_checks(recipe: Recipe, objective: DistributionMatching, term: Denois
         t = term.times.draw(VP(), 64, again)
         wanted = denoising_loss(fake, Made(part, part, t), t, again.noise(part), batch.cond, term.weight)
         yield below(f"{role}: denoises the {role}s alone", found - wanted, 1e-12)
+    asked: list[Tensor] = []
+
+    def listening(x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        asked.append(cond.get("s", torch.zeros_like(t)))
+        return stage.teacher().raw(x, t, cond)
+
+    began = torch.full((128,), 259.0, dtype=torch.float64)
+    net = Denoiser(listening, VP(), "v")
+    term.loss(replace(made, t=began), Cast({term.role: net}, rewards=reward), batch, turn())
+    yield holds("scores are told where the step began", bool((asked[0] == 259.0).all()))
     own = sorted(name for name, terms in objective.terms.items() if any(getattr(t, "role", "") == name for t in terms))
     yield holds("each network learns its own side", own == ["loser", "winner"])
 

@@ -15,11 +15,11 @@ from .errors import RecipeError
 from .plane_net import PlaneNet, plane_student
 from .proxy import LatentReward
 from .recipe_forms import PLAIN
-from .student import build_student, is_unet
-
+from .student import Student, build_student, is_unet
 
 SCORES = ("winner", "loser")
-"""Players that learn a score, as the fake does, of some of the student's samples."""
+"""Players that learn the score of some of the student's samples, as the fake does; told where its step began."""
+TOLD = Student(second_time=True)
 
 
 def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
@@ -28,7 +28,7 @@ def picture_partner(name: str, recipe: str, teacher: Bundle) -> Any:
     Errors: `RecipeError` for a player that is not known or that this family has no network for.
     """
     if name == "inverse" or name in SCORES:
-        return build_student(teacher, PLAIN, fold_scale=1.0)
+        return build_student(teacher, TOLD if name in SCORES else PLAIN, fold_scale=1.0)
     if name != "encoder":
         raise RecipeError(f"recipe {recipe!r} has a player {name!r}, and no network is known for it")
     if not is_unet(teacher):
@@ -79,5 +79,5 @@ def plane_partner(name: str, start: PlaneNet, *, path: Path, seed: int) -> Plane
     """The plane's network of the player `name`, from the weights of `start`. Errors: `RecipeError` as above."""
     if name not in ("encoder", "inverse", *SCORES):
         raise RecipeError(f"the plane has no network for a player {name!r}")
-    net = plane_student(start, PLAIN, path=path, seed=seed)
+    net = plane_student(start, TOLD if name in SCORES else PLAIN, path=path, seed=seed)
     return PlaneEncoder(net) if name == "encoder" else net

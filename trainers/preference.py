@@ -148,8 +148,9 @@ class PreferenceGap:
         teacher = guided(cast["teacher"], batch.uncond, w) if self.cfg else cast["teacher"]
         t, noise = self.times.draw(teacher.path, count, turn), turn.noise(batch.x0)
         winner, loser = sides(made, won)
-        down, odds = self._gradients(teacher, cast, "winner", winner, t, noise, batch.cond)
-        up, others = self._gradients(teacher, cast, "loser", loser, t, noise, batch.cond)
+        cond = told_where(made, batch.cond, count)
+        down, odds = self._gradients(teacher, cast, "winner", winner, t, noise, cond)
+        up, others = self._gradients(teacher, cast, "loser", loser, t, noise, cond)
         loss = carry(winner, down + self.prefer * odds) + carry(loser, self.prefer * others - self.lose * up)
         size = float(down.square().mean().sqrt())
         return loss, {"winner_gradient": size, **_reward(made, cast, batch)}
@@ -170,6 +171,12 @@ def preference_gradient(real: Denoiser, fake: Denoiser, x: Tensor, t: Tensor, no
         return real.eps(x_t, t, cond) - fake.eps(x_t, t, cond)
 
 
+def told_where(made: Made, cond: Condition, count: int) -> dict[str, Tensor]:
+    """The condition with the time where the last step of twins began, as `s` [B]: samples of walks of one length and of
+    another have laws of their own, and a score of their mixture would let each drift."""
+    return {**cond, "s": made.t[:count]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenoisePreferred:
     """The training of a network that learns winners alone, or losers alone: denoising score matching of these."""
@@ -186,7 +193,8 @@ class DenoisePreferred:
         winner, loser = sides(made, preferred(made, cast, batch))
         x, fake = winner if self.role == "winner" else loser, cast[self.role]
         t = self.times.draw(fake.path, len(x), turn)
-        loss = denoising_loss(fake, Made(x, x, t), t, turn.noise(x), batch.cond, self.weight)
+        cond = told_where(made, batch.cond, len(x))
+        loss = denoising_loss(fake, Made(x, x, t), t, turn.noise(x), cond, self.weight)
         return loss, {f"{self.role}_denoising": float(loss.detach())}
 
 

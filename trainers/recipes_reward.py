@@ -101,16 +101,16 @@ def pso(
 
 
 def distillation_dpo(
-    *, steps: int = 1000, lr: float = 1e-5, fake_lr: float = 2e-4, warm: int = 2000, warm_lr: float = 3e-4,
+    *, steps: int = 1000, lr: float = 4e-6, fake_lr: float = 2e-4, warm: int = 2000, warm_lr: float = 3e-4,
     counts: tuple[int, ...] = (1, 2, 4), guidance: float = 3.0, order: int = 1, init: str | None = None,
     reward: str = DEFAULT, stretch: float = 1.1, lose: float = -1.0, prefer: float = 0.2, every: int = 2,
 ) -> Recipe:  # fmt: skip
     """Distillation-DPO, Zhao et al. 2025 (arXiv 2504.11447): score distillation of winners and losers apart.
 
     Two samples, from noise n and `stretch` n; the reward says which wins (the paper, of LiDAR scans, by their Chamfer
-    distance to the truth); two further networks learn the scores of winners and of losers. The gradient is taken
-    through the last step. The paper: losers ascend KL to the teacher (lose 1, prefer 0), SGD at 1e-5, w = 3.5 of
-    c + w (c - u). Unverified: that form, whose released code has no gradient; decided: as it lowers the reward of a
+    distance to the truth); two further networks learn the scores of winners and of losers, and are told where the last
+    step began, through which the gradient is taken. The paper: losers ascend KL to the teacher (lose 1, prefer 0), SGD
+    at 1e-5, w = 3.5 of c + w (c - u). Unverified: that form, whose released code has no gradient; decided: as it lowers the reward of a
     student that is right already and drifts without bound, both sides descend, and `prefer` follows the odds of
     winning, so that the law aimed at is the teacher's times these odds to its power.
     """
