@@ -110,9 +110,9 @@ def distillation_dpo(
     Two samples, from noise n and `stretch` n; the reward says which wins (the paper, of LiDAR scans, by their Chamfer
     distance to the truth); two further networks learn the scores of winners and of losers, and are told where the last
     step began, through which the gradient is taken. The paper: losers ascend KL to the teacher (lose 1, prefer 0), SGD
-    at 1e-5, w = 3.5 of c + w (c - u). Unverified: that form, whose released code has no gradient; decided: as it lowers the reward of a
-    student that is right already and drifts without bound, both sides descend, and `prefer` follows the odds of
-    winning, so that the law aimed at is the teacher's times these odds to its power.
+    at 1e-5, w = 3.5 of c + w (c - u). Unverified: that form, whose released code has no gradient; decided: as it lowers
+    the reward of a student that is right already and drifts without bound, both sides descend, and `prefer` follows the
+    odds of winning, so that the law aimed at is the teacher's times these odds to its power.
     """
     grids, scale = _grids("distillation-dpo", counts, 1), UniformScale(guidance, guidance)
     objective = DistributionMatching(
