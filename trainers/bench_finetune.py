@@ -18,8 +18,8 @@ from fewstep.runtime.measurement import machine_facts
 
 from .cutouts import write_folder
 from .distill import distill
-from .finetune import captions_of, carried, finetune, report, settings_of
-from .finetune_gate import Limits, judge, shown, table
+from .finetune import captions_of, carried, finetune, settings_of
+from .finetune_gate import Limits, judge, report_rows, shown, table
 from .recipe import configure, parse_setting
 from .recipes import find_recipe
 
@@ -52,7 +52,7 @@ def bench(
             found[way] = made if way == "finetune-student" else carried(student, teacher, tuned, out / way)
     size = student.spec.sizes[0]
     judged = judge(student, teacher, tuned, shown(folder, size), shown(others, size), captions_of(prompts), steps)
-    rows, _ = report(judged, found, limits)
+    rows, _ = report_rows(judged, found, limits)
     last = [row for row in rows if row.model == WAYS[-1]]
     return {
         "student": student.name, "pictures": PICTURES, "held_out": HELD_OUT, "prompts": prompts,

@@ -25,7 +25,6 @@ from .errors import RecipeError
 from .objective import Batch, Cast
 from .player import Player
 from .recipe import Recipe, Stage
-from .scenes import SIZE
 from .student import is_unet, load_denoiser
 from .teacher_parts import EdgeSource
 
@@ -74,16 +73,21 @@ def control_start(student: Bundle, teacher: Bundle, start: str) -> Any:
         holder = next((bundle for bundle in (student, teacher) if bundle.has("controlnet")), None)
         if holder is not None:
             return holder.load("controlnet").requires_grad_(True)
-    return fresh_control(load_denoiser(student))
+    return fresh_control(load_denoiser(student), student.spec.latent.factor)
 
 
-def fresh_control(unet: Any) -> Any:
-    """A ControlNet that changes nothing yet, with the U-Net's encoder; it takes no guidance scale."""
+def fresh_control(unet: Any, factor: int) -> Any:
+    """A ControlNet that changes nothing yet, with the U-Net's encoder; it takes no guidance scale.
+
+    factor: pixels of the picture per side of a latent's, a power of 2, which its first layers bridge.
+    """
     from diffusers import ControlNetModel
 
     told = unet.config.time_cond_proj_dim
-    settings = {"conditioning_embedding_out_channels": (8, 16, 32, 64)} if unet.config.sample_size <= SIZE else {}
-    net = ControlNetModel.from_unet(unet, load_weights_from_unet=told is None, **settings)
+    widths = tuple(max(8, unet.config.block_out_channels[0] // 16) * 2**k for k in range(factor.bit_length()))
+    net = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=told is None
+    )
     if told is not None:  # diffusers cannot copy the weights of a network with a guidance input
         net.load_state_dict(unet.state_dict() | _own(net, unet), strict=False)
     return net.requires_grad_(True)
@@ -120,7 +124,7 @@ def assemble_control(
     players = [learner]
     if "fake" in stage.objective.players:
         copy = load_denoiser(teacher).requires_grad_(True)
-        fake = SteeredFake(copy, fresh_control(copy)).to(device).train()
+        fake = SteeredFake(copy, fresh_control(copy, spec.latent.factor)).to(device).train()
         players.append(Player("fake", fake, stage.player_settings["fake"]))
         roles["fake"] = fake.denoiser(alone)
     likely = EdgeLikelihood(teacher.decoder().requires_grad_(False).to(device))

@@ -18,7 +18,7 @@ CONTROL = "control"
 
 @dataclass(frozen=True, kw_only=True)
 class Follow:
-    """`-weight mean log q(c | x0) / elements`: a detector's discrepancy on the sample, `|detect(x0) - c|^2 / (2 tau^2)`.
+    """`-weight mean log q(c | x0) / elements`: a detector's discrepancy, `|detect(x0) - c|^2 / (2 tau^2)`.
 
     Divided by a sample's elements, as the score gap's surrogate is, so that a weight survives a change of size.
     """

@@ -1,7 +1,9 @@
 """`fewstep finetune`: a few-step student learns a user's pictures, keeps its steps, and is held against both.
 
-Beside the student `OUT` stands `OUT.run` with the run of the recipe `finetune-student`, and in `OUT.run/teacher` the
-teacher that learned the same pictures.
+Two ways, both after a LoRA of the teacher has learned the pictures. "carried": that LoRA is put into the student as it
+is; this costs the student no training, and few-step students stay near enough to their teachers for it to fit.
+"distilled": the student learns from that teacher again (the recipe `finetune-student`), for students that it does not
+fit. The teacher that learned the pictures stays: `OUT-teacher`, or `OUT.run/teacher`.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
 from . import scenes
 from .distill import distill
 from .errors import RecipeError
-from .finetune_gate import GateRow, Judge, Limits, judge, shown, table
+from .finetune_gate import Limits, judge, report_rows, shown, table
 from .recipe import configure, parse_setting
 from .recipes import RECIPES, find_recipe
 from .student import Student, build_student, is_unet, load_denoiser, merged, save_lora
@@ -45,6 +47,28 @@ def settings_of(student: Bundle, pictures: Path, changes: dict[str, Any]) -> dic
     if is_unet(student) and (width := student.config("unet").get("time_cond_proj_dim")) is not None:
         told["guidance_width"] = width
     return told | changes
+
+
+def by_carrying(
+    student: Bundle, pictures: Path, teacher: Bundle, out: Path, changes: dict[str, Any] | None = None, *,
+    resume: bool = False, max_seconds: float | None = None, device: str | None = None,
+) -> tuple[Bundle, Bundle]:  # fmt: skip
+    """As `finetune`, by the teacher's LoRA alone.
+
+    Errors: those of `distill`; `RecipeError` where the student is not of the teacher's shape.
+    """
+    check_shapes(student, teacher)
+    recipe = configure(find_recipe("finetune-student"), settings_of(student, pictures, changes or {}))
+    tune = recipe.stages[0]
+    alone = replace(
+        recipe, name="finetune-teacher", stages=(tune,), student=tune.student or recipe.student, sampling=None,
+        needs=replace(recipe.needs, student=False), run=replace(recipe.run, init=None),
+    )  # fmt: skip
+    where = out.with_name(out.name + "-teacher")
+    tuned = distill(alone, teacher, where, resume=resume, max_seconds=max_seconds, device=device)
+    made = carried(student, teacher, tuned, out)
+    shutil.copy(tuned.root / LORA, made.root / LORA)
+    return seal_bundle(made.root, made.name, made.spec), tuned
 
 
 def finetune(
@@ -91,28 +115,27 @@ def carried(student: Bundle, teacher: Bundle, tuned: Bundle, out: Path) -> Bundl
 
     Errors: `RecipeError` where the two are not of one shape.
     """
+    check_shapes(student, teacher)
     network, was, now = (load_denoiser(bundle) for bundle in (student, teacher, tuned))
     mine, first, second = (net.state_dict() for net in (network, was, now))
-    odd = [name for name, value in first.items() if name not in mine or mine[name].shape != value.shape]
+    network.load_state_dict({n: v + (second[n] - first[n]) if n in first else v for n, v in mine.items()})
+    return with_denoiser(student, network, out)
+
+
+def check_shapes(student: Bundle, teacher: Bundle) -> None:
+    """Errors: `RecipeError` where a LoRA of the teacher does not fit the student."""
+    mine, theirs = (load_denoiser(bundle).state_dict() for bundle in (student, teacher))
+    odd = [name for name, value in theirs.items() if name not in mine or mine[name].shape != value.shape]
     if odd:
         raise RecipeError(
             f"{student.name!r} has no {odd[0]!r} of the shape in {teacher.name!r}, so a LoRA of one does not fit the "
-            "other; fine-tune it by distilling, or take a student of the teacher's own shape"
+            "other; fine-tune it with --way distilled, or take a student of the teacher's own shape"
         )
-    network.load_state_dict({n: v + (second[n] - first[n]) if n in first else v for n, v in mine.items()})
-    return with_denoiser(student, network, out)
 
 
 def captions_of(count: int, seed: int = 0) -> tuple[scenes.Caption, ...]:
     rng = random.Random(seed)
     return tuple(scenes.sample(rng).caption for _ in range(count))
-
-
-def report(judged: Judge, students: dict[str, Bundle], limits: Limits) -> tuple[list[GateRow], bool]:
-    """(all rows, whether every student passes at every step count)."""
-    rows = [judged.teacher, judged.tuned, *judged.before]
-    after = [row for name, bundle in students.items() for row in judged.rows(name, bundle)]
-    return [*rows, *after], all(row.passes(limits) for row in after)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -125,7 +148,7 @@ def command(argv: Sequence[str]) -> int:
     own = shown(args.pictures, size)
     held_out = None if args.held_out is None else shown(args.held_out, size)
     seconds = None if args.minutes is None else 60.0 * args.minutes
-    made, tuned = finetune(
+    made, tuned = WAYS[args.way](
         student, args.pictures, teacher, args.out, changes, resume=args.resume, max_seconds=seconds, device=args.device
     )
     print(f"{made.root}: {student.name} tuned on {len(own.texts)} pictures; {LORA} beside it is the LoRA alone")
@@ -134,13 +157,18 @@ def command(argv: Sequence[str]) -> int:
     steps = [n for n in (args.steps or student.spec.steps) if made.spec.allows(n)]
     limits = Limits(style=args.style, kept=args.kept)
     judged = judge(student, teacher, tuned, own, held_out, captions_of(args.prompts), steps)
-    rows, passed = report(judged, {made.name: made}, limits)
+    rows, passed = report_rows(judged, {made.name: made}, limits)
     print(table(rows, limits))
     if args.json is not None:
         args.json.write_text(json.dumps({"passed": passed, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if not passed:
-        print("the gate failed: see the rows above; more steps, or a lower lr, may help", file=sys.stderr)
+        print(
+            "the gate failed: see the rows above; --way distilled, more steps or a lower rate may help", file=sys.stderr
+        )
     return 0 if passed else 1
+
+
+WAYS = {"carried": by_carrying, "distilled": finetune}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("pictures", type=Path, help="folder with metadata.jsonl, one {file_name, text} a line")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new student; OUT.run keeps the run")
     parser.add_argument("--teacher", help="what it was distilled from (default: what the student says)")
+    parser.add_argument("--way", choices=WAYS, default="carried", help="of reaching the student (%(default)s)")
     parser.add_argument("--held-out", type=Path, help="more pictures of that style, to measure on and not to learn")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of finetune-student")
     parser.add_argument("--minutes", type=float, help="stop after this long")

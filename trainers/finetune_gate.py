@@ -20,7 +20,7 @@ from fewstep.models.bundle import Bundle
 from .compliance import check
 from .data import read_metadata, read_picture
 from .features import extract, load_features
-from .quality import sample_pictures
+from .quality import as_scene, sample_pictures
 from .scenes import Caption
 
 TEACHER_STEPS = 10
@@ -93,7 +93,9 @@ def compliance(bundle: Bundle, steps: int, captions: Sequence[Caption], seed: in
     """Mean share of claims met."""
     texts = [caption.text for caption in captions]
     made: NDArray[np.uint8] = sample_pictures(bundle, texts, range(seed, seed + len(texts)), steps)
-    return float(np.mean([check(picture, caption).score for picture, caption in zip(made, captions, strict=True)]))
+    return float(
+        np.mean([check(as_scene(picture), caption).score for picture, caption in zip(made, captions, strict=True)])
+    )
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ class Judge:
                 marks["reached_held_out"] = way(was.gap_held_out, now.gap_held_out, self.tuned.gap_held_out)
             found.append(GateRow(**{**asdict(now), **marks}))
         return found
+
+
+def report_rows(judged: Judge, students: dict[str, Bundle], limits: Limits) -> tuple[list[GateRow], bool]:
+    """(all rows, whether every student passes at every step count)."""
+    rows = [judged.teacher, judged.tuned, *judged.before]
+    after = [row for name, bundle in students.items() for row in judged.rows(name, bundle)]
+    return [*rows, *after], all(row.passes(limits) for row in after)
 
 
 def way(before: float, after: float, teacher: float) -> float:

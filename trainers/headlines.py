@@ -58,5 +58,7 @@ HEADLINES: dict[str, str] = {
     "rg-lcd": "2 steps preferred by people to the teacher's 50",
     "distillation-dpo": "SemanticKITTI, 8 steps: Chamfer 0.354 refined (LiDiff 0.375), 5 times as fast",
     "edgefusion": "2 steps, in eight-bit weights on an NPU",
+    "control-student": "CCM: a ControlNet trained by consistency follows better than one carried over",
+    "jdm": "new controls on a one-step student, better than its teacher's ControlNet (abstract, recalled)",
 }
 """By recipe; none where no figure of the paper was at hand."""

@@ -159,7 +159,7 @@ def measure(prompt_set: PromptSet, pictures: Pictures, more: Pictures) -> Figure
     few = len(more) // (SEEDS_PER_PROMPT - 1)
     same_prompt = _by_prompt(features[:few], further)
     real_prompt = prompt_set.real[: few * REAL_PER_PROMPT].reshape(few, REAL_PER_PROMPT, -1)
-    verdicts = [check(_as_scene(p), c) for p, c in zip(pictures, prompt_set.captions, strict=True)]
+    verdicts = [check(as_scene(p), c) for p, c in zip(pictures, prompt_set.captions, strict=True)]
     return Figures(
         frechet=frechet_distance(prompt_set.real, features),
         compliance=float(np.mean([v.score for v in verdicts])),
@@ -185,7 +185,7 @@ def _by_prompt(first: "Tensor", further: "Tensor") -> "Tensor":
     return torch.cat([first[:, None], further.reshape(len(first), SEEDS_PER_PROMPT - 1, -1)], dim=1)
 
 
-def _as_scene(picture: Pictures) -> Pictures:
+def as_scene(picture: Pictures) -> Pictures:
     """A picture at the size that the attribute reader reads."""
     if picture.shape[:2] == (scenes.SIZE, scenes.SIZE):
         return picture

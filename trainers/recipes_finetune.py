@@ -37,7 +37,9 @@ def finetune_student(
     function = find_recipe(base)
     known = inspect.signature(function).parameters
     first = configure(function, {"guidance_width": guidance_width} if "guidance_width" in known else {})
-    if first.sampling is None or first.beside or first.needs.student or first.student.adapter_width is not None:
+    plain = Student(guidance_width=first.student.guidance_width, lora_rank=first.student.lora_rank)
+    few = first.sampling is not None and first.sampling.guidance_mode != "cfg"
+    if not few or first.beside or first.needs.student or first.student != plain:
         raise RecipeError(
             f"finetune-student distils again by the recipe that made its student, and base {base!r} makes none of few "
             "steps by itself; name the student's own recipe, lcm or dmd2 for example"

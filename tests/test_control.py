@@ -1,0 +1,141 @@
+"""ControlNets of few-step students: the detector, who hears the control, small runs on pictures and on the plane."""
+
+import random
+
+import pytest
+import torch
+
+from fewstep.models.bundle import load_bundle
+from fewstep.models.paths import VP
+from fewstep.trainers import scenes
+from fewstep.trainers.bench_control import asked as asked_of
+from fewstep.trainers.bench_control import measure, table
+from fewstep.trainers.bench_recipes import Setup, on_plane
+from fewstep.trainers.control import assemble_control, control_start, fresh_control
+from fewstep.trainers.control_terms import CONTROL
+from fewstep.trainers.data import to_pixels
+from fewstep.trainers.distill import distill
+from fewstep.trainers.edges import EdgeLikelihood, agreement, detect
+from fewstep.trainers.errors import RecipeError
+from fewstep.trainers.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane_control import NOISE, Likelihood, asked, seen
+from fewstep.trainers.plane_net import PlaneNet
+from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipe import configure
+from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.recipes_control import jdm
+from fewstep.trainers.student import load_denoiser
+
+FAST = {"batch": 2, "steps": 2, "scenes": 4, "checkpoint_every": 0, "bf16": False}
+TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16), points=8)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = random.Random(3)
+    found = [scenes.sample(rng).scene for _ in range(16)]
+    pictures = torch.stack([to_pixels(scenes.render(scene)) for scene in found])
+    edges = torch.stack([to_pixels(scenes.edges(scene)).add(1).div(2) for scene in found])
+    return pictures, edges
+
+
+def test_the_detector_finds_the_outlines_that_scenes_draws(drawn):
+    pictures, edges = drawn
+    own, other = agreement(pictures, edges), agreement(pictures, edges.roll(1, 0))
+    assert own.precision > 0.97 and own.recall > 0.9 and own.f1 > 0.94
+    assert other.f1 < 0.4 and float(detect(torch.zeros(1, 3, 8, 8)).max()) == 0.0
+
+
+def test_the_likelihood_is_greatest_at_the_own_picture_and_has_a_gradient(drawn):
+    pictures, edges = drawn
+    likely = EdgeLikelihood(lambda x: x)
+    own, other = likely(pictures, {"edge": edges}), likely(pictures, {"edge": edges.roll(1, 0)})
+    assert bool((own > other).all()) and bool((own < 0).all())
+    x = pictures.roll(1, 3).requires_grad_()
+    likely(x, {"edge": edges}).sum().backward()
+    assert float(x.grad.abs().sum()) > 0.0
+
+
+def test_only_the_student_and_the_fake_hear_the_control(tiny_lcm, tiny_teacher):
+    recipe = jdm()
+    control = control_start(tiny_lcm, tiny_teacher, "carried")
+    method = assemble_control(recipe, recipe.stages[-1], tiny_lcm, tiny_teacher, control, torch.device("cpu"))
+    x, t = torch.randn(2, 4, 16, 16), torch.full((2,), 500.0, dtype=torch.float64)
+    cond = {"ctx": torch.randn(2, 24, 32), "edge": torch.rand(2, 3, 32, 32)}
+    for layer in method.players[1].module.control.controlnet_down_blocks:
+        torch.nn.init.normal_(layer.weight, std=0.2)  # a fresh one is silent
+    torch.nn.init.normal_(method.players[1].module.control.controlnet_cond_embedding.conv_out.weight, std=0.2)
+    with torch.no_grad():
+        for role, hears in (("student", True), ("fake", True), ("teacher", False), ("kept", True)):
+            net = method.cast[role]
+            same = torch.equal(net.raw(x, t, cond), net.raw(x, t, {**cond, "edge": 1.0 - cond["edge"]}))
+            assert same is not hears, role
+    trains = {id(p) for p in method.players[0].weights}
+    assert trains == {id(p) for p in control.parameters()}
+    assert CONTROL in method.cast.rewards and [p.name for p in method.players] == ["student", "fake"]
+
+
+def test_a_fresh_controlnet_has_the_encoder_and_changes_nothing(tiny_lcm, tiny_teacher):
+    for bundle in (tiny_lcm, tiny_teacher):
+        unet = load_denoiser(bundle)
+        net = fresh_control(unet, bundle.spec.latent.factor)
+        assert torch.equal(net.conv_in.weight, unet.conv_in.weight)
+        out = net(torch.randn(1, 4, 16, 16), 5.0, torch.randn(1, 24, 32), torch.rand(1, 3, 32, 32), return_dict=False)
+        assert all(not part.detach().any() for part in (*out[0], out[1])), bundle.name
+
+
+@pytest.mark.parametrize("name", ["control-student", "jdm"])
+def test_a_controlnet_is_trained_and_the_rest_stays(name, tiny_lcm, tiny_teacher, tmp_path):
+    settings = {**FAST, "init": str(tiny_lcm.root), "lr": 0.5} | ({"every": 1} if name == "jdm" else {})
+    made = distill(name, tiny_teacher, tmp_path / name, settings, device="cpu")
+    assert made.spec.grids == tiny_lcm.spec.grids and load_bundle(made.root).has("controlnet")
+    was, now = load_denoiser(tiny_lcm).state_dict(), load_denoiser(made).state_dict()
+    assert all(torch.equal(was[key], now[key]) for key in was)
+    old, new = tiny_lcm.load("controlnet").state_dict(), made.load("controlnet").state_dict()
+    assert any((new[key] - old[key]).abs().max() > 1e-3 for key in old)
+    assert all(bool(torch.isfinite(value).all()) for value in new.values())
+
+
+@pytest.fixture(scope="module")
+def start():
+    torch.manual_seed(0)
+    return PlaneNet(VP()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["control-student", "jdm", "finetune-student"])
+def test_each_trains_and_samples_on_the_plane(name, start):
+    trained = run_recipe(on_plane(name, TINY), plane(), start, TINY.budget)
+    cond, uncond = conditions(torch.arange(CLASSES))
+    for steps in (1, 2, 4):
+        points = sample_points(trained, cond, uncond, steps, seed=0)
+        assert points.shape == (CLASSES, 2) and bool(torch.isfinite(points).all())
+    assert (trained.net.control is not None) == (name != "finetune-student")
+
+
+def test_the_planes_control_is_the_first_coordinate_in_noise():
+    data = plane()
+    points = data.even(2000, torch.Generator().manual_seed(0)).float()
+    control = seen(points, 1)
+    assert float((control - points[:, :1]).std()) == pytest.approx(NOISE, rel=0.05)
+    likely = Likelihood()(points, {CONTROL: control})
+    assert float(likely.mean()) == pytest.approx(-0.5, abs=0.05)
+    cond, _ = conditions(torch.arange(CLASSES))
+    assert torch.equal(asked(data, cond, 4)[CONTROL], asked(data, cond, 4)[CONTROL])
+    assert set(asked(data, cond, 4)) == {"label", CONTROL}
+
+
+def test_the_bench_asks_for_real_edges_and_makes_a_table(tiny_lcm, monkeypatch):
+    wanted = asked_of(tiny_lcm, 2, 0)
+    assert wanted.edges.shape == (2, 3, 64, 64) and set(wanted.edges.unique().tolist()) == {0.0, 1.0}
+    row = measure("carried", tiny_lcm, tiny_lcm.load("controlnet"), 1, wanted)
+    again = measure("none", tiny_lcm, None, 1, wanted)
+    assert 0.0 <= row.precision <= 1.0 and row.compliance >= 0.0
+    assert table([vars(row), vars(again)]).count("\n") == 3
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy(tiny_teacher, tmp_path):
+    with pytest.raises(RecipeError, match=r"name it with --set init=DIR"):
+        distill("jdm", tiny_teacher, tmp_path / "out", FAST)
+    for settings in ({"follow": -1.0}, {"every": 0}):
+        with pytest.raises(RecipeError, match="follow to 0 or more"):
+            configure(RECIPES["jdm"], settings)
