@@ -83,7 +83,7 @@ def sid(
 
 
 def sid_few_step(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, alpha: float = 1.0, mode: str = "long-short",
+    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 2e-4, alpha: float = 1.0, mode: str = "long-short",
     guidance: float = 3.0, anti: float = -1.0, start: float = 0.625, grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
 ) -> Recipe:  # fmt: skip
     """Few-step SiD, Zhou et al. 2025 (arXiv 2505.12674): one fake score, told no step, for the samples of all steps.
