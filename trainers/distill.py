@@ -230,25 +230,10 @@ def _run_stage(
     frozen, start = (network.to(device=ranks.device, memory_format=layout) for network in (frozen, start))
     method = assemble(recipe, stage, teacher, frozen, start, ranks)
     del frozen, start  # where weights are shared these may be copies that nobody needs
-    settings = LoopSettings(
-        steps=stage.steps,
-        seed=recipe.run.seed,
-        bf16=recipe.run.bf16,
-        max_seconds=max_seconds,
-        checkpoint_every=recipe.run.checkpoint_every,
-        picture_every=recipe.run.picture_every,
-        max_bad_steps=recipe.run.max_bad_steps,
-        accumulate=recipe.run.accumulate,
-    )
+    settings = _settings(recipe, stage, max_seconds)
     kept = _kept(method.players[0], stage)
     show = _painter(recipe, teacher, kept, source, folder, ranks)
-    batches: Any = source if stage.pairs is None else _paired(stage.pairs, method, teacher, source, folder, ranks)
-    if stage.forget is not None:
-        batches = ForgettingSource(source, stage.forget, teacher)
-    if stage.blend is not None:
-        batches = BlendedSource(source, stage.blend, teacher)
-    if stage.cell is not None:
-        batches = CellSource(source, stage.cell)
+    batches = _batches(stage, method, teacher, source, folder, ranks)
     shelf = KeptFiles(folder / "saved")
     watch = Watch(bands_of(recipe.name) if ranks.first and len(recipe.stages) == 1 else {})
     keeper = shelf if ranks.first else Elsewhere()
@@ -275,6 +260,28 @@ def _run_stage(
     if ranks.count == 1:
         return kept
     return _run_stage(recipe, stage, teacher, previous, source, folder, True, None, ranks)
+
+
+def _settings(recipe: Recipe, stage: Stage, max_seconds: float | None) -> LoopSettings:
+    run = recipe.run
+    return LoopSettings(
+        steps=stage.steps, seed=run.seed, bf16=run.bf16, max_seconds=max_seconds,
+        checkpoint_every=run.checkpoint_every, picture_every=run.picture_every, max_bad_steps=run.max_bad_steps,
+        accumulate=run.accumulate,
+    )  # fmt: skip
+
+
+def _batches(
+    stage: Stage, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path, ranks: Ranks
+) -> Any:  # fmt: skip
+    """What a stage learns from: the data, the teacher's samples, or a part or a mixture of the data."""
+    if stage.pairs is not None:
+        return _paired(stage.pairs, method, teacher, source, folder, ranks)
+    if stage.forget is not None:
+        return ForgettingSource(source, stage.forget, teacher)
+    if stage.blend is not None:
+        return BlendedSource(source, stage.blend, teacher)
+    return source if stage.cell is None else CellSource(source, stage.cell)
 
 
 def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previous: Any) -> Any:
