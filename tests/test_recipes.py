@@ -42,7 +42,7 @@ def test_settings_reach_the_recipe_and_the_run():
     ("settings", "message"),
     [
         ({"hubber_c": 1.0}, "did you mean 'huber_c'"),
-        ({"zzzz": 1.0}, "It has batch, "),
+        ({"zzzz": 1.0}, "It has accumulate, batch, "),
         ({"steps": 2.5}, "steps is 2.5; it must be int"),
         ({"lr": "fast"}, "lr is 'fast'; it must be float"),
         ({"bf16": 1}, "bf16 is 1; it must be bool"),
@@ -110,7 +110,7 @@ def test_lcm_scale_reaches_sampling_and_objective():
 def test_rows_for_other_programs(capsys):
     rows = {row["name"]: row for row in recipe_rows()}
     assert list(rows) == list(RECIPES)
-    assert rows["dmd2"]["needs"] == {"teacher": True, "data": True, "critic": True}
+    assert rows["dmd2"]["needs"] == {"teacher": True, "data": True, "critic": True, "student": False}
     assert rows["lcm"]["steps"] == [1, 2, 4, 8]
     assert {row["oracle"] for row in rows.values()} <= {"passed", "failed", "none"}
     assert recipes(["--json"]) == 0

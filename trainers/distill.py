@@ -185,10 +185,9 @@ def assemble(
         own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
         players.append(player("critic", own))
         critic = own.judge
-    rewards = {} if recipe.reward is None else {"reward": picture_reward(recipe.reward, teacher, frozen.device)}
-    if "proxy" in stage.objective.players:
-        rewards["proxy"] = proxy = picture_proxy(teacher).to(frozen.device).train()
-        players.append(player("proxy", proxy))
+    rewards = _rewards(recipe, stage, teacher, frozen.device)
+    if "proxy" in rewards:
+        players.append(player("proxy", rewards["proxy"]))
     if ADAPTED in stage.objective.roles:
         roles[ADAPTED] = denoiser(adapted_network(recipe.adapted, recipe.name, teacher).to(learner.device))
     if absent := [role for role in stage.objective.roles if role not in roles]:
@@ -196,6 +195,16 @@ def assemble(
     seen = watch_both(learner, frozen, pairs) if pairs else {}
     ranks.spread(frozen)
     return Assembled(stage.objective, Cast(roles, critic, seen, led, rewards), tuple(players))
+
+
+def _rewards(recipe: Recipe, stage: Stage, teacher: Bundle, device: torch.device) -> dict[str, Any]:
+    """Who judges a stage's samples: the recipe's reward, and the proxy that learns from it where that is a player."""
+    rewards: dict[str, Any] = {}
+    if recipe.reward is not None:
+        rewards["reward"] = picture_reward(recipe.reward, teacher, device)
+    if "proxy" in stage.objective.players:
+        rewards["proxy"] = picture_proxy(teacher).to(device).train()
+    return rewards
 
 
 def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -> dict[str, Twin]:
