@@ -1,6 +1,6 @@
 """Networks of the players that learn beside a student: an encoder of its noise, an inverse of it, further scores.
 
-Each for pictures and for the plane; the fake score and its critic are `trainers.discriminator`'s.
+Each for pictures and for the plane; the critic's are `trainers.critics`'.
 """
 
 from typing import Any
