@@ -94,11 +94,11 @@ class Cast:
     critic: Critic | None = None
     seen: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     led: Switch | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> Denoiser:
         return self.roles[role]
 
-    rewards: Mapping[str, Reward] = field(default_factory=dict)
 
 @dataclass(frozen=True)
 class Turn:
