@@ -45,8 +45,8 @@ class DistributionMatching:
     rollout: Rollout
     terms: Mapping[str, tuple[Term, ...]]
     walker: str = "student"
-
     told: bool = False
+
     def __post_init__(self) -> None:
         every = [term for terms in self.terms.values() for term in terms]
         reader = next((type(term).__name__ for term in every if getattr(term, "reads_ratio", False)), None)
@@ -81,9 +81,9 @@ class DistributionMatching:
     def loss(self, player: str, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         with torch.set_grad_enabled(player == "student"):
             made = self.rollout.make(cast[self.walker], batch, turn)
-        total: Tensor | float = 0.0
         if self.told:
             batch = replace(batch, cond={**batch.cond, "s": made.t})
+        total: Tensor | float = 0.0
         metrics: Metrics = {}
         for term in self.terms[player]:
             value, told = term.loss(made, cast, batch, turn)

@@ -237,9 +237,9 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
             module.zero_grad()
             mine = (judge if name == "critic" else name) == player
             module.requires_grad_(mine or not (through or name == "critic"))  # as the loop does, and frozen networks are
+        them = Cast(roles, critic, rewards=rewards)
         batch = stage.batch(COUNT)
         batch = replace(batch, noise=batch.x0.flip(0))  # any, for terms that learn from pairs
-        them = Cast(roles, critic, rewards=rewards)
         objective.loss(player, them, batch, turn(player=player))[0].backward()
         taught = {name for name, module in modules.items() if any(w.grad is not None for w in module.parameters())}
         learned = {judge if name == "critic" else name for name in taught}
