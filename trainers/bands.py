@@ -21,6 +21,8 @@ from .evidence import FOLDER
 TENTHS, WINDOW = 10, 10
 PLAIN = ("step", "player", "lr", "skipped")
 """Of a row of metrics, what is no metric."""
+SHARES = ("fake.critic_right",)
+"""Metrics from 0 to 1."""
 Band = tuple[float, float]
 
 MEANINGS = {
@@ -103,14 +105,17 @@ def make_bands(files: Sequence[Path]) -> dict[str, list[Band]]:
     for name, tenths in sorted(seen.items()):
         filled = [k for k, found in enumerate(tenths) if found]
         near = [min(filled, key=lambda other, k=k: abs(other - k)) for k in range(TENTHS)]  # type: ignore[misc]
-        bands[name] = [_widened(tenths[k]) for k in near]
+        bands[name] = [_widened(tenths[k], name in SHARES) for k in near]
     return bands
 
 
-def _widened(found: Sequence[float]) -> Band:
+def _widened(found: Sequence[float], share: bool) -> Band:
+    """Half as much again; of a share, half of the way to 0 and to 1."""
     low, high = min(found), max(found)
     margin = 0.5 * (high - low) + 0.5 * max(abs(low), abs(high))
-    return float(f"{low - margin:.4g}"), float(f"{high + margin:.4g}")
+    above = 0.5 * (high + 1.0) if share else high + margin
+    below = 0.5 * low if low >= 0.0 else low - margin
+    return float(f"{below:.4g}"), float(f"{above:.4g}")
 
 
 def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
