@@ -35,11 +35,11 @@ def fresh_noise(original):
     return step
 
 
-def on_its_own(original):
-    """The student of the first stage learns its teacher's output, and no pictures."""
+def shrunken(original):
+    """The pictures are learned at another scale than they are encoded in."""
 
     def loss(self, player, cast, batch, turn):
-        return original(replace(self, task=0.0, output=1.0), player, cast, batch, turn)
+        return original(self, player, cast, replace(batch, x0=0.8 * batch.x0), turn)
 
     return loss
 
@@ -59,7 +59,5 @@ CONTROL_MUTANTS: dict[str, Mutant] = {
     "control: target keeps its gradient": Mutant(
         consistency, "consistency_residual", attached_residual, ("control-student", "finetune-student")
     ),
-    "finetune: the teacher learns no pictures": Mutant(
-        KnowledgeDistillation, "loss", on_its_own, ("finetune-student",)
-    ),
+    "finetune: pictures at another scale": Mutant(KnowledgeDistillation, "loss", shrunken, ("finetune-student",)),
 }

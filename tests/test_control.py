@@ -61,7 +61,7 @@ def test_only_the_student_and_the_fake_hear_the_control(tiny_lcm, tiny_teacher):
     control = control_start(tiny_lcm, tiny_teacher, "carried")
     method = assemble_control(recipe, recipe.stages[-1], tiny_lcm, tiny_teacher, control, torch.device("cpu"))
     x, t = torch.randn(2, 4, 16, 16), torch.full((2,), 500.0, dtype=torch.float64)
-    cond = {"ctx": torch.randn(2, 24, 32), "edge": torch.rand(2, 3, 32, 32)}
+    cond = {"ctx": torch.randn(2, 24, 32), "edge": torch.rand(2, 3, 32, 32), "s": torch.full((2,), 999.0)}
     for layer in method.players[1].module.control.controlnet_down_blocks:
         torch.nn.init.normal_(layer.weight, std=0.2)  # a fresh one is silent
     torch.nn.init.normal_(method.players[1].module.control.controlnet_cond_embedding.conv_out.weight, std=0.2)

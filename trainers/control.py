@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.networks import ControlNet, DenoiserNet, as_network
+from fewstep.models.second_time import with_second_time
 
 from .control_terms import CONTROL
 from .data import LatentSource
@@ -25,7 +26,7 @@ from .errors import RecipeError
 from .objective import Batch, Cast
 from .player import Player
 from .recipe import Recipe, Stage
-from .student import is_unet, load_denoiser
+from .student import fake_of, is_unet, load_denoiser
 from .teacher_parts import EdgeSource
 
 SCENES = 2048
@@ -33,14 +34,26 @@ SCENES = 2048
 
 
 class SteeredFake(nn.Module):
-    """A fake score that is told the control: a copy of the teacher's U-Net with a ControlNet, both of which learn."""
+    """A fake score that is told the control: a copy of the teacher's U-Net with a ControlNet, both of which learn.
+
+    The U-Net may be told a second time too, at which a sample's step began.
+    """
 
     def __init__(self, unet: Any, control: Any) -> None:
         super().__init__()
         self.unet, self.control = unet, control
 
     def denoiser(self, like: Denoiser) -> Denoiser:
-        return Denoiser(as_network(DenoiserNet(self.unet), ControlNet(self.control)), like.path, like.prediction)
+        net: Any = with_second_time(DenoiserNet(self.unet, control=True))
+        control = ControlNet(self.control)
+
+        def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            given = {**cond, "x": x, "t": t.float().to(x.device), "scale": torch.ones(len(x), device=x.device)}
+            given |= dict(zip(control.outputs, control(*(given[name] for name in control.inputs)), strict=True))
+            found: Tensor = net(*(given.get(name) for name in net.inputs))
+            return found
+
+        return Denoiser(run, like.path, like.prediction)
 
 
 class DetectedEdges:
@@ -123,8 +136,9 @@ def assemble_control(
     roles |= {name: steered(average) for name, average in learner.averages.items()}
     players = [learner]
     if "fake" in stage.objective.players:
-        copy = load_denoiser(teacher).requires_grad_(True)
-        fake = SteeredFake(copy, fresh_control(copy, spec.latent.factor)).to(device).train()
+        plain = load_denoiser(teacher)
+        copy = fake_of(plain, replace(recipe.fake, control=False), spec.path)
+        fake = SteeredFake(copy, fresh_control(plain, spec.latent.factor)).to(device).train()
         players.append(Player("fake", fake, stage.player_settings["fake"]))
         roles["fake"] = fake.denoiser(alone)
     likely = EdgeLikelihood(teacher.decoder().requires_grad_(False).to(device))

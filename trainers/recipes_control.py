@@ -11,14 +11,16 @@ from .distances import PseudoHuber, snr_plus_one, unweighted
 from .distribution import DistributionMatching
 from .errors import RecipeError
 from .jumps import LcmJump
+from .laws import LogNormal
 from .player import PlayerSettings
 from .recipe import Needs, Recipe, RecipeFunction, Run, Sampling, Stage
 from .recipe_forms import ONE, learn
+from .recipes_distribution import follower, matcher
 from .rollout import BackwardSimulation
 from .score_gap import Denoise, ScoreGap
 from .steps import SameNoise
 from .student import Student
-from .times import GridPairs, LcmGrids, UniformScale, UniformTimes
+from .times import GridPairs, LcmGrids, UniformScale
 from .transitions import NoisedData
 
 COUNTS = (1, 2, 4)
@@ -44,7 +46,8 @@ def control_student(
 
 def jdm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    follow: float = 1.0, grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0), points: int = 50,
+    follow: float = 1.0, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0), points: int = 50, mean: float = -0.5,
+    std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """JDM, Luo et al. 2025 (arXiv 2503.06652, recalled): a new control on a few-step student by its samples' law.
 
@@ -52,22 +55,23 @@ def jdm(
     told the control and a teacher not told it, `+ follow |detect(x) - c|^2`, a differentiable detector on the sample.
     Fake: denoising of the student's samples under their control. Only the text is guided, as both halves of the teacher
     know no control. The paper adds human feedback, which any reward term does.
-    Unverified: the bound on diffused laws, weights, the ratio of steps; decided: DMD's times and weight, the condition
-    on the clean sample alone, which is exact as the gap's times go to clean data, one student step in two.
+    Unverified: the bound on diffused laws, weights, the ratio of steps; decided: the times and the told fake of `dmd2`,
+    the condition on the clean sample alone, which is exact as the gap's times go to clean data, every second step.
     """
     if follow < 0.0 or every < 1:
         raise RecipeError(f"jdm: follow is {follow} and every {every}; set follow to 0 or more, every to 1 or more")
-    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True)
     objective = DistributionMatching(
         rollout=BackwardSimulation(LcmGrids(COUNTS, points), grid_weights, LcmJump()),
         terms={
             "student": (gap, Follow(weight=follow)),
-            "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one),),
+            "fake": (Denoise(times=LogNormal(mean, std), weight=snr_plus_one),),
         },
+        told=True,
     )
     players = {
-        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
-        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
+        "student": matcher(lr, every),
+        "fake": follower(fake_lr),
     }
     paper = "Luo et al. 2025, Adding Additional Control to One-Step Diffusion with Joint Distribution Matching, "
     return _controlled("jdm", paper + "arXiv:2503.06652", objective, players, steps, points)
@@ -80,7 +84,8 @@ def _controlled(
     plan = Student(control=True)
     return Recipe(
         name=name, family="control", paper=paper, needs=Needs(student=True, teacher=name == "jdm"), student=plan,
-        fake=plan, stages=(Stage(name=name, objective=objective, player_settings=players, steps=steps),),
+        fake=Student(control=True, second_time=True),
+        stages=(Stage(name=name, objective=objective, player_settings=players, steps=steps),),
         sampling=Sampling(
             sampler="lcm", grids=LcmGrids(COUNTS, points), stochastic=True, boundary=Boundary(),
             guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
