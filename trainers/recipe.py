@@ -68,8 +68,8 @@ class Stage:
     learns from samples of its teacher with their noise (`trainers.pairs`), not from the data. `search`: its student is
     the best combination of checkpoints saved on the way (`trainers.checkpoint_search`). `forget`: what is taught in
     place of a concept (`trainers.forgetting`). `student`: what it makes of its start, where that is not the recipe's.
-    `blend`: its batches hold samples of an old domain too (`trainers.blending`). `cell`: the part of the conditions that
-    its student is for; each such stage's student is sold (`trainers.parting`).
+    `blend`: its batches hold samples of an old domain too (`trainers.blending`). `cell`: the part of the conditions
+    that its student is for; each such stage's student is sold (`trainers.parting`).
     """
 
     name: str
@@ -119,7 +119,8 @@ class Recipe:
     path: what its student lives on, None for whatever its teacher does. beside: further players that are sold, each in
     a bundle of its own beside the student's, and how they are sampled. fake: what is done to the teacher's network to
     make the fake score's, LoRA for one. critic: what an adversary's critic looks at, None for the middle of the fake
-    score. adapted: a bundle of a teacher that was fine-tuned on the new domain (`trainers.adaptation`). reward: who judges samples, a name or a folder of `trainers.rewards`, None for nobody.
+    score. adapted: a bundle of a teacher that was fine-tuned on the new domain (`trainers.adaptation`).
+    reward: who judges samples, a name or a folder of `trainers.rewards`, None for nobody.
     """
 
     name: str
@@ -208,8 +209,8 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise RecipeError(f"{function.__name__} has no setting {name!r}; {hint}It has {', '.join(sorted(known))}")
         (mine if name in own else shared)[name] = check_setting(name, known[name], value)
-    recipe = function(**mine)
     beside = {f.name: shared.pop(f.name) for f in fields(Beside) if f.name in shared}
+    recipe = function(**mine)
     recipe = replace(recipe, run=replace(recipe.run, **shared))
     return pleasing(recipe, Beside(**beside)) if beside else recipe
 
