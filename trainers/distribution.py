@@ -64,7 +64,8 @@ class DistributionMatching:
     @property
     def roles(self) -> tuple[str, ...]:
         asked = [role for terms in self.terms.values() for term in terms for role in term.roles]
-        return tuple(role for role in dict.fromkeys(("student", *self.terms, *asked)) if role not in ("critic", "proxy"))
+        every = dict.fromkeys(("student", *self.terms, *asked))
+        return tuple(role for role in every if role not in ("critic", "proxy"))
 
     @property
     def two_times(self) -> bool:

@@ -236,7 +236,7 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
         for name, module in modules.items():
             module.zero_grad()
             mine = (judge if name == "critic" else name) == player
-            module.requires_grad_(mine or not (through or name == "critic"))  # as the loop does, and frozen networks are
+            module.requires_grad_(mine or not (through or name == "critic"))  # as in the loop, and frozen ones
         them = Cast(roles, critic, rewards=rewards)
         batch = stage.batch(COUNT)
         batch = replace(batch, noise=batch.x0.flip(0))  # any, for terms that learn from pairs
