@@ -49,7 +49,7 @@ def run(recipe, teacher, folder):
 
 def main() -> None:
     name, batch, *lora = sys.argv[1:]
-    recipe = configure(RECIPES[name], {"bf16": False, "batch": int(batch), "scenes": 8})
+    recipe = configure(RECIPES[name], {"bf16": False, "batch": int(batch), "scenes": 16})
     stage = recipe.stages[-1]
     each_step = {who: replace(how, every=1) for who, how in stage.player_settings.items()}
     recipe = replace(recipe, stages=(replace(stage, player_settings=each_step),))

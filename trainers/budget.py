@@ -16,7 +16,7 @@ from .rewards import PICTURE_REWARDS
 from .settling import settled, training_data
 from .student import build_student, load_denoiser, merged
 
-FEW = 8
+FEW = 16
 """Samples that are encoded to look at."""
 
 

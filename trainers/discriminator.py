@@ -58,6 +58,11 @@ class Adversary:
     told: bool = False
     real: Real = field(default_factory=Data)
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether samples look at each other, so that a batch cannot be shared out."""
+        return self.misaligned
+
     def __post_init__(self) -> None:
         if self.misaligned and self.loss.asks_real:
             raise RecipeError(

@@ -34,6 +34,8 @@ class Divergence:
     since the mean of p / q over q is 1 at every time; 0 leaves it. low, high: bounds of it then.
     """
 
+    whole_batch = True  # weights are told relative to those of the batch
+
     kind: str = "js"
     bins: int = 10
     clamp: float = 10.0

@@ -87,6 +87,7 @@ class EmbeddingLoss:
     conditional: bool = True
 
     roles = ()
+    whole_batch = True
 
     def __post_init__(self) -> None:
         if self.kernel not in ("linear", "gaussian"):

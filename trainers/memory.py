@@ -21,7 +21,7 @@ from .loop import Method
 from .objective import Batch, Turn
 from .player import Player
 
-SMALL = (1, 2)
+SMALL = (2, 4)
 """Batches that are watched: these of samples, or of groups where a method has groups."""
 
 

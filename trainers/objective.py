@@ -153,6 +153,11 @@ class Turn:
         draw = torch.rand(joint, generator=self.rng, device=self.rng.device, dtype=torch.float64)
         return low + (high - low) * self.part.rows(draw)
 
+    def common(self, low: float, high: float, count: int) -> Tensor:
+        """[count] float64 in [low, high), the same in every part: what the whole batch shares."""
+        draw = torch.rand(count, generator=self.rng, device=self.rng.device, dtype=torch.float64)
+        return low + (high - low) * draw
+
     def integers(self, high: int, count: int) -> Tensor:
         """[count] int64 in 0 .. high-1."""
         joint = (self.part.count * count,)

@@ -93,6 +93,11 @@ class RatioWeight:
         if self.divergence not in DIVERGENCES:
             raise RecipeError(f"there is no divergence {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}")
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether samples look at each other, so that a batch cannot be shared out."""
+        return self.by_mean
+
     def __call__(self, logit: Tensor) -> tuple[Tensor, Tensor]:
         """l [B] -> (h, h - dh/dl), each [B]."""
         if self.released:

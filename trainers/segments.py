@@ -86,10 +86,10 @@ class RandomWalk:
     def exit(self, path: Path, turn: Turn) -> tuple[tuple[float, ...], float | None]:
         """(the times walked, the last being the one asked at; the time off the walk that is asked instead)."""
         count = 1 + turn.pick(torch.ones(self.most))
-        shares = sorted((self.low + (self.high - self.low) * turn.uniform(0.0, 1.0, self.most)[: count - 1]).tolist())
+        shares = sorted((self.low + (self.high - self.low) * turn.common(0.0, 1.0, self.most)[: count - 1]).tolist())
         grid = (path.start, *(self._time(path, share) for share in reversed(shares)))
         walked = grid[: 1 + turn.pick(torch.ones(count))]
-        other = float(turn.uniform(self.low, 1.0, 1))
+        other = float(turn.common(self.low, 1.0, 1))
         return walked, self._time(path, other) if turn.pick(torch.tensor([1.0 - self.off, self.off])) else None
 
     def _time(self, path: Path, share: float) -> float:
