@@ -46,6 +46,9 @@ def settings_of(student: Bundle, pictures: Path, changes: dict[str, Any]) -> dic
     told: dict[str, Any] = {"base": base, "init": str(student.root), "data": str(pictures)}
     if is_unet(student) and (width := student.config("unet").get("time_cond_proj_dim")) is not None:
         told["guidance_width"] = width
+    if student.spec.guidance.mode == "embedded":
+        told["guidance_low"], told["guidance_high"] = student.spec.guidance.range
+        told["guidance_default"] = student.spec.guidance.default
     return told | changes
 
 

@@ -21,6 +21,7 @@ from .transitions import NoisedData
 def finetune_student(
     *, base: str = "lcm", steps: int = 240, tune_steps: int = 200, lr: float = 3e-4, tune_lr: float = 5e-4,
     rank: int = 8, others: float = 0.75, dropped: float = 0.1, prior: str | None = None, guidance_width: int = 256,
+    guidance: float = 3.0, guidance_low: float = 1.5, guidance_high: float = 6.0, guidance_default: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """Fine-tune a few-step student: the teacher learns the pictures, then the student is distilled from it again.
 
@@ -28,7 +29,7 @@ def finetune_student(
     share `dropped` (Ho & Salimans 2022). Then a LoRA of the student, which starts as the student is (`init`), learns
     from that teacher by the loss the student was made with (`base`), briefly; the share `others` of its rows are
     prompts of the old domain (`prior`), as DreamBooth keeps a class (Ruiz et al. 2022, arXiv 2208.12242): what few
-    pictures cannot show, how prompts are followed in few steps, is practised there.
+    pictures cannot show, how prompts are followed in few steps, is practised there. Scales are the base's settings.
     Unverified: no paper settles the steps after distillation; decided: by comparing this with denoising the student
     itself and with carrying the teacher's LoRA over (docs/recipes/control.md).
     """
@@ -36,7 +37,11 @@ def finetune_student(
 
     function = find_recipe(base)
     known = inspect.signature(function).parameters
-    first = configure(function, {"guidance_width": guidance_width} if "guidance_width" in known else {})
+    told = {
+        "guidance_width": guidance_width, "guidance": guidance, "guidance_low": guidance_low,
+        "guidance_high": guidance_high, "guidance_default": guidance_default,
+    }  # fmt: skip
+    first = configure(function, {name: value for name, value in told.items() if name in known})
     plain = Student(guidance_width=first.student.guidance_width, lora_rank=first.student.lora_rank)
     few = first.sampling is not None and first.sampling.guidance_mode != "cfg"
     if not few or first.beside or first.needs.student or first.student != plain:
