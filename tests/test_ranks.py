@@ -27,7 +27,7 @@ from fewstep.trainers.sharing import check_shares, whole_batch
 from fewstep.trainers.student import again, build_student
 from tiny import tiny_latents
 
-BATCH, STEPS = 4, 3
+BATCH, STEPS = 8, 3
 SETTINGS = {"dmd2": {"every": 2}, "lcm": {"guidance_width": 32}}
 LR = 1e-3
 
