@@ -17,8 +17,8 @@ from mutants_distribution import DISTRIBUTION_MUTANTS
 from mutants_flow import FLOW_MUTANTS
 from mutants_guidance import GUIDANCE_MUTANTS
 from mutants_identity import IDENTITY_MUTANTS
-from mutants_score import SCORE_MUTANTS
 from mutants_reward import REWARD_MUTANTS
+from mutants_score import SCORE_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
@@ -174,8 +174,8 @@ MUTANTS = (
     | REWARD_MUTANTS
     | STRAIGHT_MUTANTS
     | GUIDANCE_MUTANTS
-    | SCORE_MUTANTS
     | IDENTITY_MUTANTS
+    | SCORE_MUTANTS
     | {
         "guidance: sign flipped": Mutant(
             transitions, "guide", lambda g: lambda u, c, w: u - expand(w, c) * (c - u), ("lcm", "dmd2", "progressive")

@@ -1,6 +1,6 @@
 """Terms that stand beside an adversary: a teacher's estimate as the aim, without a fake score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class TeacherAim:
     guidance: UniformScale
     cfg: bool
     scale: float = 2.5
-    distance: Distance = Squared()
+    distance: Distance = field(default_factory=Squared)
 
     roles = ("teacher",)
 

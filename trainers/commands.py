@@ -60,9 +60,6 @@ def distill(argv: list[str]) -> int:
     for file in sorted(Path(f"{bundle.root}.run").glob("*/outside.json")):
         print(f"outside of what {args.recipe} usually shows, in {file.parent}:")
         print("".join(f"  {text}\n" for text in json.loads(file.read_text()).values()), end="")
-    for file in sorted(Path(f"{bundle.root}.run").glob("*/outside.json")):
-        print(f"outside of what {args.recipe} usually shows, in {file.parent}:")
-        print("".join(f"  {text}\n" for text in json.loads(file.read_text()).values()), end="")
     parts = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
     for name in parts:
         print(f"{bundle.root}-{name}: the student of {name}")

@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for check in checks:
             if not check.passed:
                 print(f"{name}: {check.name}: {check.value:.3g} is not in [{check.low:.3g}, {check.high:.3g}]")
-        print(f"{name:<20}{'passed' if passed(checks) else 'FAILED'}  {sum(c.passed for c in checks)}/{len(checks)}")
+        print(f"{name:<26}{'passed' if passed(checks) else 'FAILED'}  {sum(c.passed for c in checks)}/{len(checks)}")
     print(f"{time.monotonic() - started:.1f} s")
     if not args.dry_run:
         print(f"wrote {write_evidence('oracle', evidence_of(recipes, samplers))}")

@@ -12,8 +12,8 @@ from .adaptation import TaughtBy
 from .adversarial import TeacherAim
 from .also import Also
 from .chain import Chain
-from .density_ratio import ClimbRatio
 from .control_terms import Follow
+from .density_ratio import ClimbRatio
 from .discriminator import Deceive, Judge
 from .distribution import DistributionMatching
 from .embedding import EmbeddingLoss
@@ -22,10 +22,11 @@ from .faithful import Faithful
 from .forgetting import Forgetting
 from .gan_losses import Softplus
 from .mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap
+from .noised_rollout import NoisedRollout
 from .oracle_adversary import critic_checks, deceive_checks, judge_checks
 from .oracle_beside import aim_checks, also_checks, cell_checks, next_checks, noised_checks, taught_checks, walk_checks
-from .oracle_critics import judge_parts
 from .oracle_control import follow_checks
+from .oracle_critics import judge_parts
 from .oracle_distribution import denoise_checks, gap_checks, routing_checks
 from .oracle_identity import forgetting_checks, identity_checks
 from .oracle_mixture import (
@@ -40,7 +41,6 @@ from .oracle_mixture import (
 from .oracle_parts import rollout_checks
 from .oracle_segments import SCORE_ROLLOUTS, SCORE_TERMS
 from .oracle_world import Check, holds
-from .noised_rollout import NoisedRollout
 from .preference import DenoisePreferred, PairedLikelihood, PreferenceGap, PreferredPairs
 from .recipe import Recipe
 from .rewarding import Agree, Favour, Rewarded
@@ -51,8 +51,11 @@ from .self_paced import BesideNext, WholeWalk
 from .times import StartedGrids
 
 TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
+    TaughtBy: taught_checks,
+    Also: also_checks,
+    BesideNext: next_checks,
     Agree: oracle_reward.agree_checks,
-    AmortisedGap: amortised_checks,
+    Deceive: deceive_checks,
     DenoisePreferred: oracle_preference.denoise_checks,
     Faithful: oracle_preference.faithful_checks,
     Favour: oracle_reward.favour_checks,
@@ -61,6 +64,12 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     PreferredPairs: oracle_preference.pairs_checks,
     Follow: follow_checks,
     Rewarded: oracle_reward.rewarded_checks,
+    Denoise: denoise_checks,
+    Judge: judge_checks,
+    **SCORE_TERMS,
+    ScoreGap: gap_checks,
+    TeacherAim: aim_checks,
+    AmortisedGap: amortised_checks,
     ClimbRatio: climb_checks,
     DenoiseMixture: mixture_denoise_checks,
     EmbeddingLoss: embedding_checks,
@@ -69,15 +78,6 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     Forgetting: forgetting_checks,
     RatioGap: ratio_gap_checks,
     ScoreIdentity: identity_checks,
-    TaughtBy: taught_checks,
-    Also: also_checks,
-    BesideNext: next_checks,
-    Deceive: deceive_checks,
-    Denoise: denoise_checks,
-    Judge: judge_checks,
-    **SCORE_TERMS,
-    ScoreGap: gap_checks,
-    TeacherAim: aim_checks,
 }
 ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     Chain: oracle_preference.chain_checks,

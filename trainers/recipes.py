@@ -26,8 +26,8 @@ from .recipes_identity import IDENTITY
 from .recipes_matching import MATCHING
 from .recipes_mixture import MIXTURE
 from .recipes_multistep import MULTISTEP
-from .recipes_score import SCORE
 from .recipes_reward import REWARD
+from .recipes_score import SCORE
 from .recipes_straight import STRAIGHT
 from .recipes_trajectory import TRAJECTORY
 from .student import Student
@@ -95,11 +95,11 @@ RECIPES: dict[str, RecipeFunction] = {
     **DISTRIBUTION,
     **CONTROL,
     **FINETUNE,
-    **SCORE,
-    **MULTISTEP,
+    **ADVERSARIAL,
     **IDENTITY,
     **MIXTURE,
-    **ADVERSARIAL,
+    **SCORE,
+    **MULTISTEP,
     **REWARD,
     "bk-sdm": bk_sdm,
     "edgefusion": edgefusion,

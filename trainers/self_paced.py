@@ -1,7 +1,7 @@
-"""Adversarial self-distillation (ASD, Yang et al. 2025, arXiv 2511.01419): samples of n steps are held against the same student's of n + 1.
+"""Adversarial self-distillation (ASD, Yang et al. 2025): a student's samples of n steps against its own of n + 1.
 
-The gap between neighbouring step counts is small, so the critic has an easy task and a stable one; the longest count
-is held by the method beside it. Each count has a head of its own (`CriticPlan.by_steps`).
+Source: arXiv 2511.01419. The gap between neighbouring step counts is small, so the critic has an easy task and a stable
+one; the longest count is held by the method beside it. Each count has a head of its own (`CriticPlan.by_steps`).
 """
 
 from dataclasses import dataclass, replace

@@ -208,8 +208,8 @@ def fake_of(frozen: Any, plan: Student, path: NoisePath) -> Any:
     """
     if plan.guidance_width is not None and "time_cond_proj_dim" not in getattr(frozen, "config", {}):
         raise RecipeError(
-            f"this recipe's fake score takes a scalar, and the teacher is a {type(frozen).__name__}, which has no input "
-            "for one; use a recipe whose fake score takes none, such as smd or sid"
+            f"this recipe's fake score takes a scalar, and the teacher is a {type(frozen).__name__}, which has no "
+            "input for one; use a recipe whose fake score takes none, such as smd or sid"
         )
     out = again(frozen, plan)
     if plan.guidance_width is not None:
