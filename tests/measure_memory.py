@@ -54,7 +54,9 @@ def main() -> None:
     each_step = {who: replace(how, every=1) for who, how in stage.player_settings.items()}
     recipe = replace(recipe, stages=(replace(stage, player_settings=each_step),))
     if lora:
-        recipe = replace(recipe, student=Student(lora_rank=16), fake=replace(recipe.fake, lora_rank=16))
+        (stage,) = recipe.stages
+        untold = replace(stage, objective=replace(stage.objective, told=False))
+        recipe = replace(recipe, student=Student(lora_rank=16), fake=Student(lora_rank=16), stages=(untold,))
     with tempfile.TemporaryDirectory() as folder:
         first = replace(recipe, run=replace(recipe.run, batch=2))
         run(first, make_tiny_bundle(Path(folder) / "tiny"), Path(folder) / "warm")

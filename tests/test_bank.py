@@ -22,14 +22,15 @@ def recipe_of(**settings):
     recipe = configure(RECIPES["dmd2"], SETTINGS | settings)
     stage = recipe.stages[0]
     quick = {who: replace(how, lr=1e-3, warmup=0) for who, how in stage.player_settings.items()}
+    untold = replace(stage.objective, told=False)  # a second time is a new input, which LoRA would leave untrained
     lora = Student(lora_rank=2)
-    return replace(recipe, student=lora, fake=lora, stages=(replace(stage, player_settings=quick),))
+    return replace(recipe, student=lora, fake=lora, stages=(replace(stage, player_settings=quick, objective=untold),))
 
 
 def made(teacher, recipe):
     torch.manual_seed(0)
     learner, frozen = build_student(teacher, recipe.student, fold_scale=1.0), teacher.load("unet")
-    return assemble(recipe, recipe.stages[0], teacher, frozen, learner)
+    return assemble(recipe, recipe.stages[0], teacher, frozen, learner), frozen
 
 
 def by_name(module):
@@ -44,22 +45,25 @@ def by_name(module):
 
 @pytest.fixture(scope="module")
 def both(tiny_teacher, tmp_path_factory):
+    """(shared, apart), and the teacher's network of each."""
     recipe, data = recipe_of(), tiny_latents(tiny_teacher)
-    methods = []
+    methods, teachers = [], []
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("shared", "apart"):
             if kind == "apart":
                 patch.setattr(module, "can_share", lambda *networks: False)
-            method = made(tiny_teacher, recipe)
+            method, frozen = made(tiny_teacher, recipe)
             source = LatentSource(data, tiny_teacher.text_encoder(), 4, spec=tiny_teacher.spec)
             settings = LoopSettings(steps=3, bf16=False, checkpoint_every=0)
             train(method, source, settings, tmp_path_factory.mktemp(kind))
             methods.append(method)
-    return methods
+            teachers.append(frozen)
+    return methods, teachers
 
 
 def test_shared_weights_train_as_separate_copies(both):
-    for mine, theirs in zip(both[0].players, both[1].players, strict=True):
+    (shared, apart), _ = both
+    for mine, theirs in zip(shared.players, apart.players, strict=True):
         assert mine.own_steps == theirs.own_steps > 0
         networks = [(mine.module, theirs.module)]
         networks += [(mine.averages[name], theirs.averages[name]) for name in mine.averages]
@@ -76,7 +80,7 @@ def test_each_role_answers_as_its_own_network(both, tiny_teacher):
     answers = {}
     with torch.no_grad():
         for role in ("student", "teacher", "fake", "student", "kept", "teacher"):
-            mine, theirs = (method.cast[role].raw(x, t, cond) for method in both)
+            mine, theirs = (method.cast[role].raw(x, t, cond) for method in both[0])
             assert torch.allclose(mine, theirs, atol=1e-5), role
             answers[role] = mine
     assert not torch.allclose(answers["student"], answers["teacher"], atol=1e-5)
@@ -84,10 +88,9 @@ def test_each_role_answers_as_its_own_network(both, tiny_teacher):
     assert not torch.allclose(answers["student"], answers["kept"], atol=1e-6)
 
 
-def held(method):
-    """Bytes of all weights that a method holds."""
-    modules = [m for p in method.players for m in (p.module, *p.averages.values())]
-    modules += [role.net for role in method.cast.roles.values() if isinstance(role.net, torch.nn.Module)]
+def held(method, frozen):
+    """Bytes of all weights that a method and its teacher hold."""
+    modules = [frozen, *(m for p in method.players for m in (p.module, *p.averages.values()))]
     outside = [m._outside[0].network for top in modules for m in top.modules() if isinstance(m, Voice)]
     found = {w.data_ptr(): w.nbytes for m in (*modules, *outside) for w in m.parameters()}
     return sum(found.values())
@@ -95,7 +98,7 @@ def held(method):
 
 def test_the_base_is_held_once(both, tiny_teacher):
     base = sum(w.nbytes for w in tiny_teacher.load("unet").parameters())
-    shared, apart = (held(method) for method in both)
+    shared, apart = (held(*each) for each in zip(*both, strict=True))
     assert base < shared < 1.8 * base, "the base, three sets and the critic's head"
     assert apart - shared == pytest.approx(3 * base, rel=0.05), "student, its average and the fake score"
 
