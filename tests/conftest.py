@@ -27,6 +27,18 @@ def quick_costs():
         yield
 
 
+@pytest.fixture(scope="session", name="start")
+def plane_start():
+    """The plane's network that students of tests begin from, with random weights; it does not train."""
+    import torch
+
+    from fewstep.models.paths import VP
+    from fewstep.trainers.plane_net import PlaneNet
+
+    torch.manual_seed(0)
+    return PlaneNet(VP()).requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
     from tiny import make_tiny_bundle

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.models.paths import VP
 from fewstep.runtime.loop import run_request
 from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.served import serve
@@ -16,7 +15,6 @@ from fewstep.trainers.checkpoint_search import Kept, KeptFiles, Search, settle
 from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
@@ -26,12 +24,6 @@ from tiny import tiny_latents
 BUDGET = PlaneBudget(steps=8, start_steps=4, batch=16, pairs=32)
 FAST = {"batch": 4, "steps": 4, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
 MORE = {"lcsc": {"saved": 2, "rounds": 2, "samples": 4, "score_steps": [1]}, "speedupnet": {"parts": 1}}
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

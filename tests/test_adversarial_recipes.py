@@ -11,7 +11,6 @@ from fewstep.models.bundle import load_bundle
 from fewstep.models.importing import import_folder
 from fewstep.models.known import known
 from fewstep.models.networks import as_network
-from fewstep.models.paths import VP
 from fewstep.models.shapes import make_folder
 from fewstep.runtime.groups import read_group
 from fewstep.runtime.local import Runtime
@@ -28,7 +27,6 @@ from fewstep.trainers.noised_rollout import SampledTimes
 from fewstep.trainers.oracle_critics import ReadsRatio
 from fewstep.trainers.parting import Cell, CellSource, embeddings
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_adversarial import ADVERSARIAL, add, gdd
@@ -40,12 +38,6 @@ from tiny import tiny_latents
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
 NAMES = [*ADVERSARIAL, "sana-sprint"]
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fewstep.models.bundle import load_bundle
-from fewstep.models.paths import VP
 from fewstep.trainers import scenes
 from fewstep.trainers.bench_control import asked as asked_of
 from fewstep.trainers.bench_control import measure, table
@@ -19,7 +18,6 @@ from fewstep.trainers.edges import EdgeLikelihood, agreement, detect
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, conditions, plane
 from fewstep.trainers.plane_control import NOISE, Likelihood, asked, seen
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
@@ -94,12 +92,6 @@ def test_a_controlnet_is_trained_and_the_rest_stays(name, tiny_lcm, tiny_teacher
     old, new = tiny_lcm.load("controlnet").state_dict(), made.load("controlnet").state_dict()
     assert any((new[key] - old[key]).abs().max() > 1e-3 for key in old)
     assert all(bool(torch.isfinite(value).all()) for value in new.values())
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", ["control-student", "jdm", "finetune-student"])

@@ -20,7 +20,6 @@ from fewstep.trainers.invertible import LowerEdges, UpperEdges
 from fewstep.trainers.objective import Turn
 from fewstep.trainers.partners import encoder_of, picture_partner, plane_partner
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
@@ -34,12 +33,6 @@ FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16
 MORE = {
     "get": {"pairs": 5, "pair_steps": 2}, "icd": {"guidance_width": 32}, "imagine-flash": {"parts": 2}, "vct": {},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.trainers.bench_recipes import Setup, on_plane
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipes_continuous import CONTINUOUS
 from fewstep.trainers.recipes_flow import FLOWS, boot, instaflow
@@ -15,12 +14,6 @@ from fewstep.trainers.tangent import FLOW, Difference, Jvp, tangent_of
 from fewstep.trainers.u_shape import flow_time_to_path
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *FLOWS])

@@ -17,7 +17,7 @@ from fewstep.trainers.forgetting_data import ForgettingPoints, ForgettingSource,
 from fewstep.trainers.mixture_scores import Shares
 from fewstep.trainers.objective import Cast, Turn
 from fewstep.trainers.plane import CLASSES, PlaneSource, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet, plane_student
+from fewstep.trainers.plane_net import plane_student
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipe import configure
 from fewstep.trainers.recipes import RECIPES
@@ -32,12 +32,6 @@ TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), poi
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
 NAMES = [*IDENTITY, *MIXTURE]
 FEW = ("sid-few-step", "embedding-loss")
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize(

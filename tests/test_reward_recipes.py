@@ -15,7 +15,7 @@ from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.oracle import checks_of
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet, plain_state, plane_student
+from fewstep.trainers.plane_net import plain_state, plane_student
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.player import PlayerSettings
 from fewstep.trainers.preference_model import load_preference, with_prompts
@@ -37,12 +37,6 @@ FORMS = {
     "pso offline": {"offline": True},
     "pso of the data": {"offline": True, "winners": "data"},
 }
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("form", FORMS)

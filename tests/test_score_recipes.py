@@ -16,7 +16,6 @@ from fewstep.trainers.only import Only
 from fewstep.trainers.oracle_distribution import cast_of
 from fewstep.trainers.oracle_world import turn, world
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_distribution import dmd2
@@ -32,12 +31,6 @@ from tiny import tiny_latents
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 2, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
 NAMES = ["dmd2", *SCORE, *MULTISTEP]
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", NAMES)

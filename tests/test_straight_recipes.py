@@ -13,7 +13,6 @@ from fewstep.trainers.moments import Laplace, discrepancy
 from fewstep.trainers.objective import Cast, Turn
 from fewstep.trainers.oracle_world import world
 from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
 from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipes import RECIPES
 from fewstep.trainers.recipes_matching import MATCHING, imm, twinflow
@@ -24,12 +23,6 @@ from tiny import tiny_latents
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
 NAMES = [*STRAIGHT, *MATCHING]
-
-
-@pytest.fixture(scope="module")
-def start():
-    torch.manual_seed(0)
-    return PlaneNet(VP()).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", NAMES)

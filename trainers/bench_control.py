@@ -6,7 +6,6 @@ outlines found in its pictures with the asked ones (`trainers.edges`).
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -18,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.models.arguments import read_count, read_counts, read_names, read_output
-from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.bundle import Bundle
 from fewstep.models.networks import ControlNet, DenoiserNet, as_network
 from fewstep.runtime.measurement import machine_facts
 
 from . import scenes
+from .bench_ways import read_ways
 from .compliance import check
 from .control import control_start, train_control
 from .data import to_pixels, tokenize
 from .edges import agreement
 from .preview import sample
-from .recipe import configure, parse_setting
+from .recipe import configure
 from .recipes import find_recipe
 
 WAYS = ("none", "carried", "control-student", "jdm")
@@ -114,23 +113,14 @@ def command(argv: Sequence[str]) -> int:
         description="ControlNets of a few-step student: agreement of outlines with the asked edges, and compliance.",
         epilog="example: fewstep bench control --out build/control --steps 1,4 --set steps=150",
     )
-    parser.add_argument("--student", default="scenes-lcm", help="bundle folder or shipped name (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained students and their runs")
-    parser.add_argument("--ways", type=read_names, default=WAYS, help=f"some of {','.join(WAYS)} (all)")
-    parser.add_argument("--steps", type=read_counts, default=(1, 4), help="step counts to measure (1,4)")
-    parser.add_argument("--prompts", type=read_count, default=256, help="scenes to follow (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both recipes")
-    parser.add_argument("--json", type=read_output, metavar="FILE", help="write the report to this file too")
-    args = parser.parse_args(argv)
-    if unknown := sorted(set(args.ways) - set(WAYS)):
-        parser.error(f"there is no way {unknown[0]!r}; take some of {', '.join(WAYS)}")
-    student = load_bundle(args.student)
-    teacher = load_bundle(student.spec.teacher or "scenes-teacher")
-    changes = dict(parse_setting(text) for text in args.set)
-    found = bench(student, teacher, args.out, args.ways, changes, args.prompts, args.steps)
+    steps = (1, 4)
+    asked = read_ways(
+        argv, parser, WAYS, steps, measured="measure", prompts="scenes to follow", settings="a setting of both recipes"
+    )
+    args = asked.args
+    found = bench(asked.student, asked.teacher, args.out, args.ways, asked.changes, args.prompts, args.steps)
     print(table(found["rows"]))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    asked.keep(found)
     return 0
 
 

@@ -5,22 +5,21 @@ the student itself, as one would tune a teacher; carrying the teacher's LoRA ove
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.models.arguments import read_count, read_counts, read_names, read_output
-from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.bundle import Bundle
 from fewstep.runtime.measurement import machine_facts
 
+from .bench_ways import read_ways
 from .cutouts import write_folder
 from .distill import distill
 from .finetune import captions_of, carried, finetune, settings_of
 from .finetune_gate import Limits, judge, report_rows, shown, table
-from .recipe import configure, parse_setting
+from .recipe import configure
 from .recipes import find_recipe
 
 PICTURES, HELD_OUT = 16, 48
@@ -68,23 +67,20 @@ def command(argv: Sequence[str]) -> int:
         description="Ways to fine-tune a few-step student on 16 pictures: the style reached, and what it keeps.",
         epilog="example: fewstep bench finetune --out build/finetune --steps 1,2,4",
     )
-    parser.add_argument("--student", default="scenes-lcm", help="bundle folder or shipped name (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for pictures, students and their runs")
-    parser.add_argument("--ways", type=read_names, default=WAYS, help=f"some of {','.join(WAYS)} (all)")
-    parser.add_argument("--steps", type=read_counts, default=(1, 2, 4), help="step counts to judge (1,2,4)")
-    parser.add_argument("--prompts", type=read_count, default=256, help="prompts for compliance (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of finetune-student")
-    parser.add_argument("--json", type=read_output, metavar="FILE", help="write the report to this file too")
-    args = parser.parse_args(argv)
-    if unknown := sorted(set(args.ways) - set(WAYS)):
-        parser.error(f"there is no way {unknown[0]!r}; take some of {', '.join(WAYS)}")
-    student = load_bundle(args.student)
-    teacher = load_bundle(student.spec.teacher or "scenes-teacher")
-    changes = dict(parse_setting(text) for text in args.set)
-    found = bench(student, teacher, args.out, args.ways, changes, args.prompts, args.steps, Limits())
+    steps = (1, 2, 4)
+    asked = read_ways(
+        argv,
+        parser,
+        WAYS,
+        steps,
+        measured="judge",
+        prompts="prompts for compliance",
+        settings="a setting of finetune-student",
+    )
+    args = asked.args
+    found = bench(asked.student, asked.teacher, args.out, args.ways, asked.changes, args.prompts, args.steps, Limits())
     print(found.pop("table"))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    asked.keep(found)
     return 0 if found["passed"] else 1
 
 
