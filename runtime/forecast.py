@@ -13,9 +13,9 @@ FEWEST = 16
 """With fewer arrivals than this nothing is said of those to come."""
 NEARLY = 0.9
 """Requests with this share of another's slack or more are too much like it to pass it for long."""
-MISSES = 0.005
+MISSES = 0.003
 """Share of promised deadlines that may be broken."""
-CAUTION_STEP, MOST_CAUTION = 0.1, 4.0
+CAUTION_STEP, MOST_CAUTION = 0.2, 4.0
 DRIFT_STEP, LEAST_DRIFT, MOST_DRIFT = 0.02, 0.25, 4.0
 KINDS_PER_OCTAVE = 2
 """Requests are alike whose slack differs by less than a factor of the root of two."""

@@ -33,7 +33,7 @@ def plane_start():
     import torch
 
     from fewstep.models.paths import VP
-    from fewstep.trainers.plane_net import PlaneNet
+    from fewstep.trainers.plane.net import PlaneNet
 
     torch.manual_seed(0)
     return PlaneNet(VP()).requires_grad_(False)
@@ -79,7 +79,7 @@ def short_prompts(monkeypatch):
     """Captions that fit the tiny bundles' 24 tokens."""
     import random
 
-    from fewstep.trainers import quality, scenes
+    from fewstep.trainers.pictures import quality, scenes
 
     rng = random.Random(1)
     claims = [scenes.ObjectClaim(rng.choice(scenes.SHAPES), rng.choice(("red", "blue"))) for _ in range(8)]

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from fewstep.models.bundle import load_bundle
-from fewstep.trainers.budget import memory_before
-from fewstep.trainers.data import LatentSource
-from fewstep.trainers.distill import assemble
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.memory import peak_bytes
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.settling import training_data
-from fewstep.trainers.student import Student, build_student, load_denoiser
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.loop.memory import peak_bytes
+from fewstep.trainers.networks.student import Student, build_student, load_denoiser
+from fewstep.trainers.pictures.data import LatentSource
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.budget import memory_before
+from fewstep.trainers.runs.distill import assemble
+from fewstep.trainers.runs.settling import training_data
 from tiny import make_tiny_bundle
 
 

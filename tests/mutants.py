@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from fewstep.models.denoiser import expand
-from fewstep.trainers import consistency, laws, player, steps, transitions
-from fewstep.trainers.consistency import AsEstimates, CarriedToClean, Consistency, Denoising
-from fewstep.trainers.ends import AnyBelow, MergedTargets, PhaseEdges
-from fewstep.trainers.jumps import TwoTimeJump
-from fewstep.trainers.laws import AnyTwo, KarrasPairs, MappedPairs, Neighbours
-from fewstep.trainers.steps import AdjustedStep, ReferenceBatch, SameNoise, SdeStep
+from fewstep.trainers.loop import player
+from fewstep.trainers.objectives import consistency
+from fewstep.trainers.objectives.consistency import AsEstimates, CarriedToClean, Consistency, Denoising
+from fewstep.trainers.parts import laws, steps, transitions
+from fewstep.trainers.parts.ends import AnyBelow, MergedTargets, PhaseEdges
+from fewstep.trainers.parts.jumps import TwoTimeJump
+from fewstep.trainers.parts.laws import AnyTwo, KarrasPairs, MappedPairs, Neighbours
+from fewstep.trainers.parts.steps import AdjustedStep, ReferenceBatch, SameNoise, SdeStep
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import checkpoint_search, oracle_search
-from fewstep.trainers.avoiding import Avoiding
-from fewstep.trainers.checkpoint_search import Search
-from fewstep.trainers.laws import WholePhase
+from fewstep.trainers.loop import checkpoint_search
+from fewstep.trainers.loop.checkpoint_search import Search
+from fewstep.trainers.objectives.avoiding import Avoiding
+from fewstep.trainers.oracle import search as oracle_search
+from fewstep.trainers.parts.laws import WholePhase
 
 
 def unbalanced(original):

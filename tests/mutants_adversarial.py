@@ -5,15 +5,16 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import also, discriminator, parting, self_paced
-from fewstep.trainers.adaptation import TaughtBy
-from fewstep.trainers.critics import TeacherEye
-from fewstep.trainers.discriminator import Adversary
-from fewstep.trainers.distribution import DistributionMatching
-from fewstep.trainers.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic
-from fewstep.trainers.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
-from fewstep.trainers.rollout import Made
-from fewstep.trainers.self_paced import NextCount, WholeWalk
+from fewstep.trainers.distribution import also, discriminator, self_paced
+from fewstep.trainers.distribution.adaptation import TaughtBy
+from fewstep.trainers.distribution.discriminator import Adversary
+from fewstep.trainers.distribution.distribution import DistributionMatching
+from fewstep.trainers.distribution.self_paced import NextCount, WholeWalk
+from fewstep.trainers.networks.critics import TeacherEye
+from fewstep.trainers.parts.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic
+from fewstep.trainers.parts.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
+from fewstep.trainers.parts.rollout import Made
+from fewstep.trainers.pictures import parting
 
 
 def other_side(original):

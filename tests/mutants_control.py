@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from mutants import Mutant, attached_residual
 
-from fewstep.trainers import consistency, control_terms, score_gap
-from fewstep.trainers.control_terms import Follow
-from fewstep.trainers.distillation import KnowledgeDistillation
-from fewstep.trainers.plane_control import Likelihood
-from fewstep.trainers.steps import SameNoise
+from fewstep.trainers.distribution import control_terms, score_gap
+from fewstep.trainers.distribution.control_terms import Follow
+from fewstep.trainers.objectives import consistency
+from fewstep.trainers.objectives.distillation import KnowledgeDistillation
+from fewstep.trainers.parts.steps import SameNoise
+from fewstep.trainers.plane.control import Likelihood
 
 
 def against(original):

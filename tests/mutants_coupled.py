@@ -5,13 +5,14 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import oracle_variational, reflow, variational
-from fewstep.trainers.backward import BackwardDistillation, Shift
-from fewstep.trainers.invertible import Invertible, LowerEdges, RisingPairs, UpperEdges
-from fewstep.trainers.rollout import BackwardSimulation
-from fewstep.trainers.steps import SameNoise
-from fewstep.trainers.times import EvenGrids
-from fewstep.trainers.variational import VariationalCoupling
+from fewstep.trainers.objectives import reflow, variational
+from fewstep.trainers.objectives.backward import BackwardDistillation, Shift
+from fewstep.trainers.objectives.invertible import Invertible, LowerEdges, RisingPairs, UpperEdges
+from fewstep.trainers.objectives.variational import VariationalCoupling
+from fewstep.trainers.oracle import variational as oracle_variational
+from fewstep.trainers.parts.rollout import BackwardSimulation
+from fewstep.trainers.parts.steps import SameNoise
+from fewstep.trainers.parts.times import EvenGrids
 
 
 def fresh_point(original):

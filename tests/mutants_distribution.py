@@ -2,8 +2,10 @@
 
 from mutants import Mutant
 
-from fewstep.trainers import gan_losses, loop, rollout, score_gap
-from fewstep.trainers.player import Player
+from fewstep.trainers.distribution import score_gap
+from fewstep.trainers.loop import loop
+from fewstep.trainers.loop.player import Player
+from fewstep.trainers.parts import gan_losses, rollout
 
 
 def noise_target(original):

@@ -6,12 +6,12 @@ import torch
 from mutants import Mutant
 
 from fewstep.models.denoiser import expand
-from fewstep.trainers import from_noise, reflow
-from fewstep.trainers.continuous import ContinuousConsistency
-from fewstep.trainers.flow_map import Derivative, FlowMap, FlowPairs, Halves
-from fewstep.trainers.from_noise import Displaced
-from fewstep.trainers.tangent import FLOW, DataField, Hub, Jvp
-from fewstep.trainers.u_shape import UShaped
+from fewstep.trainers.objectives import from_noise, reflow
+from fewstep.trainers.objectives.continuous import ContinuousConsistency
+from fewstep.trainers.objectives.flow_map import Derivative, FlowMap, FlowPairs, Halves
+from fewstep.trainers.objectives.from_noise import Displaced
+from fewstep.trainers.parts.tangent import FLOW, DataField, Hub, Jvp
+from fewstep.trainers.parts.u_shape import UShaped
 
 SCM = ("scm", "sana-sprint", "tbcm")
 

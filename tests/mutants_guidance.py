@@ -3,10 +3,11 @@
 from mutants import Mutant
 
 from fewstep.models.denoiser import expand
-from fewstep.trainers import guidance, transitions
-from fewstep.trainers.guidance import GuidanceDistillation
-from fewstep.trainers.times import UniformScale
-from fewstep.trainers.transitions import TeacherWalk
+from fewstep.trainers.objectives import guidance
+from fewstep.trainers.objectives.guidance import GuidanceDistillation
+from fewstep.trainers.parts import transitions
+from fewstep.trainers.parts.times import UniformScale
+from fewstep.trainers.parts.transitions import TeacherWalk
 
 TOLD = ("w-embedding", "agd")
 ALL = (*TOLD, "lora-guided")

@@ -5,9 +5,16 @@ from dataclasses import replace
 import torch
 from mutants import Mutant
 
-from fewstep.trainers import density_ratio, embedding, expectation, forgetting, mixture_scores, score_identity
-from fewstep.trainers.expectation import Expectation, Student
-from fewstep.trainers.mixture_scores import Shares
+from fewstep.trainers.distribution import (
+    density_ratio,
+    embedding,
+    expectation,
+    forgetting,
+    mixture_scores,
+    score_identity,
+)
+from fewstep.trainers.distribution.expectation import Expectation, Student
+from fewstep.trainers.distribution.mixture_scores import Shares
 
 
 def still(which):

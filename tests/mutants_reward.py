@@ -5,13 +5,15 @@ from dataclasses import replace
 from mutants import Mutant
 
 from fewstep.models.denoiser import expand
-from fewstep.trainers import chain, faithful, preference, reward_guided, rewarding
-from fewstep.trainers.chain import Chain
-from fewstep.trainers.faithful import Faithful
-from fewstep.trainers.player import Player
-from fewstep.trainers.preference import DenoisePreferred, PairedLikelihood, PreferenceGap
-from fewstep.trainers.rewarding import Favour
-from fewstep.trainers.rollout import Made
+from fewstep.trainers.distribution import faithful, preference, rewarding
+from fewstep.trainers.distribution.faithful import Faithful
+from fewstep.trainers.distribution.preference import DenoisePreferred, PairedLikelihood, PreferenceGap
+from fewstep.trainers.distribution.rewarding import Favour
+from fewstep.trainers.loop.player import Player
+from fewstep.trainers.objectives import reward_guided
+from fewstep.trainers.parts import chain
+from fewstep.trainers.parts.chain import Chain
+from fewstep.trainers.parts.rollout import Made
 
 
 def without_gradient(original):

@@ -3,12 +3,13 @@
 from mutants import Mutant
 
 from fewstep.models.denoiser import Denoiser
-from fewstep.trainers import anchor, rollout, score_gap, subinterval
-from fewstep.trainers.backtrack import Snapshot, Trail
-from fewstep.trainers.divergences import Divergence
-from fewstep.trainers.only import Only
-from fewstep.trainers.segments import RandomWalk, Segments
-from fewstep.trainers.transitions import noised
+from fewstep.trainers.distribution import anchor, score_gap, subinterval
+from fewstep.trainers.distribution.backtrack import Snapshot, Trail
+from fewstep.trainers.distribution.only import Only
+from fewstep.trainers.parts import rollout
+from fewstep.trainers.parts.divergences import Divergence
+from fewstep.trainers.parts.segments import RandomWalk, Segments
+from fewstep.trainers.parts.transitions import noised
 
 
 def normalised(original):

@@ -6,13 +6,14 @@ import torch
 from mutants import Mutant
 from mutants_flow import attached
 
-from fewstep.trainers import consistency, moments, self_corrected, steps, straight, twin
-from fewstep.trainers.moments import Decrement, Laplace, LogSnrWeight, MomentMatching
-from fewstep.trainers.self_corrected import BothWays, SelfCorrected
-from fewstep.trainers.straight import Anchored, SameSlope, StraightTrajectory
-from fewstep.trainers.tangent import FLOW
-from fewstep.trainers.times import clean
-from fewstep.trainers.twin import Recursive, ThreeKinds, TwinFlow
+from fewstep.trainers.objectives import consistency, moments, self_corrected, straight, twin
+from fewstep.trainers.objectives.moments import Decrement, Laplace, LogSnrWeight, MomentMatching
+from fewstep.trainers.objectives.self_corrected import BothWays, SelfCorrected
+from fewstep.trainers.objectives.straight import Anchored, SameSlope, StraightTrajectory
+from fewstep.trainers.objectives.twin import Recursive, ThreeKinds, TwinFlow
+from fewstep.trainers.parts import steps
+from fewstep.trainers.parts.tangent import FLOW
+from fewstep.trainers.parts.times import clean
 
 
 def unpaired(original):

@@ -11,14 +11,14 @@ from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.served import serve
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers.checkpoint_search import Kept, KeptFiles, Search, settle
-from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_adapted import ADAPTED, lcsc, speedupnet
+from fewstep.trainers.loop.checkpoint_search import Kept, KeptFiles, Search, settle
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.adapted import ADAPTED, lcsc, speedupnet
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 BUDGET = PlaneBudget(steps=8, start_steps=4, batch=16, pairs=32)

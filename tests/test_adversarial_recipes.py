@@ -15,24 +15,24 @@ from fewstep.models.shapes import make_folder
 from fewstep.runtime.groups import read_group
 from fewstep.runtime.local import Runtime
 from fewstep.runtime.request import GenerateRequest
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.critics import CriticPlan, FakeWithCritic, blocks_of, picture_critic, taps
-from fewstep.trainers.data import LatentSource, encode_scenes
-from fewstep.trainers.discriminator import Adversary, Deceive, Judge
-from fewstep.trainers.distill import distill
-from fewstep.trainers.distribution import DistributionMatching
+from fewstep.trainers.bench.recipes import Setup, on_plane
+from fewstep.trainers.distribution.discriminator import Adversary, Deceive, Judge
+from fewstep.trainers.distribution.distribution import DistributionMatching
 from fewstep.trainers.errors import DataError, RecipeError
-from fewstep.trainers.gan_losses import R1, Hinge, Relativistic
-from fewstep.trainers.noised_rollout import SampledTimes
-from fewstep.trainers.oracle_critics import ReadsRatio
-from fewstep.trainers.parting import Cell, CellSource, embeddings
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_adversarial import ADVERSARIAL, add, gdd
-from fewstep.trainers.recipes_distribution import dmd2
-from fewstep.trainers.student import Student, again
-from fewstep.trainers.times import LcmGrids, UniformTimes
+from fewstep.trainers.networks.critics import CriticPlan, FakeWithCritic, blocks_of, picture_critic, taps
+from fewstep.trainers.networks.student import Student, again
+from fewstep.trainers.oracle.critics import ReadsRatio
+from fewstep.trainers.parts.gan_losses import R1, Hinge, Relativistic
+from fewstep.trainers.parts.noised_rollout import SampledTimes
+from fewstep.trainers.parts.times import LcmGrids, UniformTimes
+from fewstep.trainers.pictures.data import LatentSource, encode_scenes
+from fewstep.trainers.pictures.parting import Cell, CellSource, embeddings
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.adversarial import ADVERSARIAL, add, gdd
+from fewstep.trainers.recipes.distribution import dmd2
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
@@ -188,7 +188,7 @@ def test_dino_on_decoded_pictures(tiny_teacher, pictures, tmp_path):
 
 
 def test_the_weight_of_0_leaves_scm(start):
-    from fewstep.trainers.recipes_continuous import sana_sprint
+    from fewstep.trainers.recipes.continuous import sana_sprint
 
     alone = sana_sprint(gan=0.0)
     assert alone.objective.players == ("student",) and not alone.needs.critic

@@ -13,7 +13,7 @@ ROOMS = ("models", "runtime", "export", "trainers", "server")
 
 
 def sources():
-    return [p for room in ROOMS for p in sorted((ROOT / room).glob("*.py")) if p.name != "__init__.py"]
+    return [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py")) if not p.name.startswith("__")]
 
 
 def first_sentence(path):
@@ -23,7 +23,15 @@ def first_sentence(path):
 
 
 def file_list():
-    return "".join(f"- `{p.relative_to(ROOT).as_posix()}`: {first_sentence(p)}\n" for p in sources())
+    lines, folder = [], None
+    for path in sources():
+        if path.parent != folder:
+            folder = path.parent
+            lines.append(
+                f"\n**`{folder.relative_to(ROOT).as_posix()}/`**: {first_sentence(folder / '__init__.py')}.\n\n"
+            )
+        lines.append(f"- `{path.relative_to(ROOT).as_posix()}`: {first_sentence(path)}\n")
+    return "".join(lines).lstrip("\n")
 
 
 def test_every_file_says_what_it_is():

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fewstep.models.paths import VP
-from fewstep.trainers.bands import MEANINGS, TENTHS, Watch, bands_of, main, make_bands
 from fewstep.trainers.errors import DataError
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.plane import PlaneSource, plane
-from fewstep.trainers.plane_net import PlaneNet, plane_student
-from fewstep.trainers.plane_run import Count, PlaneBudget, _assemble
-from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.loop.bands import MEANINGS, TENTHS, Watch, bands_of, main, make_bands
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.plane.net import PlaneNet, plane_student
+from fewstep.trainers.plane.plane import PlaneSource, plane
+from fewstep.trainers.plane.run import Count, PlaneBudget, _assemble
+from fewstep.trainers.recipes.registry import RECIPES
 
 STEPS = 60
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.trainers import distill as module
-from fewstep.trainers.bank import Voice, can_share
-from fewstep.trainers.data import LatentSource
-from fewstep.trainers.distill import assemble, distill
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.student import Student, build_student
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.networks.bank import Voice, can_share
+from fewstep.trainers.networks.student import Student, build_student
+from fewstep.trainers.pictures.data import LatentSource
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs import distill as module
+from fewstep.trainers.runs.distill import assemble, distill
 from tiny import tiny_latents
 
 SETTINGS = {"batch": 4, "bf16": False, "every": 2, "picture_every": 0, "checkpoint_every": 0, "steps": 3}

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from fewstep.trainers import bench_recipes, plane_run
-from fewstep.trainers.bench_recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane, worse
+from fewstep.trainers.bench import recipes as bench_recipes
+from fewstep.trainers.bench.recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane, worse
+from fewstep.trainers.bench.recipes_report import SIDE, panel
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane_run import PlaneBudget, plane_spec, sampling_scale
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_report import SIDE, panel
+from fewstep.trainers.plane import run as plane_run
+from fewstep.trainers.plane.run import PlaneBudget, plane_spec, sampling_scale
+from fewstep.trainers.recipes.registry import RECIPES
 
 TINY = Setup(budget=PlaneBudget(steps=6, start_steps=6, batch=32, pairs=64), points=64)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fewstep.trainers import bench_scenes
-from fewstep.trainers.bench_scenes import FLAGSHIPS, SceneBudget, budgeted, markdown
+from fewstep.trainers.bench import scenes as bench_scenes
+from fewstep.trainers.bench.scenes import FLAGSHIPS, SceneBudget, budgeted, markdown
 from fewstep.trainers.errors import RecipeError
 from tiny import tiny_latents
 

@@ -8,7 +8,7 @@ from fewstep.models.spec import QualityRow
 from fewstep.runtime.budget import QUALITY, Budget, breaches, quality_parity, with_quality
 from fewstep.runtime.errors import EngineUnavailable
 from fewstep.runtime.manifest import Manifest, Parity, read_manifest, write_manifest
-from fewstep.trainers.engine_quality import changes, keep_quality
+from fewstep.trainers.pictures.engine_quality import changes, keep_quality
 from tiny import copy_bundle
 
 PASSED = Parity(component="decoder", max_relative_error=0.01, tolerance=0.05, ok=True)

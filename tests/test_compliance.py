@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageFilter
 
-from fewstep.trainers import compliance, scenes
+from fewstep.trainers.pictures import compliance, scenes
 
 PICTURES = 1000
 

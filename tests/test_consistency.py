@@ -7,13 +7,13 @@ from fewstep.models.analytic import exact, mixture
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.spec import Boundary
-from fewstep.trainers.curricula import Fixed
-from fewstep.trainers.distances import PseudoHuber, SamplePseudoHuber, Squared, snr, snr_plus_one, truncated_snr
-from fewstep.trainers.jumps import DdimJump, LcmJump, ToClean
-from fewstep.trainers.laws import KarrasPairs
-from fewstep.trainers.objective import Batch, Turn
-from fewstep.trainers.times import GridPairs, UniformScale, UniformTimes, clean
-from fewstep.trainers.transitions import NoisedData, ddim_chain, guided, noised
+from fewstep.trainers.parts.curricula import Fixed
+from fewstep.trainers.parts.distances import PseudoHuber, SamplePseudoHuber, Squared, snr, snr_plus_one, truncated_snr
+from fewstep.trainers.parts.jumps import DdimJump, LcmJump, ToClean
+from fewstep.trainers.parts.laws import KarrasPairs
+from fewstep.trainers.parts.objective import Batch, Turn
+from fewstep.trainers.parts.times import GridPairs, UniformScale, UniformTimes, clean
+from fewstep.trainers.parts.transitions import NoisedData, ddim_chain, guided, noised
 
 PATHS = [(VP(), "v"), (EDM(), "x0"), (RectifiedFlow(), "flow"), (TrigFlow(), "trig")]
 DATA = mixture(torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), torch.tensor([0.3, 0.5]), torch.tensor([1.0, 2.0]))

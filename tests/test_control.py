@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from fewstep.models.bundle import load_bundle
-from fewstep.trainers import scenes
-from fewstep.trainers.bench_control import asked as asked_of
-from fewstep.trainers.bench_control import measure, table
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.control import assemble_control, control_start, fresh_control
-from fewstep.trainers.control_terms import CONTROL
-from fewstep.trainers.data import to_pixels
-from fewstep.trainers.distill import distill
-from fewstep.trainers.edges import EdgeLikelihood, agreement, detect
+from fewstep.trainers.bench.control import asked as asked_of
+from fewstep.trainers.bench.control import measure, table
+from fewstep.trainers.bench.recipes import Setup, on_plane
+from fewstep.trainers.distribution.control_terms import CONTROL
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_control import NOISE, Likelihood, asked, seen
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_control import jdm
-from fewstep.trainers.student import load_denoiser
+from fewstep.trainers.networks.student import load_denoiser
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures.data import to_pixels
+from fewstep.trainers.pictures.edges import EdgeLikelihood, agreement, detect
+from fewstep.trainers.plane.control import NOISE, Likelihood, asked, seen
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.control import jdm
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.control import assemble_control, control_start, fresh_control
+from fewstep.trainers.runs.distill import distill
 
 FAST = {"batch": 2, "steps": 2, "scenes": 4, "checkpoint_every": 0, "bf16": False}
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16), points=8)

@@ -13,19 +13,20 @@ from fewstep.runtime.request import Edit, GenerateRequest
 from fewstep.runtime.served import serve
 from fewstep.runtime.text import Prompts
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.invertible import LowerEdges, UpperEdges
-from fewstep.trainers.objective import Turn
-from fewstep.trainers.partners import encoder_of, picture_partner, plane_partner
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_consistency import slct
-from fewstep.trainers.recipes_coupled import COUPLED, icd, imagine_flash, vct
-from fewstep.trainers.variational import VariationalCoupling
+from fewstep.trainers.networks.partners import encoder_of, picture_partner
+from fewstep.trainers.objectives.invertible import LowerEdges, UpperEdges
+from fewstep.trainers.objectives.variational import VariationalCoupling
+from fewstep.trainers.parts.objective import Turn
+from fewstep.trainers.plane.partners import plane_partner
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.consistency import slct
+from fewstep.trainers.recipes.coupled import COUPLED, icd, imagine_flash, vct
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fewstep.trainers.curricula import Doubling, Fixed, Geometric, Listed, SquareRoot
-from fewstep.trainers.objective import Turn
+from fewstep.trainers.parts.curricula import Doubling, Fixed, Geometric, Listed, SquareRoot
+from fewstep.trainers.parts.objective import Turn
 
 
 def at(progress):

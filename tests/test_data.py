@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.trainers.data import (
+from fewstep.trainers.errors import DataError
+from fewstep.trainers.pictures.data import (
     Latents,
     LatentSource,
     encode_folder,
@@ -19,7 +20,6 @@ from fewstep.trainers.data import (
     to_pixels,
     tokenize,
 )
-from fewstep.trainers.errors import DataError
 
 
 def folder_of(tmp_path, rows, pictures=("a.png", "b.png")):

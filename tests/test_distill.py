@@ -11,14 +11,14 @@ from diffusers import DiffusionPipeline
 from fewstep.models.bundle import load_bundle
 from fewstep.models.networks import DenoiserNet
 from fewstep.models.paths import TrigFlow
-from fewstep.trainers import distill as module
-from fewstep.trainers.budget import estimate
-from fewstep.trainers.commands import distill as command
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.commands import distill as command
 from fewstep.trainers.errors import CheckpointError, RecipeError
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.student import Student, add_guidance, build_student, fold_guidance, merged
+from fewstep.trainers.networks.student import Student, add_guidance, build_student, fold_guidance, merged
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs import distill as module
+from fewstep.trainers.runs.budget import estimate
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 1, "bf16": False}

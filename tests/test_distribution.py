@@ -8,16 +8,16 @@ from fewstep.models.analytic import exact, gaussian
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks import as_network
 from fewstep.models.paths import VP
-from fewstep.trainers.critics import FakeWithCritic, read_blocks
-from fewstep.trainers.discriminator import Adversary
-from fewstep.trainers.distances import unweighted
-from fewstep.trainers.gan_losses import critic_loss, deceiver_loss
-from fewstep.trainers.jumps import ToClean
-from fewstep.trainers.objective import Batch, Cast, Turn
-from fewstep.trainers.recipes_distribution import dmd2
-from fewstep.trainers.rollout import BackwardSimulation, Made
-from fewstep.trainers.scores import carry, denoising_loss, dmd_gradient
-from fewstep.trainers.times import LcmGrids, UniformTimes
+from fewstep.trainers.distribution.discriminator import Adversary
+from fewstep.trainers.distribution.scores import carry, denoising_loss, dmd_gradient
+from fewstep.trainers.networks.critics import FakeWithCritic, read_blocks
+from fewstep.trainers.parts.distances import unweighted
+from fewstep.trainers.parts.gan_losses import critic_loss, deceiver_loss
+from fewstep.trainers.parts.jumps import ToClean
+from fewstep.trainers.parts.objective import Batch, Cast, Turn
+from fewstep.trainers.parts.rollout import BackwardSimulation, Made
+from fewstep.trainers.parts.times import LcmGrids, UniformTimes
+from fewstep.trainers.recipes.distribution import dmd2
 
 PATH = VP()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.trainers import scenes
-from fewstep.trainers.diversity import diversity, spread
-from fewstep.trainers.features import extract, load_features
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures.diversity import diversity, spread
+from fewstep.trainers.pictures.features import extract, load_features
 
 
 def test_spread_is_the_mean_distance_of_pairs():

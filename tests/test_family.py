@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from fewstep.trainers import family, scenes
-from fewstep.trainers.scenes import ObjectClaim
+from fewstep.trainers.pictures import family, scenes
+from fewstep.trainers.pictures.scenes import ObjectClaim
 
 
 @pytest.fixture(scope="module")

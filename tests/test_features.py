@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.trainers import features, scenes
+from fewstep.trainers.pictures import features, scenes
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 
 from fewstep.models.bundle import load_bundle
-from fewstep.trainers import finetune_gate, scenes
-from fewstep.trainers.bench_finetune import denoised
-from fewstep.trainers.blending import Blend, BlendedSource, joined, old_domain
-from fewstep.trainers.cutouts import cut_outs, write_folder
-from fewstep.trainers.data import Latents, LatentSource, read_metadata
+from fewstep.trainers.bench.finetune import denoised
 from fewstep.trainers.errors import DataError, RecipeError
-from fewstep.trainers.finetune import by_carrying, carried, command, finetune, settings_of, with_denoiser
-from fewstep.trainers.finetune_gate import GateRow, Judge, Limits, Shown, gap, report_rows, table, way
-from fewstep.trainers.recipes_finetune import finetune_student
-from fewstep.trainers.student import load_denoiser
+from fewstep.trainers.networks.student import load_denoiser
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures.blending import Blend, BlendedSource, joined, old_domain
+from fewstep.trainers.pictures.cutouts import cut_outs, write_folder
+from fewstep.trainers.pictures.data import Latents, LatentSource, read_metadata
+from fewstep.trainers.recipes.finetune import finetune_student
+from fewstep.trainers.runs import finetune_gate
+from fewstep.trainers.runs.finetune import by_carrying, carried, command, finetune, settings_of, with_denoiser
+from fewstep.trainers.runs.finetune_gate import GateRow, Judge, Limits, Shown, gap, report_rows, table, way
 from tiny import tiny_latents
 
 FAST = {"batch": 4, "steps": 2, "tune_steps": 2, "rank": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
@@ -195,7 +196,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(tiny_lcm, tiny_teacher, fold
 def test_the_command_trains_and_says_whether_both_hold(tiny_lcm, tiny_teacher, folders, tmp_path, capsys, monkeypatch):
     out, report = tmp_path / "mine", tmp_path / "gate.json"
     monkeypatch.setattr(
-        "fewstep.trainers.finetune.captions_of",
+        "fewstep.trainers.runs.finetune.captions_of",
         lambda count: (scenes.Caption("red circle", (scenes.ObjectClaim("circle", "red"),)),),
     )
     settings = {**FAST, "prior": str(folders[1])}

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
-from fewstep.trainers.bench_recipes import Setup, on_plane
+from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipes_continuous import CONTINUOUS
-from fewstep.trainers.recipes_flow import FLOWS, boot, instaflow
-from fewstep.trainers.tangent import FLOW, Difference, Jvp, tangent_of
-from fewstep.trainers.u_shape import flow_time_to_path
+from fewstep.trainers.parts.tangent import FLOW, Difference, Jvp, tangent_of
+from fewstep.trainers.parts.u_shape import flow_time_to_path
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.continuous import CONTINUOUS
+from fewstep.trainers.recipes.flow import FLOWS, boot, instaflow
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
 

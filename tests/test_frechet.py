@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from fewstep.trainers import scenes
-from fewstep.trainers.features import extract, load_features
-from fewstep.trainers.frechet import frechet_distance
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures.features import extract, load_features
+from fewstep.trainers.pictures.frechet import frechet_distance
 
 
 def test_closed_form_on_gaussians():

@@ -13,15 +13,15 @@ from fewstep.models.guidance_adapter import FIELD, adapt, is_adapter
 from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import DenoiserNet
 from fewstep.models.paths import VP
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.recipes import Setup, on_plane
+from fewstep.trainers.bench.recipes_report import markdown
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import PlaneNet
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.preview import sample
-from fewstep.trainers.recipes_guidance import GUIDANCE, agd, w_embedding
-from fewstep.trainers.recipes_report import markdown
+from fewstep.trainers.pictures.preview import sample
+from fewstep.trainers.plane.net import PlaneNet
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.guidance import GUIDANCE, agd, w_embedding
+from fewstep.trainers.runs.distill import distill
 from tiny import copy_bundle, tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)

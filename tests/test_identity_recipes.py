@@ -7,25 +7,26 @@ import pytest
 import torch
 
 from fewstep.models.paths import VP
-from fewstep.trainers import score_identity
-from fewstep.trainers.bench_recipes import Setup, aimed_at, on_plane
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.recipes import Setup, aimed_at, on_plane
+from fewstep.trainers.distribution import score_identity
+from fewstep.trainers.distribution.expectation import Langevin
+from fewstep.trainers.distribution.forgetting import Forgetting, Swap
+from fewstep.trainers.distribution.mixture_scores import Shares
+from fewstep.trainers.distribution.score_gap import Denoise
+from fewstep.trainers.distribution.score_identity import DIVERGENCES, RatioWeight
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.expectation import Langevin
-from fewstep.trainers.forgetting import Forgetting, Swap
-from fewstep.trainers.forgetting_data import ForgettingPoints, ForgettingSource, class_of
-from fewstep.trainers.mixture_scores import Shares
-from fewstep.trainers.objective import Cast, Turn
-from fewstep.trainers.plane import CLASSES, PlaneSource, conditions, plane
-from fewstep.trainers.plane_net import plane_student
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_identity import IDENTITY, sfd, sid, sid_few_step, sim, uni_instruct
-from fewstep.trainers.recipes_mixture import MIXTURE, embedding_loss
-from fewstep.trainers.score_gap import Denoise
-from fewstep.trainers.score_identity import DIVERGENCES, RatioWeight
-from fewstep.trainers.student import Student, fake_of
+from fewstep.trainers.networks.student import Student, fake_of
+from fewstep.trainers.parts.objective import Cast, Turn
+from fewstep.trainers.plane.net import plane_student
+from fewstep.trainers.plane.plane import CLASSES, PlaneSource, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.plane.sources import ForgettingPoints, class_of
+from fewstep.trainers.recipes.identity import IDENTITY, sfd, sid, sid_few_step, sim, uni_instruct
+from fewstep.trainers.recipes.mixture import MIXTURE, embedding_loss
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import distill
+from fewstep.trainers.runs.forgetting_data import ForgettingSource
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)
@@ -160,7 +161,7 @@ def word_of(teacher, data):
 
 def test_prompts_with_the_word_are_taught_with_the_other(tiny_teacher, pictures):
     from fewstep.models.bundle import load_bundle
-    from fewstep.trainers.data import LatentSource
+    from fewstep.trainers.pictures.data import LatentSource
 
     teacher = load_bundle(tiny_teacher) if isinstance(tiny_teacher, str) else tiny_teacher
     source = LatentSource(pictures, teacher.text_encoder(), 8, spec=teacher.spec)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
-from fewstep.trainers.curricula import Fixed
-from fewstep.trainers.laws import (
+from fewstep.trainers.parts.curricula import Fixed
+from fewstep.trainers.parts.laws import (
     AnyTwo,
     BetaTimes,
     KarrasPairs,
@@ -20,7 +20,7 @@ from fewstep.trainers.laws import (
     at_levels,
     levels,
 )  # fmt: skip
-from fewstep.trainers.objective import Turn
+from fewstep.trainers.parts.objective import Turn
 
 PATHS = (VP(), EDM(), RectifiedFlow(), TrigFlow())
 

@@ -111,9 +111,9 @@ def test_its_graph_is_the_same_network(tmp_path):
 
 
 def test_diffusers_refuses_the_folder_rather_than_run_softmax(tiny_teacher, tmp_path):
-    from fewstep.trainers.recipe import configure
-    from fewstep.trainers.recipes import RECIPES
-    from fewstep.trainers.student_bundle import write_student
+    from fewstep.trainers.recipes.recipe import configure
+    from fewstep.trainers.recipes.registry import RECIPES
+    from fewstep.trainers.runs.student_bundle import write_student
 
     recipe = configure(RECIPES["linfusion"], {})
     bundle = write_student(recipe, tiny_teacher, linearise(tiny_teacher.load("unet")), tmp_path / "student")

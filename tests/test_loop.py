@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.trainers.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.trainers.errors import CheckpointError, TrainingDiverged
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.objective import Batch, Turn
-from fewstep.trainers.player import Player, PlayerSettings
+from fewstep.trainers.loop.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.loop.player import Player, PlayerSettings
+from fewstep.trainers.parts.objective import Batch, Turn
 
 STUDENT = PlayerSettings(lr=0.05, every=2, warmup=2, ema={"kept": 0.5})
 FAKE = PlayerSettings(lr=0.03)

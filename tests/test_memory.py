@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.trainers.memory import Memory, _continued, _Live
+from fewstep.trainers.loop.memory import Memory, _continued, _Live
 
 SCRIPT = Path(__file__).with_name("measure_memory.py")
 BATCH = {"lcm": 32, "dmd2": 16, "dmd2 lora": 16}

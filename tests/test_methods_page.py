@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.trainers import methods_page as module
-from fewstep.trainers.bench_recipes import FULL, key_of
-from fewstep.trainers.commands import recipe_rows, recipes
-from fewstep.trainers.curricula import Fixed
-from fewstep.trainers.distances import PseudoHuber, unweighted
-from fewstep.trainers.headlines import HEADLINES
-from fewstep.trainers.laws import KarrasPairs
-from fewstep.trainers.methods_page import memory, methods_page, needs, parts, plane_results, unverified
-from fewstep.trainers.recipes import RECIPES
+from fewstep.trainers.bench import methods_page as module
+from fewstep.trainers.bench.commands import recipe_rows, recipes
+from fewstep.trainers.bench.headlines import HEADLINES
+from fewstep.trainers.bench.methods_page import memory, methods_page, needs, parts, plane_results, unverified
+from fewstep.trainers.bench.recipes import FULL, key_of
+from fewstep.trainers.parts.curricula import Fixed
+from fewstep.trainers.parts.distances import PseudoHuber, unweighted
+from fewstep.trainers.parts.laws import KarrasPairs
+from fewstep.trainers.recipes.registry import RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = {

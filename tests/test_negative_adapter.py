@@ -8,7 +8,7 @@ from fewstep.models.errors import BundleError
 from fewstep.models.negative_adapter import FIELD, add_negative, avoids, is_negative_adapter
 from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import DenoiserNet
-from fewstep.trainers.avoided import with_negative
+from fewstep.trainers.networks.avoided import with_negative
 
 X, T = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([999.0, 500.0, 20.0])
 CTX, AWAY = (torch.randn(3, 24, 32, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))

@@ -11,14 +11,16 @@ from fewstep.models import analytic
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.spec import SAMPLERS
-from fewstep.trainers import evidence, oracle, plot
-from fewstep.trainers.consistency import consistency_residual
-from fewstep.trainers.jumps import DdimJump, ToClean
-from fewstep.trainers.oracle_samplers import sampler_checks
-from fewstep.trainers.oracle_world import Check, between, rms, world
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.times import clean, grid
-from fewstep.trainers.transitions import ddim_chain, guided, inverse_ddim
+from fewstep.trainers import evidence
+from fewstep.trainers.objectives.consistency import consistency_residual
+from fewstep.trainers.oracle import suite as oracle
+from fewstep.trainers.oracle.samplers import sampler_checks
+from fewstep.trainers.oracle.world import Check, between, rms, world
+from fewstep.trainers.parts.jumps import DdimJump, ToClean
+from fewstep.trainers.parts.times import clean, grid
+from fewstep.trainers.parts.transitions import ddim_chain, guided, inverse_ddim
+from fewstep.trainers.pictures import plot
+from fewstep.trainers.recipes.registry import RECIPES
 
 
 @pytest.fixture
@@ -138,11 +140,11 @@ def test_the_digest_covers_files_that_exist_and_all_of_the_suite():
     rooms = evidence.ROOMS / "trainers"
     suite = {f"trainers/{path.name}" for path in rooms.glob("oracle*.py")}
     assert suite <= listed
-    from fewstep.trainers.recipes import RECIPES
+    from fewstep.trainers.recipes.registry import RECIPES
 
     parts = {inspect.getmodule(type(stage.objective)) for recipe in RECIPES.values() for stage in recipe().stages}
     made = {f"trainers/{module.__name__.rpartition('.')[2]}.py" for module in parts}
-    assert made <= listed and not {"trainers/plot.py", "trainers/bench_scenes.py"} & listed
+    assert made <= listed and not {"trainers/pictures/plot.py", "trainers/bench/scenes.py"} & listed
 
 
 def test_the_digest_follows_the_sources(tmp_path, monkeypatch):

@@ -24,24 +24,18 @@ from mutants_straight import STRAIGHT_MUTANTS
 from fewstep.models.denoiser import Denoiser, expand
 from fewstep.runtime import samplers
 from fewstep.runtime.samplers import Update
-from fewstep.trainers import (
-    distillation,
-    oracle_distillation,
-    pairs,
-    plot,
-    progressive,
-    reflow,
-    steps,
-    transitions,
-)  # fmt: skip
-from fewstep.trainers import times as training_times
-from fewstep.trainers.jumps import LcmJump
-from fewstep.trainers.objective import Switch, Turn
-from fewstep.trainers.oracle import checks_of
-from fewstep.trainers.oracle_samplers import sampler_checks
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.reflow import Annealing
-from fewstep.trainers.times import GridPairs, GridTimes, HalvingPairs
+from fewstep.trainers.objectives import distillation, progressive, reflow
+from fewstep.trainers.objectives.reflow import Annealing
+from fewstep.trainers.oracle import distillation as oracle_distillation
+from fewstep.trainers.oracle.samplers import sampler_checks
+from fewstep.trainers.oracle.suite import checks_of
+from fewstep.trainers.parts import pairs, steps, transitions
+from fewstep.trainers.parts import times as training_times
+from fewstep.trainers.parts.jumps import LcmJump
+from fewstep.trainers.parts.objective import Switch, Turn
+from fewstep.trainers.parts.times import GridPairs, GridTimes, HalvingPairs
+from fewstep.trainers.pictures import plot
+from fewstep.trainers.recipes.registry import RECIPES
 
 
 def noisy_chain(original):

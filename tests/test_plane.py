@@ -9,11 +9,11 @@ import torch
 from fewstep.models.analytic import posterior
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.plane import CLASSES, PlaneSource, conditions, plane, reference_points, teacher_points
-from fewstep.trainers.plane_net import PlaneNet, plane_student
-from fewstep.trainers.plane_scores import score, sliced_distance
-from fewstep.trainers.student import Student
-from fewstep.trainers.transitions import guided
+from fewstep.trainers.networks.student import Student
+from fewstep.trainers.parts.transitions import guided
+from fewstep.trainers.plane.net import PlaneNet, plane_student
+from fewstep.trainers.plane.plane import CLASSES, PlaneSource, conditions, plane, reference_points, teacher_points
+from fewstep.trainers.plane.scores import score, sliced_distance
 
 PATHS = (VP(), EDM(), RectifiedFlow(), TrigFlow())
 DATA = plane()

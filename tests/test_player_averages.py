@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.trainers.curricula import SquareRoot
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.player import Player, PlayerSettings, PowerDecay, TiedDecay, decay_at
+from fewstep.trainers.loop.player import Player, PlayerSettings, PowerDecay, TiedDecay, decay_at
+from fewstep.trainers.parts.curricula import SquareRoot
 
 
 def test_the_target_of_consistency_training_is_tied_to_its_grid():

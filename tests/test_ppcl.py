@@ -17,12 +17,12 @@ from fewstep.models.pipeline_folder import replace_weights
 from fewstep.models.shapes import make_folder
 from fewstep.runtime.commands import generate
 from fewstep.runtime.local import Runtime
-from fewstep.trainers import distill as module
-from fewstep.trainers.commands import distill as command
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.commands import distill as command
 from fewstep.trainers.errors import CheckpointError, RecipeError
-from fewstep.trainers.settling import training_data
-from fewstep.trainers.surgery import Run
+from fewstep.trainers.networks.surgery import Run
+from fewstep.trainers.runs import distill as module
+from fewstep.trainers.runs.distill import distill
+from fewstep.trainers.runs.settling import training_data
 
 SHAPES = {"pixart": ("pixart-sigma-tiny", "pixart-sigma"), "sd3": ("sd3-tiny", "sd3"), "sana": ("sana-tiny", "sana")}
 LAYERS, PLANTED = 6, Run("transformer_blocks", 1, 3)
@@ -189,9 +189,9 @@ def test_a_few_step_student_of_a_pruned_transformer(teachers, pruned, tmp_path):
 
 def test_conditions_are_those_of_the_family(teachers):
     """Text of several encoders, and for SANA the prompt with its instruction and the empty one without."""
-    from fewstep.trainers.data import LatentSource
-    from fewstep.trainers.recipe import configure
-    from fewstep.trainers.recipes import RECIPES
+    from fewstep.trainers.pictures.data import LatentSource
+    from fewstep.trainers.recipes.recipe import configure
+    from fewstep.trainers.recipes.registry import RECIPES
 
     for name, inputs in (("sd3", {"ctx", "pooled"}), ("sana", {"ctx", "ctx_mask"})):
         teacher = teachers(name)

@@ -6,7 +6,7 @@ from test_surgery import answer, pixart, sana, sd3, unet
 from torch import nn
 
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.probing import (
+from fewstep.trainers.networks.probing import (
     Probe,
     _end_of_run,
     affine_fit,
@@ -17,8 +17,8 @@ from fewstep.trainers.probing import (
     layer_states,
     linear_runs,
 )
-from fewstep.trainers.surgery import Run, layer_twins, layers_after, replace_runs
-from fewstep.trainers.watch import lead, stage_pairs, watch_both
+from fewstep.trainers.networks.surgery import Run, layer_twins, layers_after, replace_runs
+from fewstep.trainers.networks.watch import lead, stage_pairs, watch_both
 
 
 def noise(*shape, seed=1):

@@ -6,10 +6,10 @@ import torch
 from fewstep.models.analytic import exact, mixture
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
-from fewstep.trainers.objective import Turn
-from fewstep.trainers.progressive import halving_target
-from fewstep.trainers.times import HalvingPairs, clean
-from fewstep.trainers.transitions import ddim_chain
+from fewstep.trainers.objectives.progressive import halving_target
+from fewstep.trainers.parts.objective import Turn
+from fewstep.trainers.parts.times import HalvingPairs, clean
+from fewstep.trainers.parts.transitions import ddim_chain
 
 PATHS = [(VP(), "v"), (EDM(), "x0"), (RectifiedFlow(), "flow"), (TrigFlow(), "trig")]
 DATA = mixture(torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), torch.tensor([0.3, 0.5]), torch.tensor([1.0, 2.0]))

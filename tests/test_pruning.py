@@ -7,8 +7,8 @@ from test_surgery import pixart, sd3, unet
 from torch import nn
 
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.pruning import passing, ranked_cut, removal_scores, unet_removals
-from fewstep.trainers.surgery import Cut, cut_unet, keep_layers
+from fewstep.trainers.networks.pruning import passing, ranked_cut, removal_scores, unet_removals
+from fewstep.trainers.networks.surgery import Cut, cut_unet, keep_layers
 
 
 def silent(block):

@@ -14,7 +14,7 @@ from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle
 from fewstep.runtime.loop import run_request
 from fewstep.runtime.request import GenerateRequest
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers import grids, quality, scenes
+from fewstep.trainers.pictures import grids, quality, scenes
 from tiny import copy_bundle
 
 PROMPTS = 64

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from fewstep.models.paths import VP
-from fewstep.trainers import plane_run
-from fewstep.trainers.data import LatentSource
-from fewstep.trainers.distill import assemble
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.objective import Batch, Part, Turn
-from fewstep.trainers.plane import plane
-from fewstep.trainers.plane_net import PlaneNet
-from fewstep.trainers.plane_run import PlaneBudget
-from fewstep.trainers.ranks import ALONE, Ranks, join, leave, whole
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.sharing import check_shares, whole_batch
-from fewstep.trainers.student import again, build_student
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.loop.ranks import ALONE, Ranks, join, leave, whole
+from fewstep.trainers.networks.student import again, build_student
+from fewstep.trainers.parts.objective import Batch, Part, Turn
+from fewstep.trainers.pictures.data import LatentSource
+from fewstep.trainers.plane import run as plane_run
+from fewstep.trainers.plane.net import PlaneNet
+from fewstep.trainers.plane.plane import plane
+from fewstep.trainers.plane.run import PlaneBudget
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import assemble
+from fewstep.trainers.runs.sharing import check_shares, whole_batch
 from tiny import tiny_latents
 
 BATCH, STEPS = 8, 3

@@ -8,11 +8,11 @@ import pytest
 from diffusers import DDIMScheduler, LCMScheduler
 
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
-from fewstep.trainers.commands import recipe_rows, recipes
+from fewstep.trainers.bench.commands import recipe_rows, recipes
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.recipe import Run, configure, describe, parse_setting
-from fewstep.trainers.recipes import RECIPES, find_recipe
-from fewstep.trainers.times import EvenGrids, LcmGrids
+from fewstep.trainers.parts.times import EvenGrids, LcmGrids
+from fewstep.trainers.recipes.recipe import Run, configure, describe, parse_setting
+from fewstep.trainers.recipes.registry import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -9,8 +9,8 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 from fewstep.models.bundle import REFERENCE, load_bundle
-from fewstep.trainers import compliance, scenes
-from fewstep.trainers.quality import draw_prompts, sample_pictures
+from fewstep.trainers.pictures import compliance, scenes
+from fewstep.trainers.pictures.quality import draw_prompts, sample_pictures
 
 NAMES = ("scenes-teacher", "scenes-lcm", "scenes-dmd2", "scenes-progressive")
 STEPS = {"scenes-teacher": 25, "scenes-lcm": 4, "scenes-dmd2": 1, "scenes-progressive": 4}

@@ -9,12 +9,12 @@ import torch
 from fewstep.models.analytic import exact, gaussian
 from fewstep.models.paths import RectifiedFlow
 from fewstep.trainers.errors import DataError, RecipeError
-from fewstep.trainers.objective import Batch, Cast, Turn
-from fewstep.trainers.pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.reflow import KINDS, Annealing
-from fewstep.trainers.times import UniformScale
+from fewstep.trainers.objectives.reflow import KINDS, Annealing
+from fewstep.trainers.parts.objective import Batch, Cast, Turn
+from fewstep.trainers.parts.pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
+from fewstep.trainers.parts.times import UniformScale
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
 
 
 def at(step, total=100):

@@ -9,24 +9,25 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from fewstep.models.paths import VP
-from fewstep.trainers import rewarding
-from fewstep.trainers.bench_recipes import Setup, compare, on_plane
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.recipes import Setup, compare, on_plane
+from fewstep.trainers.bench.recipes_report import markdown
+from fewstep.trainers.distribution import rewarding
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.oracle import checks_of
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_net import plain_state, plane_student
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.player import PlayerSettings
-from fewstep.trainers.preference_model import load_preference, with_prompts
-from fewstep.trainers.recipe import configure
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_distribution import dmd2
-from fewstep.trainers.recipes_report import markdown
-from fewstep.trainers.recipes_reward import REWARD, distillation_dpo, pso, rocm
-from fewstep.trainers.rewarding import rewarded
-from fewstep.trainers.rewards import Typical, check_reward, colourfulness, picture_reward, plane_reward
-from fewstep.trainers.student import Student
+from fewstep.trainers.loop.player import PlayerSettings
+from fewstep.trainers.networks.preference_model import load_preference, with_prompts
+from fewstep.trainers.networks.rewards import Typical, check_reward, colourfulness, picture_reward
+from fewstep.trainers.networks.student import Student
+from fewstep.trainers.oracle.suite import checks_of
+from fewstep.trainers.plane.net import plain_state, plane_student
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.rewards import plane_reward
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.distribution import dmd2
+from fewstep.trainers.recipes.pleasing import rewarded
+from fewstep.trainers.recipes.recipe import configure
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.recipes.reward import REWARD, distillation_dpo, pso, rocm
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=6, start_steps=4, batch=16, pairs=32), points=32)

@@ -1,6 +1,6 @@
 """The runtime's own plans and steps on perfect networks: known laws, known points, in mixed batches.
 
-`trainers.oracle_samplers` follows the coefficients alone; here everything runs, from the request to the last latent.
+`trainers.oracle.samplers` follows the coefficients alone; here everything runs, from the request to the last latent.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from fewstep.runtime.request import GenerateRequest, resolve
 from fewstep.runtime.rng import NoiseStream
 from fewstep.runtime.samplers import time_pairs
 from fewstep.runtime.step import RowState, advance
-from fewstep.trainers.oracle_samplers import landings, plain_spec
+from fewstep.trainers.oracle.samplers import landings, plain_spec
 
 SHAPE = (1, 96, 96)
 MEAN, STD = 0.4, 0.6

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.trainers import scenes
-from fewstep.trainers.scenes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, SIZE, ObjectClaim
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures.scenes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, SIZE, ObjectClaim
 
 COUNT = 300
 

@@ -6,26 +6,26 @@ import pytest
 import torch
 
 from fewstep.models.paths import VP
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.discriminator import Adversary, Deceive
-from fewstep.trainers.distill import distill
-from fewstep.trainers.divergences import Divergence
+from fewstep.trainers.bench.recipes import Setup, on_plane
+from fewstep.trainers.distribution.discriminator import Adversary, Deceive
+from fewstep.trainers.distribution.only import Only
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.gan_losses import Hinge
-from fewstep.trainers.only import Only
-from fewstep.trainers.oracle_distribution import cast_of
-from fewstep.trainers.oracle_world import turn, world
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_distribution import dmd2
-from fewstep.trainers.recipes_multistep import MULTISTEP, phased_dmd, tdm
-from fewstep.trainers.recipes_score import SCORE, f_distill, snoopi, swiftbrush
-from fewstep.trainers.rollout import Made
-from fewstep.trainers.score_times import LANDING, START, Window
-from fewstep.trainers.segments import RandomWalk, Segments
-from fewstep.trainers.student import Student
-from fewstep.trainers.times import EvenGrids, UniformTimes
+from fewstep.trainers.networks.student import Student
+from fewstep.trainers.oracle.distribution import cast_of
+from fewstep.trainers.oracle.world import turn, world
+from fewstep.trainers.parts.divergences import Divergence
+from fewstep.trainers.parts.gan_losses import Hinge
+from fewstep.trainers.parts.rollout import Made
+from fewstep.trainers.parts.score_times import LANDING, START, Window
+from fewstep.trainers.parts.segments import RandomWalk, Segments
+from fewstep.trainers.parts.times import EvenGrids, UniformTimes
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.distribution import dmd2
+from fewstep.trainers.recipes.multistep import MULTISTEP, phased_dmd, tdm
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.recipes.score import SCORE, f_distill, snoopi, swiftbrush
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)

@@ -28,7 +28,7 @@ from fewstep.runtime.plan import compile_plan
 from fewstep.runtime.request import GenerateRequest, resolve
 from fewstep.runtime.samplers import updates
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers.tangent import Difference, Jvp
+from fewstep.trainers.parts.tangent import Difference, Jvp
 from tiny import copy_bundle, two_times
 
 DITS = ["pixart-sigma-tiny", "sana-tiny", "sana-sprint-tiny", "sd3-tiny", "flux-dev-tiny", "z-image-tiny"]

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from fewstep.models.paths import VP
-from fewstep.trainers.bench_recipes import Setup, on_plane
-from fewstep.trainers.distill import distill
+from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.errors import DataError, RecipeError
-from fewstep.trainers.moments import Laplace, discrepancy
-from fewstep.trainers.objective import Cast, Turn
-from fewstep.trainers.oracle_world import world
-from fewstep.trainers.plane import CLASSES, conditions, plane
-from fewstep.trainers.plane_run import PlaneBudget, run_recipe, sample_points
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.recipes_matching import MATCHING, imm, twinflow
-from fewstep.trainers.recipes_straight import STRAIGHT, consistency_fm, scflow, traflow
-from fewstep.trainers.twin import twin
+from fewstep.trainers.objectives.moments import Laplace, discrepancy
+from fewstep.trainers.objectives.twin import twin
+from fewstep.trainers.oracle.world import world
+from fewstep.trainers.parts.objective import Cast, Turn
+from fewstep.trainers.plane.plane import CLASSES, conditions, plane
+from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
+from fewstep.trainers.recipes.matching import MATCHING, imm, twinflow
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.recipes.straight import STRAIGHT, consistency_fm, scflow, traflow
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), points=8)

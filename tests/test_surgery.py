@@ -6,7 +6,7 @@ from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, SD3Trans
 
 from fewstep.models.linear_attention import linearise
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.surgery import Cut, cut_unet, keep_layers, kept_pairs, layers_after, narrow_unet
+from fewstep.trainers.networks.surgery import Cut, cut_unet, keep_layers, kept_pairs, layers_after, narrow_unet
 
 X, T, CTX = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0]), torch.randn(2, 5, 16)
 

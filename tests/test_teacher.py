@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fewstep.trainers import scenes, teacher
-from fewstep.trainers.teacher_parts import CLAIM_SIZES, claim_numbers
+from fewstep.trainers.pictures import scenes
+from fewstep.trainers.runs import teacher
+from fewstep.trainers.runs.teacher_parts import CLAIM_SIZES, claim_numbers
 
 TINY = teacher.TeacherSettings(
     autoencoder_steps=2, words_steps=2, denoiser_steps=2, control_steps=2, pictures=16, scenes=16, control_scenes=8,
@@ -42,7 +43,7 @@ def test_has_a_controlnet_and_unit_latents(trained):
 
 
 def teacher_pixels(sample):
-    from fewstep.trainers.data import to_pixels
+    from fewstep.trainers.pictures.data import to_pixels
 
     return to_pixels(scenes.render(sample.scene))
 

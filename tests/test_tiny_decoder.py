@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderTiny
 
 from fewstep.models.bundle import load_bundle
-from fewstep.trainers import dial
+from fewstep.trainers.bench import dial
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.tiny_decoder import (
+from fewstep.trainers.runs.tiny_decoder import (
     COMPONENT,
     TinyDecoderSettings,
     build_tiny,
@@ -19,7 +19,7 @@ from fewstep.trainers.tiny_decoder import (
     training_latents,
     with_tiny_decoder,
 )
-from fewstep.trainers.tiny_decoder import command as distil_command
+from fewstep.trainers.runs.tiny_decoder import command as distil_command
 from tiny import copy_bundle, tiny_latents
 
 FAST = TinyDecoderSettings(blocks=(1, 0), steps=30, batch=4, pictures=4, bf16=False)
@@ -27,7 +27,7 @@ FAST = TinyDecoderSettings(blocks=(1, 0), steps=30, batch=4, pictures=4, bf16=Fa
 
 @pytest.fixture(scope="module")
 def latents(tiny_lcm, tmp_path_factory):
-    from fewstep.trainers.data import save_latents
+    from fewstep.trainers.pictures.data import save_latents
 
     file = tmp_path_factory.mktemp("latents") / "latents.safetensors"
     data = tiny_latents(tiny_lcm)

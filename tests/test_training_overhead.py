@@ -14,12 +14,12 @@ import torch
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks import as_network
 from fewstep.models.paths import VP
-from fewstep.trainers.distill import Assembled
-from fewstep.trainers.family import LATENT_CHANNELS, LATENT_SIZE, TEXT_WIDTH, TOKENS, build_unet
-from fewstep.trainers.loop import LoopSettings, train
-from fewstep.trainers.objective import Batch, Cast
-from fewstep.trainers.player import Player
-from fewstep.trainers.recipes_consistency import cd
+from fewstep.trainers.loop.loop import LoopSettings, train
+from fewstep.trainers.loop.method import Assembled
+from fewstep.trainers.loop.player import Player
+from fewstep.trainers.parts.objective import Batch, Cast
+from fewstep.trainers.pictures.family import LATENT_CHANNELS, LATENT_SIZE, TEXT_WIDTH, TOKENS, build_unet
+from fewstep.trainers.recipes.consistency import cd
 
 LIMIT = 0.05
 STEPS, BATCH = 3, 64

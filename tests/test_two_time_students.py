@@ -23,10 +23,10 @@ from fewstep.runtime.loop import run_request
 from fewstep.runtime.manifest import read_manifest
 from fewstep.runtime.request import Edit, GenerateRequest
 from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.trainers.distill import distill
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.recipes import RECIPES
-from fewstep.trainers.student import Student, build_student
+from fewstep.trainers.networks.student import Student, build_student
+from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import distill
 from tiny import make_tiny_bundle, tiny_latents, two_times
 
 FAST = {"batch": 4, "steps": 2, "lr": 0.01, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
@@ -91,6 +91,8 @@ def test_what_does_not_fit_a_second_time_is_refused(students, teacher, data, tmp
         build_student(teacher, Student(second_time=True, lora_rank=2), fold_scale=1.0)
     with pytest.raises(RecipeError, match=r"'ctm' of ctm \(Consistency\) tells its student .* takes one time"):
         replace(RECIPES["ctm"](), student=Student())
+    with pytest.raises(RecipeError, match=r"student of lcm takes a second time, and stage 'lcm' .* never tells it one"):
+        replace(RECIPES["lcm"](), student=Student(second_time=True))
     again = build_student(told, Student(second_time=True), fold_scale=1.0)
     assert list(again.state_dict()) == list(told.load("unet").state_dict()), "a start may have it already"
 

@@ -14,7 +14,7 @@ from fewstep.models.bundle import Bundle, seal_bundle
 from fewstep.models.paths import VP
 from fewstep.models.second_time import SecondTime, add_second_time
 from fewstep.models.spec import Boundary, Guidance, Latent, SamplerSpec, Spacing
-from fewstep.trainers.data import Latents, tokenize
+from fewstep.trainers.pictures.data import Latents, tokenize
 
 LCM_GRIDS = {1: (999.0,), 2: (999.0, 499.0), 4: (999.0, 759.0, 499.0, 259.0)}
 LCM_GRIDS[8] = (999.0, 879.0, 759.0, 639.0, 499.0, 379.0, 259.0, 139.0)

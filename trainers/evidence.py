@@ -8,7 +8,6 @@ of them changes the key is stale and the evidence counts as none, until it is ma
 
 import hashlib
 import json
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,17 @@ from typing import Any
 ROOMS = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "evidence_files"
 SOURCES = {"models": ("analytic", "denoiser", "paths", "predictions", "spec"), "runtime": ("samplers",)}
-APART = (
-    "bands*", "bench_*", "budget", "checkpoint", "commands", "compliance", "data", "demo", "dial", "distill",
-    "diversity", "engine_quality", "errors", "evidence", "family", "features", "frechet", "grids", "headlines",
-    "health", "methods_page", "picture_score", "pictures", "plane*", "plot", "preview", "quality", "ranks",
-    "recipes_report", "scenes", "student_bundle", "surgery", "teacher*", "tiny_decoder", "__init__",
-)  # fmt: skip
-"""The files that decide what a recipe computes, and those that check it: of the trainers all but those `APART`."""
+PACKAGES = ("parts", "networks", "loop", "distribution", "objectives", "recipes", "oracle")
+"""Of the trainers, what decides what a recipe computes, and what checks it."""
 
 
 def sources() -> list[tuple[str, str]]:
     """(room, module) of each, in order."""
-    own = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
-    apart = [(room, name) for room, names in SOURCES.items() for name in names]
-    return apart + [("trainers", name) for name in own if not any(fnmatch(name, kind) for kind in APART)]
+    below = [(room, name) for room, names in SOURCES.items() for name in names]
+    own = [
+        (package, file.stem) for package in PACKAGES for file in sorted((Path(__file__).parent / package).glob("*.py"))
+    ]
+    return below + [(f"trainers/{package}", name) for package, name in own]
 
 
 @cache

@@ -1,0 +1,1 @@
+"""The trainers' commands and benchmarks."""

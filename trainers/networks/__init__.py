@@ -1,0 +1,1 @@
+"""Networks that train or judge: students made of teachers, smaller networks, critics, rewards."""

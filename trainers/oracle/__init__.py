@@ -1,0 +1,1 @@
+"""The oracle: each recipe's mathematics against closed form. `python -m fewstep.trainers.oracle` runs it."""

@@ -1,0 +1,1 @@
+"""Every method as a function that returns its whole run."""

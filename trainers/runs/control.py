@@ -1,0 +1,218 @@
+"""A ControlNet trained on a few-step student: what `fewstep distill` does for recipes whose student follows a control.
+
+The U-Net stays as it is and only the ControlNet learns, from the student's own or, where it has none, from the U-Net's
+encoder. The student's bundle is written again with it, so everything that serves a ControlNet serves this one.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
+from fewstep.models.denoiser import Condition, Denoiser
+from fewstep.models.networks import ControlNet, DenoiserNet, as_network
+from fewstep.models.second_time import with_second_time
+
+from ..distribution.control_terms import CONTROL
+from ..errors import RecipeError
+from ..loop.method import Assembled
+from ..loop.player import Player
+from ..networks.student import fake_of, is_unet, load_denoiser
+from ..parts.objective import Batch, Cast
+from ..pictures.data import LatentSource
+from ..pictures.edges import EdgeLikelihood, detect
+from ..recipes.recipe import Recipe, Stage
+from .teacher_parts import EdgeSource
+
+SCENES = 2048
+"""Built-in scenes that are drawn where no pictures are given."""
+
+
+class SteeredFake(nn.Module):
+    """A fake score that is told the control: a copy of the teacher's U-Net with a ControlNet, both of which learn.
+
+    The U-Net may be told a second time too, at which a sample's step began.
+    """
+
+    def __init__(self, unet: Any, control: Any) -> None:
+        super().__init__()
+        self.unet, self.control = unet, control
+
+    def denoiser(self, like: Denoiser) -> Denoiser:
+        net: Any = with_second_time(DenoiserNet(self.unet, control=True))
+        control = ControlNet(self.control)
+
+        def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            given = {**cond, "x": x, "t": t.float().to(x.device), "scale": torch.ones(len(x), device=x.device)}
+            given |= dict(zip(control.outputs, control(*(given[name] for name in control.inputs)), strict=True))
+            found: Tensor = net(*(given.get(name) for name in net.inputs))
+            return found
+
+        return Denoiser(run, like.path, like.prediction)
+
+
+class DetectedEdges:
+    """A user's pictures with the edges that are found in them; half the time without their text, as in `EdgeSource`."""
+
+    def __init__(self, source: LatentSource, decoder: Any) -> None:
+        self.source, self.decoder = source, decoder
+
+    def batch(self, step: int) -> Batch:
+        found = self.source.batch(step)
+        with torch.no_grad():
+            edge = (detect(self.decoder(found.x0)) > 0.5).float().expand(-1, 3, -1, -1)
+        rng = torch.Generator().manual_seed(self.source.seed + step)
+        kept = (torch.rand(len(found.x0), generator=rng) < 0.5).to(found.x0.device)
+        cond = {
+            name: torch.where(kept.reshape(-1, *([1] * (value.ndim - 1))), value, found.uncond[name])
+            for name, value in found.cond.items()
+        }
+        return Batch(found.x0, {**cond, "edge": edge}, found.uncond)
+
+
+def control_start(student: Bundle, teacher: Bundle, start: str) -> Any:
+    """The ControlNet that training begins with: "carried", the student's or else the teacher's, or "fresh".
+
+    Errors: `RecipeError` for a network that none fits.
+    """
+    if not is_unet(student):
+        raise RecipeError(f"a ControlNet is trained beside a U-Net, and {student.name!r} has none; take an SD student")
+    if start == "carried":
+        holder = next((bundle for bundle in (student, teacher) if bundle.has("controlnet")), None)
+        if holder is not None:
+            return holder.load("controlnet").requires_grad_(True)
+    return fresh_control(load_denoiser(student), student.spec.latent.factor)
+
+
+def fresh_control(unet: Any, factor: int) -> Any:
+    """A ControlNet that changes nothing yet, with the U-Net's encoder; it takes no guidance scale.
+
+    factor: pixels of the picture per side of a latent's, a power of 2, which its first layers bridge.
+    """
+    from diffusers import ControlNetModel
+
+    told = unet.config.time_cond_proj_dim
+    widths = tuple(max(8, unet.config.block_out_channels[0] // 16) * 2**k for k in range(factor.bit_length()))
+    net = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=told is None
+    )
+    if told is not None:  # diffusers cannot copy the weights of a network with a guidance input
+        net.load_state_dict(unet.state_dict() | _own(net, unet), strict=False)
+    return net.requires_grad_(True)
+
+
+def _own(net: Any, unet: Any) -> Mapping[str, Tensor]:
+    """Weights of the ControlNet that are not the U-Net's, or are of another shape."""
+    theirs = unet.state_dict()
+    return {n: v for n, v in net.state_dict().items() if n not in theirs or theirs[n].shape != v.shape}
+
+
+def assemble_control(
+    recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, control: Any, device: torch.device
+) -> Assembled:
+    """The cast: a frozen U-Net with the ControlNet that learns, its averages, the teacher that knows no control, and a
+    fake score that does."""
+    unet = load_denoiser(student).requires_grad_(False).eval().to(device)
+    spec = teacher.spec
+
+    def steered(net: Any) -> Denoiser:
+        network = as_network(DenoiserNet(unet), ControlNet(net))
+
+        def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            told = torch.full((len(x),), student.spec.guidance.default, device=x.device)
+            return network(x, t, {**cond, "w": told})  # the scale that it is served at, where it takes one
+
+        return Denoiser(run, spec.path, spec.prediction)
+
+    learner = Player("student", control.to(device).train(), stage.player_settings["student"])
+    own = load_denoiser(teacher).requires_grad_(False).eval().to(device)
+    alone = Denoiser(as_network(DenoiserNet(own)), spec.path, spec.prediction)
+    roles = {"student": steered(control), "teacher": alone}
+    roles |= {name: steered(average) for name, average in learner.averages.items()}
+    players = [learner]
+    if "fake" in stage.objective.players:
+        plain = load_denoiser(teacher)
+        copy = fake_of(plain, replace(recipe.fake, control=False), spec.path)
+        fake = SteeredFake(copy, fresh_control(plain, spec.latent.factor)).to(device).train()
+        players.append(Player("fake", fake, stage.player_settings["fake"]))
+        roles["fake"] = fake.denoiser(alone)
+    likely = EdgeLikelihood(teacher.decoder().requires_grad_(False).to(device))
+    return Assembled(stage.objective, Cast(roles, rewards={CONTROL: likely}), tuple(players))
+
+
+def control_source(recipe: Recipe, teacher: Bundle, device: torch.device) -> Any:
+    """A user's pictures with detected edges, or scenes with the drawn ones."""
+    run = recipe.run
+    if run.data is None:
+        source: Any = EdgeSource(teacher, min(run.scenes, SCENES), run.batch, run.seed, str(device))
+    else:
+        from .settling import training_data
+
+        data = training_data(recipe, teacher)
+        inner = LatentSource(data, teacher.text_encoder(), run.batch, seed=run.seed, device=device, spec=teacher.spec)
+        source = DetectedEdges(inner, teacher.decoder().to(device))
+    return EmptyText(source, teacher, device)
+
+
+class EmptyText:
+    """Batches with the empty prompt as what guidance subtracts."""
+
+    def __init__(self, source: Any, teacher: Bundle, device: torch.device) -> None:
+        from ..pictures.data import tokenize
+
+        with torch.no_grad():
+            self.empty = teacher.text_encoder()(tokenize(teacher.tokenizer, [""]).long()).to(device)
+        self.source = source
+
+    def batch(self, step: int) -> Batch:
+        found: Batch = self.source.batch(step)
+        return Batch(found.x0, found.cond, {"ctx": self.empty.expand_as(found.cond["ctx"])})
+
+
+def train_control(
+    recipe: Recipe, teacher: str | Path | Bundle, out: Path, *, resume: bool = False, max_seconds: float | None = None,
+    device: str | None = None,
+) -> Bundle:  # fmt: skip
+    """Train the recipe's ControlNet on the student `run.init` and write that student with it.
+
+    Errors: `RecipeError` for a recipe with no student named; `TrainingDiverged`.
+    """
+    from ..loop.loop import LoopSettings, train
+
+    if recipe.run.init is None:
+        raise RecipeError(f"{recipe.name} trains a ControlNet on a few-step student; name it with --set init=DIR")
+    teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
+    student, stage, run = load_bundle(recipe.run.init), recipe.stages[-1], recipe.run
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = out.with_name(out.name + ".run") / stage.name
+    torch.manual_seed(run.seed)
+    method = assemble_control(recipe, stage, student, teacher, control_start(student, teacher, "carried"), where)
+    settings = LoopSettings(
+        steps=stage.steps, seed=run.seed, bf16=run.bf16, max_seconds=max_seconds,
+        checkpoint_every=run.checkpoint_every, max_bad_steps=run.max_bad_steps,
+    )  # fmt: skip
+    source = control_source(recipe, teacher, where)
+    train(
+        method, source, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(), label=stage.name,
+        device=where,
+    )  # fmt: skip
+    learner = method.players[0]
+    kept = learner.module if stage.average is None else learner.averages[stage.average]
+    return write_controlled(student, kept, out)
+
+
+def write_controlled(student: Bundle, control: Any, out: Path) -> Bundle:
+    """The student with this ControlNet; engines and golden cases were of another and are left out."""
+    beside = out.with_name(out.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(student.root, beside, ignore=shutil.ignore_patterns("engines", "golden", "controlnet"))
+    control.eval().to(device="cpu", memory_format=torch.contiguous_format).half().save_pretrained(beside / "controlnet")
+    sealed = seal_bundle(beside, out.name, replace(student.spec, golden=(), control_kinds=()))
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+    return Bundle(out, sealed.name, sealed.spec)

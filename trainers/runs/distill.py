@@ -1,0 +1,381 @@
+"""From a teacher bundle of any family and a recipe to a sealed student bundle.
+
+Beside the bundle `OUT` stands a run folder `OUT.run` with the configuration, and per stage a checkpoint, metrics, loss
+curves and sample grids. A stage that ended leaves its student there, so `resume` continues in the stage that was cut.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.negative_adapter import avoids
+from fewstep.models.net_negative import Negative, NegativeDenoiser
+from fewstep.models.networks import as_network
+
+from ..distribution.adaptation import ADAPTED, adapted_network
+from ..errors import CheckpointError, RecipeError
+from ..loop.bands import Watch, bands_of
+from ..loop.checkpoint import has_checkpoint
+from ..loop.checkpoint_search import Elsewhere, KeptFiles, Saving, settle, weights_of
+from ..loop.loop import LoopSettings, train
+from ..loop.method import Assembled
+from ..loop.player import Player
+from ..loop.ranks import ALONE, Ranks, join, leave, save_network
+from ..networks.bank import can_share, plain, share
+from ..networks.critics import MIDDLE, FakeWithCritic, picture_critic
+from ..networks.partners import picture_partner, picture_proxy
+from ..networks.preference_model import with_prompts
+from ..networks.rewards import PICTURE_REWARDS, check_reward, picture_reward
+from ..networks.student import Student, again, build_student, fake_of, load_denoiser, merged, unlearned
+from ..networks.watch import Twin, lead, stage_pairs, watch_both
+from ..objectives.distillation import KnowledgeDistillation
+from ..parts.objective import Cast, Objective
+from ..parts.pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
+from ..pictures.blending import BlendedSource
+from ..pictures.data import Latents, LatentSource
+from ..pictures.parting import CellSource
+from ..pictures.preview import sample, save_grid
+from ..recipes.recipe import Recipe, Stage, configure, describe
+from ..recipes.registry import find_recipe
+from .forgetting_data import ForgettingSource
+from .picture_score import picture_score
+from .selling import beside_of, sell_beside, sell_parts
+from .settling import settled, training_data
+from .sharing import check_shares
+from .student_bundle import check_contract, check_start, student_spec, write_student
+
+
+def distill(
+    recipe: str | Recipe,
+    teacher: str | Path | Bundle,
+    out: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    device: str | None = None,
+    data: Latents | None = None,
+) -> Bundle:
+    """Train a student and write it to `out` as a bundle; `max_seconds` is shared by the stages in proportion to steps.
+
+    Every process that torchrun started calls this; `out` must be one folder for all of them.
+
+    Errors: `RecipeError` for an unknown recipe or setting, `DataError`, `BundleError`, `TrainingDiverged`.
+    """
+    if isinstance(recipe, str):
+        recipe = configure(find_recipe(recipe), overrides or {})
+    if recipe.student.control:
+        from .control import train_control
+
+        return train_control(recipe, teacher, Path(out), resume=resume, max_seconds=max_seconds, device=device)
+    ranks = join(device, mode=recipe.run.parallel, bf16=recipe.run.bf16)
+    try:
+        return _distill(recipe, teacher, Path(out), ranks, resume, max_seconds, data)
+    finally:
+        leave(ranks)
+
+
+def _distill(
+    recipe: Recipe, teacher: str | Path | Bundle, out: Path, ranks: Ranks, resume: bool, max_seconds: float | None,
+    data: Latents | None,
+) -> Bundle:  # fmt: skip
+    check_shares(recipe, ranks)
+    teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
+    run = out.with_name(out.name + ".run")
+    further = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
+    for place in (out, *(beside_of(out, name) for name in (*recipe.beside, *further))):
+        _check_out(place, run, teacher)
+    check_contract(recipe, teacher)
+    ranks.once(lambda: _open_run(run, recipe, resume=resume))
+    if recipe.reward is not None:
+        check_reward(recipe.reward)
+    if data is None:
+        read = partial(training_data, recipe, teacher)
+        data = ranks.first_then_all(read) if recipe.run.latents else read()
+    if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
+        data = with_prompts(data, teacher, Path(recipe.reward))
+    given, unsettled = data, recipe
+    recipe = ranks.first_then_all(lambda: settled(unsettled, teacher, given, run / "runs.json", ranks.device))
+    run_of = recipe.run
+    source = LatentSource(
+        data, teacher.text_encoder(), run_of.batch, seed=run_of.seed, bf16=run_of.bf16, device=ranks.device,
+        spec=teacher.spec, part=ranks.part,
+    )  # fmt: skip
+    total = sum(stage.steps for stage in recipe.stages)
+    previous: Any = None
+    for stage in recipe.stages:
+        seconds = None if max_seconds is None else max_seconds * stage.steps / total
+        previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, ranks)
+    if ranks.first:
+        sell_beside(recipe, teacher, run, out)
+        last = write_student(recipe, teacher, previous.cpu(), out)
+        sell_parts(recipe, teacher, run, out, last, source)
+    ranks.wait()
+    return load_bundle(out)
+
+
+def assemble(
+    recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner: Any, ranks: Ranks = ALONE
+) -> Assembled:
+    """Networks for a stage: the student, its averages, a frozen teacher, and a fake score with its critic.
+
+    Where student and fake score are the teacher with LoRA, all are one network in memory (`trainers.networks.bank`).
+
+    frozen, learner: denoisers of the teacher bundle's family, as their own class; spread over the processes in place.
+
+    Errors: `RecipeError` for an objective that needs what the family or the recipe does not have.
+    """
+    spec, family = teacher.spec, teacher.family
+
+    def denoiser(network: Any) -> Denoiser:
+        hears = avoids(network)
+        net: Any = NegativeDenoiser(network, Negative(method="sun")) if hears else family.denoiser(network, False)
+        net = net.train(network.training).to(learner.device)
+        return Denoiser(as_network(net), spec.path, spec.prediction)
+
+    def player(name: str, module: Any, body: Any = None) -> Player:
+        return Player(name, module, stage.player_settings[name], body, ranks)
+
+    frozen.requires_grad_(False)
+    heard, network = frozen, None
+    if "fake" in stage.objective.players:
+        network = fake_of(frozen, recipe.fake, spec.path)
+        if not ranks.sharded and can_share(frozen, learner, network):
+            heard, learner, network = share(frozen, learner, network)
+    student = player("student", learner.train())
+    players = [student]
+    pairs = _compared(recipe, stage.objective, learner, frozen)
+    led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
+    roles = {"student": denoiser(learner), "teacher": denoiser(heard.eval())}
+    roles |= {name: denoiser(average) for name, average in student.averages.items()}
+    for name in stage.objective.players:
+        if name not in ("student", "fake", "critic", "proxy"):
+            partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
+            players.append(player(name, partner))
+            roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
+    critic, plan = None, recipe.critic or MIDDLE
+    if network is not None:
+        roles["fake"] = denoiser(network)
+        fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
+        players.append(player("fake", fake, network))
+        critic = fake.judge
+        roles |= {role: denoiser(average.network) for role, average in players[-1].roles().items()}
+    if "critic" in stage.objective.players:
+        own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
+        players.append(player("critic", own))
+        critic = own.judge
+    rewards = _rewards(recipe, stage, teacher, frozen.device)
+    if "proxy" in rewards:
+        players.append(player("proxy", rewards["proxy"]))
+    if ADAPTED in stage.objective.roles:
+        roles[ADAPTED] = denoiser(adapted_network(recipe.adapted, recipe.name, teacher).to(learner.device))
+    if absent := [role for role in stage.objective.roles if role not in roles]:
+        raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
+    seen = watch_both(learner, frozen, pairs) if pairs else {}
+    ranks.spread(frozen)
+    return Assembled(stage.objective, Cast(roles, critic, seen, led, rewards), tuple(players))
+
+
+def _rewards(recipe: Recipe, stage: Stage, teacher: Bundle, device: torch.device) -> dict[str, Any]:
+    """Who judges a stage's samples: the recipe's reward, and the proxy that learns from it where that is a player."""
+    rewards: dict[str, Any] = {}
+    if recipe.reward is not None:
+        rewards["reward"] = picture_reward(recipe.reward, teacher, device)
+    if "proxy" in stage.objective.players:
+        rewards["proxy"] = picture_proxy(teacher).to(device).train()
+    return rewards
+
+
+def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -> dict[str, Twin]:
+    """The stages of student and teacher that an objective compares."""
+    if not isinstance(objective, KnowledgeDistillation) or not objective.feature:
+        return {}
+    return stage_pairs(learner, frozen, recipe.student.runs)
+
+
+def _run_stage(
+    recipe: Recipe, stage: Stage, teacher: Bundle, previous: Any, source: LatentSource, folder: Path, resume: bool,
+    max_seconds: float | None, ranks: Ranks,
+) -> Any:  # fmt: skip
+    """Train one stage and return its student's network; a stage that ended before is read back, and by all processes
+    one that has just ended."""
+    done = folder / "student.safetensors"
+    torch.manual_seed(recipe.run.seed)
+    init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
+    if recipe.needs.student and recipe.run.init is not None:
+        check_start(student_spec(recipe, teacher), init, recipe.name)
+    plan = stage.student or recipe.student
+    begun = teacher if stage.start == "teacher" else init
+    start = again(previous, plan) if stage.start == "previous" else _begin(recipe, plan, teacher, begun)
+    start = again(unlearned(start), plan) if stage.start == "noise" else start
+    if resume and ranks.once(done.is_file):
+        from safetensors.torch import load_model
+
+        load_model(start, done)
+        return start
+    frozen = deepcopy(merged(start)) if stage.teacher == "start" else _frozen(recipe, stage, teacher, init, previous)
+    layout = torch.contiguous_format if ranks.sharded else torch.channels_last
+    frozen, start = (network.to(device=ranks.device, memory_format=layout) for network in (frozen, start))
+    method = assemble(recipe, stage, teacher, frozen, start, ranks)
+    del frozen, start  # where weights are shared these may be copies that nobody needs
+    settings = _settings(recipe, stage, max_seconds)
+    kept = _kept(method.players[0], stage)
+    show = _painter(recipe, teacher, kept, source, folder, ranks)
+    batches = _batches(stage, method, teacher, source, folder, ranks)
+    shelf = KeptFiles(folder / "saved")
+    watch = Watch(bands_of(recipe.name) if ranks.first and len(recipe.stages) == 1 else {})
+    keeper = shelf if ranks.first else Elsewhere()
+    saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
+    train(
+        saving, batches, settings, folder, resume=resume and ranks.once(lambda: has_checkpoint(folder)),
+        label=stage.name, device=ranks.device, on_picture=show, on_row=watch.see, ranks=ranks,
+    )  # fmt: skip
+    if watch.outside:
+        (folder / "outside.json").write_text(json.dumps(watch.outside, indent=1) + "\n")
+    if stage.search is not None and ranks.first:
+        plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
+        distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)
+        best = settle(plan, saved, kept, lambda network: distance(network, plan.steps), recipe.run.seed)
+        report = {"coefficients": best.alpha.tolist(), "distance": best.score, "last": best.plain}
+        (folder / "search.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(stage.steps)
+    for player in method.players:
+        if player.name in recipe.beside:
+            made = player.averages.get(stage.average or "", player.module)
+            save_network(plain(made), folder / f"{player.name}.safetensors", ranks)
+    kept = plain(kept)
+    save_network(kept, done, ranks)
+    if ranks.count == 1:
+        return kept
+    return _run_stage(recipe, stage, teacher, previous, source, folder, True, None, ranks)
+
+
+def _settings(recipe: Recipe, stage: Stage, max_seconds: float | None) -> LoopSettings:
+    run = recipe.run
+    return LoopSettings(
+        steps=stage.steps, seed=run.seed, bf16=run.bf16, max_seconds=max_seconds,
+        checkpoint_every=run.checkpoint_every, picture_every=run.picture_every, max_bad_steps=run.max_bad_steps,
+        accumulate=run.accumulate,
+    )  # fmt: skip
+
+
+def _batches(
+    stage: Stage, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path, ranks: Ranks
+) -> Any:  # fmt: skip
+    """What a stage learns from: the data, the teacher's samples, or a part or a mixture of the data."""
+    if stage.pairs is not None:
+        return _paired(stage.pairs, method, teacher, source, folder, ranks)
+    if stage.forget is not None:
+        return ForgettingSource(source, stage.forget, teacher)
+    if stage.blend is not None:
+        return BlendedSource(source, stage.blend, teacher)
+    return source if stage.cell is None else CellSource(source, stage.cell)
+
+
+def _frozen(recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previous: Any) -> Any:
+    """The network that a stage learns from.
+
+    Errors: `RecipeError` where a few-step student would be held against data.
+    """
+    if stage.teacher == "previous":
+        return deepcopy(merged(previous))
+    source = init if stage.teacher == "init" else teacher
+    if getattr(stage.objective, "task", 0.0) and source.spec.spacing is None:
+        raise RecipeError(
+            f"stage {stage.name!r} learns from {source.name!r}, a student of few steps, and from data too: its "
+            "estimate is not the mean of the data, so set task=0"
+        )
+    return merged(load_denoiser(source))
+
+
+def _paired(
+    plan: Pairs, method: Assembled, teacher: Bundle, source: LatentSource, folder: Path, ranks: Ranks
+) -> PairSource:
+    """The stage's pairs, read back where they were drawn before; a sharded teacher draws them in all processes."""
+    file = folder / "pairs.safetensors"
+    if not ranks.once(file.is_file):
+        if ranks.first or ranks.sharded:
+            by_cfg = teacher.spec.guidance.mode == "cfg"
+            drawn = draw_pairs(method.cast["teacher"], by_cfg, plan, source, seed=source.seed)
+        if ranks.first:
+            save_pairs(file, drawn)
+        ranks.wait()
+    return PairSource(load_pairs(file), source, source.size, seed=source.seed, part=ranks.part)
+
+
+def _begin(recipe: Recipe, plan: Student, teacher: Bundle, init: Bundle) -> Any:
+    scale = recipe.stages[0].objective
+    w = getattr(getattr(scale, "guidance", None), "high", init.spec.guidance.default if recipe.needs.student else 1.0)
+    if init.spec.prediction != teacher.spec.prediction or init.spec.path != teacher.spec.path:
+        raise RecipeError(f"init {init.name!r} and the teacher {teacher.name!r} differ in path or prediction")
+    return build_student(init, plan, fold_scale=float(w))
+
+
+def _kept(student: Player, stage: Stage) -> Any:
+    return student.module if stage.average is None else student.averages[stage.average]
+
+
+SHOWN_STEPS = (1, 2, 4, 8, 25)
+
+
+def _painter(
+    recipe: Recipe, teacher: Bundle, network: nn.Module, source: LatentSource, folder: Path, ranks: Ranks
+) -> Any:
+    """A callback that writes `samples/step_N.png`: a row of pictures per step count, the same noise in each.
+
+    A sharded network makes them in all processes, and the first writes.
+    """
+    spec = student_spec(recipe, teacher)
+    decoder = teacher.decoder().to(source.device)
+    counts = [n for n in SHOWN_STEPS if spec.allows(n)] or list(spec.steps[:1])
+    batch = source.joint(-1)
+    shape = (min(8, batch.x0.shape[0]), *batch.x0.shape[1:])
+    cond, uncond = ({n: v[: shape[0]] for n, v in side.items()} for side in (batch.cond, batch.uncond))
+    empty = uncond if spec.guidance.mode == "cfg" else None
+
+    def paint(step: int) -> None:
+        if not (ranks.first or ranks.sharded):
+            return
+        net = as_network(teacher.family.denoiser(network, False).to(source.device))
+        w = spec.guidance.default
+        rows = [sample(net, spec, n, cond, shape, w=w, uncond=empty) for n in counts]
+        if ranks.first:
+            save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
+
+    return paint
+
+
+def _check_out(out: Path, run: Path, teacher: Bundle) -> None:
+    """Nothing but an earlier student and its run is ever replaced.
+
+    Errors: `RecipeError` naming the folder that holds something else.
+    """
+    if out.resolve() == teacher.root.resolve():
+        raise RecipeError(f"{out} is the teacher itself; give the student another folder")
+    for folder, mark in ((out, "bundle.json"), (run, "config.json")):
+        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
+
+
+def _open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
+    """A fresh run folder, or one whose configuration is the same."""
+    wanted = json.dumps(describe(recipe), indent=1) + "\n"
+    config = run / "config.json"
+    if resume:
+        if not config.is_file():
+            raise CheckpointError(f"{run} holds no run; leave out --resume to start anew")
+        if config.read_text() != wanted:
+            raise CheckpointError(f"{config} differs from this configuration; repeat its settings, or start anew")
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    config.write_text(wanted)
