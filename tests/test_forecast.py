@@ -7,7 +7,7 @@ import pytest
 from scheduling import PROMPT, job, measured, order_of_ends, poisson, recorded, run, simulate
 
 from fewstep.runtime.costs import Costs
-from fewstep.runtime.forecast import ARRIVALS, FEWEST, MOST_DRIFT, Forecast
+from fewstep.runtime.forecast import ARRIVALS, CAUTION_STEP, FEWEST, MISSES, MOST_DRIFT, Forecast
 from fewstep.runtime.jobs import Accepted, Ended, Lane, Rejected
 from fewstep.runtime.pricing import Pricing
 from fewstep.runtime.scheduler import CALLS, REQUESTS, STRETCH, Scheduler
@@ -74,10 +74,10 @@ def test_promises_that_break_make_it_careful_and_kept_ones_bold_again():
     for _ in range(3):
         forecast.kept(False)
     careful = forecast.caution
-    assert careful == pytest.approx(1.0 + 3 * 0.1 * 0.995)
+    assert careful == pytest.approx(1.0 + 3 * CAUTION_STEP * (1 - MISSES))
     for _ in range(200):
         forecast.kept(True)
-    assert forecast.caution == pytest.approx(careful - 0.1)
+    assert forecast.caution == pytest.approx(careful - 200 * CAUTION_STEP * MISSES)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -137,13 +137,12 @@ def test_stale_evidence_counts_as_none(tmp_path, monkeypatch):
 def test_the_digest_covers_files_that_exist_and_all_of_the_suite():
     listed = {f"{room}/{name}.py" for room, name in evidence.sources()}
     assert all((evidence.ROOMS / name).is_file() for name in listed)
-    rooms = evidence.ROOMS / "trainers"
-    suite = {f"trainers/{path.name}" for path in rooms.glob("oracle*.py")}
-    assert suite <= listed
+    suite = {f"trainers/oracle/{path.name}" for path in (evidence.ROOMS / "trainers" / "oracle").glob("*.py")}
+    assert suite and suite <= listed
     from fewstep.trainers.recipes.registry import RECIPES
 
     parts = {inspect.getmodule(type(stage.objective)) for recipe in RECIPES.values() for stage in recipe().stages}
-    made = {f"trainers/{module.__name__.rpartition('.')[2]}.py" for module in parts}
+    made = {f"{module.__name__.removeprefix('fewstep.').replace('.', '/')}.py" for module in parts}
     assert made <= listed and not {"trainers/pictures/plot.py", "trainers/bench/scenes.py"} & listed
 
 
