@@ -1,6 +1,6 @@
 """Networks of the players that learn beside a student: an encoder of its noise, an inverse of it, further scores.
 
-Each for pictures and for the plane; the critic's are `trainers.networks.critics`'.
+The critic's are `trainers.networks.critics`'; the plane's own `trainers.plane.partners`'.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Conditions in disjoint parts, one student each (MSD, Song et al. 2024), by the router that serves them.
 
 A prompt belongs to the nearest of K centroids of text embeddings (`fewstep.runtime.groups`), so the parts are disjoint
-and no prompt is left out; on the plane classes are dealt out evenly.
+and no prompt is left out.
 """
 
 import json

@@ -34,7 +34,8 @@ class PlaneEncoder(nn.Module):
 
 
 def plane_partner(name: str, start: PlaneNet, *, path: Path, seed: int) -> PlaneEncoder | PlaneNet:
-    """The plane's network of the player `name`, from the weights of `start`. Errors: `RecipeError` as above."""
+    """The plane's network of the player `name`, from the weights of `start`. Errors: `RecipeError` for a player that it
+    has none for."""
     if name not in ("encoder", "inverse", *SCORES):
         raise RecipeError(f"the plane has no network for a player {name!r}")
     net = plane_student(start, TOLD if name in SCORES else PLAIN, path=path, seed=seed)
@@ -42,7 +43,7 @@ def plane_partner(name: str, start: PlaneNet, *, path: Path, seed: int) -> Plane
 
 
 class PlaneReward(nn.Module):
-    """The same of points."""
+    """A reward's proxy on points: a network of three layers."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class FewShots:
 
 
 class CellPoints:
-    """The same on the plane: class c belongs to part `c of`, even shares of the classes in order."""
+    """Batches of one part of the classes, which are dealt out evenly, in order (`part_of`)."""
 
     def __init__(self, source: PlaneSource, cell: Cell) -> None:
         self.source, self.own = source, torch.tensor([c for c in range(CLASSES) if part_of(c, cell.of) == cell.index])
@@ -64,7 +64,7 @@ def part_of(label: int, of: int) -> int:
 
 
 class ForgettingPoints:
-    """The same of the plane, whose classes are called `CLASS_NAMES`."""
+    """Batches with a class to forget, by its name in `CLASS_NAMES`: its rows are taught as the other class."""
 
     def __init__(self, source: Any, swap: Swap) -> None:
         self.source, self.size, self.seed = source, source.size, source.seed

@@ -1,4 +1,4 @@
-"""Batches with a concept to forget: what the teacher is asked for where a prompt, or a class of the plane, names it."""
+"""Batches with a concept to forget: what the teacher is asked for where a prompt names it."""
 
 import re
 from typing import Any
