@@ -54,6 +54,17 @@ def test_a_failure_of_the_network_itself_is_not_renamed():
         Jvp()(lambda x, t: x + torch.ones(5), torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2))
 
 
+def test_an_exact_tangent_has_all_its_digits_under_autocast():
+    """Autocast used to cast a convolution's weight and not the input that carries a derivative, which then failed."""
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 3, 3, padding=1)
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2, dtype=torch.float64)
+    along = torch.randn_like(x), torch.ones_like(t)
+    exact = Jvp()(lambda x, t: net(x), x, t, *along)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Jvp()(lambda x, t: net(x), x, t, *along), exact)
+
+
 def test_difference_zero_is_exact():
     assert tangent_of(0.0) == Jvp() and tangent_of(0.02) == Difference(0.02)
 

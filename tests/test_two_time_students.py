@@ -11,9 +11,7 @@ import torch
 from live import serving
 
 from fewstep.export import commands as exporting
-from fewstep.export.golden import make_golden
 from fewstep.export.graphs import random_feeds
-from fewstep.models.bundle import load_bundle
 from fewstep.models.spec import Guidance
 from fewstep.runtime.commands import generate
 from fewstep.runtime.engines import open_engine
@@ -27,7 +25,7 @@ from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.student import Student, build_student
 from fewstep.trainers.recipes.registry import RECIPES
 from fewstep.trainers.runs.distill import distill
-from tiny import make_tiny_bundle, tiny_latents, two_times
+from tiny import make_tiny_bundle, through_onnx, tiny_latents, two_times
 
 FAST = {"batch": 4, "steps": 2, "lr": 0.01, "picture_every": 0, "checkpoint_every": 1, "bf16": False}
 NAMES = [name for name, recipe in RECIPES.items() if recipe().student.second_time]
@@ -61,13 +59,7 @@ def exported(students):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
 
-    def export(name):
-        bundle = make_golden(students(name))
-        assert exporting.export([str(bundle.root), "--engine", "onnx"]) == 0
-        assert exporting.verify([str(bundle.root)]) == 0
-        return load_bundle(bundle.root)
-
-    return cache(export)
+    return cache(lambda name: through_onnx(students(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)

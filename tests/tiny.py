@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fewstep.models.bundle import Bundle, seal_bundle
+from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
 from fewstep.models.paths import VP
 from fewstep.models.second_time import SecondTime, add_second_time
 from fewstep.models.spec import Boundary, Guidance, Latent, SamplerSpec, Spacing
@@ -128,3 +128,14 @@ def tiny_latents(teacher: Bundle) -> Latents:
     ids = tokenize(teacher.tokenizer, ["a red circle", "b", "c", "d"])[:, None]
     empty = {"ids": tokenize(teacher.tokenizer, [""])[0]}
     return Latents(torch.randn(4, 4, 16, 16, generator=rng), {"ids": ids}, empty)
+
+
+def through_onnx(bundle: Bundle) -> Bundle:
+    """The bundle with golden cases and a verified ONNX engine, made by the commands that users have."""
+    from fewstep.export import commands
+    from fewstep.export.golden import make_golden
+
+    bundle = make_golden(bundle)
+    assert commands.export([str(bundle.root), "--engine", "onnx"]) == 0
+    assert commands.verify([str(bundle.root)]) == 0
+    return load_bundle(bundle.root)

@@ -35,14 +35,16 @@ class Tangent(Protocol):
 class Jvp:
     """Exact, by forward-mode differentiation: one evaluation that costs about two.
 
-    Attention runs as plain products, since the fused kernels have no forward derivative.
+    Attention runs as plain products, since the fused kernels have no forward derivative; all in float32, since autocast
+    casts the weights and not an input that carries a derivative (and a tangent needs the digits).
 
     Errors: `RecipeError` for a network with an operation that has none.
     """
 
     def __call__(self, f: Curve, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
         try:
-            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _ContiguousNorms():
+            full = torch.autocast(x.device.type, enabled=False)
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _ContiguousNorms(), full:
                 # the first forward derivative scripts functions of torch's own
                 warnings.simplefilter("ignore", DeprecationWarning)
                 found: Tensor = torch.func.jvp(f, (x, t), (dx.to(x.dtype), dt.to(t.dtype)))[1]
