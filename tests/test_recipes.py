@@ -56,6 +56,11 @@ def test_wrong_settings_are_named(settings, message):
         configure(RECIPES["lcm"], settings)
 
 
+def test_a_stage_without_steps_is_refused():
+    with pytest.raises(RecipeError, match="'segments-8' of hyper-sd has 0 steps; set steps to 4 or more"):
+        configure(RECIPES["hyper-sd"], {"steps": 3})
+
+
 def test_settings_are_read_from_text():
     assert parse_setting("lr=1e-4") == ("lr", 1e-4)
     assert parse_setting("init=runs/a=b") == ("init", "runs/a=b")

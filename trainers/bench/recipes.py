@@ -32,8 +32,8 @@ EVALUATIONS = (2, 4, 8, 20)
 MANY = 100
 """Steps of the teacher's ODE that few-step students are held against."""
 NEAR = 1.2
-FEW = ("lcm", "progressive", "w-embedding")
-"""What `--quick` trains where no recipes are named: one of each way of being sampled."""
+FEW = ("lcm", "progressive", "sid", "w-embedding")
+"""What `--quick` trains where no recipes are named: one of each way of being sampled, one of distribution matching."""
 
 SETTINGS = {
     "order": 2, "points": 24, "pair_steps": 200, "pairs": 16384, "start_steps": 64, "difference": 0.005,

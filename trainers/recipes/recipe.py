@@ -140,6 +140,11 @@ class Recipe:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
+        if idle := [stage for stage in self.stages if stage.steps < 1]:
+            raise RecipeError(
+                f"stage {idle[0].name!r} of {self.name} has {idle[0].steps} steps; set steps to "
+                f"{len(self.stages)} or more"
+            )
         told = [stage for stage in self.stages if getattr(stage.objective, "two_times", False)]
         if told and not self.student.second_time:
             raise RecipeError(
