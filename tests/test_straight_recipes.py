@@ -45,6 +45,23 @@ def loss_of(recipe, count, noise=False):
     return recipe.objective.loss("student", Cast({"student": told}), batch, Turn.of(0, 0, 1, "student"))
 
 
+@pytest.mark.parametrize("player", ["student", "fake"])
+def test_scflow_can_judge_samples_without_noise(player):
+    objective = scflow(gan_share=1.0).objective
+    objective = dataclasses.replace(objective, adversary=dataclasses.replace(objective.adversary, times=None))
+    stage, judged = world(VP(), "v"), []
+    batch, told = stage.batch(4), stage.jumper(None, takes_w=True)
+
+    def critic(x, t, cond):
+        judged.append(x)
+        return x.flatten(1).mean(1)
+
+    cast = Cast({"student": told, "target": told, "teacher": stage.teacher()}, critic)
+    objective.loss(player, cast, batch, Turn.of(0, 0, 1, player))
+    assert len(judged) == (1 if player == "student" else 2)
+    assert torch.equal(judged[0], batch.x0) == (player == "fake")
+
+
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [

@@ -98,7 +98,7 @@ class SelfCorrected:
         }
         total = found["consistency"] + self.backward * found["backward"] + self.straight * found["straight"]
         if self.adversary is not None and cast.critic is not None:
-            found["gan_student"] = self._deceive(cast, made, noise, batch.cond, turn)
+            found["gan_student"] = self._deceive(cast, made, batch.cond, turn)
             total = total + self.adversary.student_weight * found["gan_student"]
         residual = float((guess.detach() - below).square().mean().sqrt())
         return total, {"residual": residual, **{name: float(term.detach()) for name, term in found.items()}}
@@ -107,12 +107,11 @@ class SelfCorrected:
         turn.share_dropout()
         return network.x0(x, t, cond)
 
-    def _deceive(self, cast: Cast, made: Tensor, noise: Tensor, cond: Condition, turn: Turn) -> Tensor:
+    def _deceive(self, cast: Cast, made: Tensor, cond: Condition, turn: Turn) -> Tensor:
         assert self.adversary is not None and cast.critic is not None  # its caller looked
         rows = self.adversary.rows(len(made))
-        seen, t = made[rows], self.adversary.times.draw(cast["student"].path, len(made[rows]), turn)
-        told = {name: value[rows] for name, value in cond.items()}
-        return deceiver_loss(cast.critic(noised(cast["student"].path, seen, t, turn.noise(seen)), t, told))
+        seen, t, _ = self.adversary.shown(cast["student"].path, made[rows], turn)
+        return deceiver_loss(cast.critic(seen, t, {name: value[rows] for name, value in cond.items()}))
 
     def _critic(self, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         """The critic on data against one-step samples, both with the same noise at the same time."""
@@ -123,8 +122,9 @@ class SelfCorrected:
         w = self.guidance.draw(len(data), turn)
         with torch.no_grad():
             made = one_step(student, turn.noise(data), with_scale(cond, w), turn)
-        t, noise = self.adversary.times.draw(path, len(data), turn), turn.noise(data)
-        real, fake = (cast.critic(noised(path, seen, t, noise), t, cond) for seen in (data, made))
+        shown, t, noise = self.adversary.shown(path, data, turn)
+        beside = made if self.adversary.times is None else noised(path, made, t, noise)
+        real, fake = cast.critic(shown, t, cond), cast.critic(beside, t, cond)
         loss = critic_loss(real, fake)
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         return self.adversary.critic_weight * loss, {"gan_critic": float(loss.detach()), "critic_right": float(right)}
