@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {"recipe": args.recipe, "runs": len(args.metrics), "bands": make_bands(args.metrics)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found).replace("]], ", "]],\n") + "\n")
-    print(f"wrote {out}: {', '.join(found['bands'])}")  # type: ignore[arg-type]
+    print(f"wrote {out}: {', '.join(found['bands'])}")
     return 0
 
 

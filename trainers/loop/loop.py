@@ -180,8 +180,8 @@ def _progress(place: _Place, settings: LoopSettings) -> float:
 
 
 def _keep(folder: Path, players: Sequence[Player], place: _Place, ranks: Ranks) -> None:
-    state = {"step": place.step, "seconds": place.seconds, "skipped": place.skipped}
-    state |= {"own_steps": {player.name: player.own_steps for player in players}}
+    own_steps = {player.name: player.own_steps for player in players}
+    state = {"step": place.step, "seconds": place.seconds, "skipped": place.skipped, "own_steps": own_steps}
     keep(folder, state, {player.name: player.tensors() for player in players}, ranks)
     if ranks.first:
         from ..pictures.plot import plot_losses

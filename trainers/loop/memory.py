@@ -49,7 +49,7 @@ def memory_of(method: Method, batch: Batch, *, rows: int, networks: Iterable[nn.
 ) -> Memory:  # fmt: skip
     """Of a method on batches of `rows` samples a pass. batch: a few samples, or a few groups of them. networks: those
     beside the players that stay in memory."""
-    kept = {}
+    kept: dict[int, torch.UntypedStorage] = {}
     for module in (*networks, *(m for p in method.players for m in (p.module, *p.averages.values()))):
         kept |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(module)}
     weights = sum(storage.nbytes() for storage in kept.values())
@@ -82,7 +82,8 @@ def _watched(method: Method, player: Player, batch: Batch, bf16: bool, seed: int
     player.forget()
     turn = Turn.of(seed, 0, 1, player.name, batch.x0.device)
     turn.share_dropout()
-    with _Live() as live:
+    live = _Live()
+    with live:
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=bf16):
             loss, _ = method.loss(player.name, batch, turn)
         player.learn(loss)
@@ -122,7 +123,7 @@ class _Live(TorchDispatchMode):
     """Bytes of the tensors made under it that are alive, after each operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.series: list[int] = [0]
         self.known: dict[int, int] = {}

@@ -136,7 +136,7 @@ class Player:
 
     def learn(self, loss: Tensor) -> None:
         """Add a loss's gradients to those that are there."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, progress: float) -> float:
         """One optimiser step along the gradients, averaged over all processes; returns their norm and drops them.
@@ -223,7 +223,7 @@ class Player:
         self.own_steps = own_steps
 
 
-def _matched(average: nn.Module, module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _matched(average: nn.Module, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Both networks' weights in one order, found once: walking two trees of modules costs as much as the averaging."""
     now = dict(module.named_parameters())
     theirs = [local(now[name]) for name, _ in average.named_parameters()]

@@ -33,7 +33,8 @@ def levels(path: Path, points: int, rho: float = 7.0) -> Tensor:
     low = max(path.level(path.end), 0.002) if path.kind != "vp" else path.level(path.end)
     high = min(80.0, path.level(path.start)) if path.alpha(path.start) > 1e-6 else 80.0
     i = torch.linspace(0.0, 1.0, points, dtype=torch.float64)
-    return (low ** (1 / rho) + i * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+    even: Tensor = low ** (1 / rho) + i * (high ** (1 / rho) - low ** (1 / rho))
+    return even**rho
 
 
 def at_levels(path: Path, level: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ class Segments:
         last = len(table) - 1 if self.alone else int(drawn)
         states = [start]
         with torch.no_grad():
-            for (t, _), (after, _) in pairwise(table[: last + 1]):
+            for (begun, _), (after, _) in pairwise(table[: last + 1]):
                 x = states[-1]
-                states.append(student.jump(x, times(t, x), times(after, x), batch.cond))
+                states.append(student.jump(x, times(begun, x), times(after, x), batch.cond))
         rows = torch.tensor(table, dtype=torch.float64, device=like.device)
         if not self.alone:
             x, (t, s) = states[-1], (times(edge, start) for edge in table[last])
@@ -101,8 +101,8 @@ class RandomWalk:
         walked, other = self.exit(path, turn)
         x = pure_noise(path, turn.noise(batch.x0))
         with torch.no_grad():
-            for t, after in pairwise(walked):
-                x = student.jump(x, times(t, x), times(after, x), batch.cond)
+            for begun, after in pairwise(walked):
+                x = student.jump(x, times(begun, x), times(after, x), batch.cond)
             if other is not None:
                 x = student.jump(x, times(walked[-1], x), times(other, x), batch.cond)
         t = times(walked[-1] if other is None else other, x)

@@ -150,7 +150,8 @@ def _object_claims(claim: scenes.ObjectClaim, thing: Found) -> dict[str, bool]:
 def _ground(pixels: Array) -> Array:
     """The background's RGB: the median of the two outermost pixel rows, which no object reaches."""
     rim = [pixels[:2], pixels[-2:], pixels[:, :2].swapaxes(0, 1), pixels[:, -2:].swapaxes(0, 1)]
-    return np.median(np.concatenate([r.reshape(-1, 3) for r in rim]), axis=0).astype(np.float32)
+    ground: Array = np.median(np.concatenate([r.reshape(-1, 3) for r in rim]), axis=0).astype(np.float32)
+    return ground
 
 
 def _nearest(colour: Array, palette: Array, names: tuple[str, ...]) -> tuple[str, float]:
@@ -312,7 +313,8 @@ def _signed_distance(shape: str) -> Array:
     x, y = np.meshgrid(ticks, ticks)
     if shape in ("circle", "ring"):
         far = np.hypot(x, y)
-        return (far - 1 if shape == "circle" else np.maximum(far - 1, 0.55 - far)).astype(np.float32)
+        round_one: Array = (far - 1 if shape == "circle" else np.maximum(far - 1, 0.55 - far)).astype(np.float32)
+        return round_one
     corners = scenes.outline(shape, 0.0, 0.0, 1.0)
     inside = np.zeros_like(x, bool)
     nearest = np.full_like(x, np.inf)
@@ -322,7 +324,8 @@ def _signed_distance(shape: str) -> Array:
         nearest = np.minimum(nearest, np.hypot(x - ax - along * dx, y - ay - along * dy))
         if dy:
             inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * dx / dy)
-    return np.where(inside, -nearest, nearest).astype(np.float32)
+    signed: Array = np.where(inside, -nearest, nearest).astype(np.float32)
+    return signed
 
 
 def _outline_table(shape: str) -> tuple[float, float, Array]:

@@ -106,8 +106,7 @@ def sample(rng: random.Random) -> Sample:
     relation = _choose_relation(claims, rng)
     objects = _place(claims, relation, rng)
     background = rng.choice(tuple(BACKGROUNDS))
-    jitter = tuple(tuple(rng.randint(-6, 6) for _ in range(3)) for _ in range(len(objects) + 1))
-    scene = Scene(objects, background, jitter)
+    scene = Scene(objects, background, _jitter(len(objects) + 1, rng))
     return Sample(scene, caption(scene, relation, rng))
 
 
@@ -124,7 +123,7 @@ def sample_like(caption: Caption, rng: random.Random) -> Scene:
             claim = replace(claim, size=claims[0].size if alike and claims else rng.choice(tuple(RADII)))
         claims.append(claim)
     objects = _place(tuple(claims), caption.relation, rng)
-    jitter = tuple(tuple(rng.randint(-6, 6) for _ in range(3)) for _ in range(len(objects) + 1))
+    jitter = _jitter(len(objects) + 1, rng)
     return Scene(objects, caption.background or rng.choice(tuple(BACKGROUNDS)), jitter)
 
 
@@ -266,14 +265,19 @@ def _choose_relation(objects: tuple[ObjectClaim, ...], rng: random.Random) -> st
     return rng.choice(RELATIONS[4:])
 
 
+def _jitter(count: int, rng: random.Random) -> tuple[tuple[int, int, int], ...]:
+    return tuple((rng.randint(-6, 6), rng.randint(-6, 6), rng.randint(-6, 6)) for _ in range(count))
+
+
 def _place(objects: tuple[ObjectClaim, ...], relation: str | None, rng: random.Random) -> tuple[SceneObject, ...]:
     while True:
         placed = []
         for claim in objects:
-            radius = rng.uniform(*RADII[claim.size or "small"])
+            size = claim.size or "small"
+            radius = rng.uniform(*RADII[size])
             margin = radius * 1.1 + 1.5
             x, y = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
-            placed.append(SceneObject(claim.shape, claim.colour, claim.size, x, y, radius))
+            placed.append(SceneObject(claim.shape, claim.colour, size, x, y, radius))
         if relation in ("row", "column"):
             placed = _line_up(placed, relation, rng)
         if _inside(placed) and _apart(placed) and holds(relation, [(o.x, o.y) for o in placed]):
