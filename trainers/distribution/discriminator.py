@@ -143,7 +143,8 @@ class Judge:
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         metrics = {"gan_critic": float(gan.detach()), "critic_right": float(right)}
         shows = Judged(critic, seen[: len(data)], t[: len(data)], told, real)
-        hides = Judged(critic, *(side[len(data) : 2 * len(data)] for side in (seen, t)), told, fake[: len(data)])
+        theirs = slice(len(data), 2 * len(data))
+        hides = Judged(critic, seen[theirs], t[theirs], told, fake[: len(data)])
         smooth = [rule.loss(shows, hides, turn) for rule in own.regularisers]
         if smooth:
             metrics["critic_slope"] = float(sum(float(value.detach()) for value in smooth))

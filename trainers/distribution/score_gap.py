@@ -21,6 +21,9 @@ from .backtrack import Trail
 from .discriminator import critic_of
 from .scores import carry, denoising_loss, dmd_gradient
 
+# the oracle asks for the gradients by these names: what it checks is what the terms here call
+__all__ = ["Denoise", "ScoreGap", "carry", "denoising_loss", "dmd_gradient", "signal_times_noise"]
+
 
 def signal_times_noise(path: Path, t: Tensor) -> Tensor:
     """alpha sigma: turns a gap of clean estimates into `sigma^2` times that of noise estimates (VSD, SwiftBrush)."""

@@ -21,6 +21,7 @@ class PlaneFake(nn.Module):
     def __init__(self, net: PlaneNet, plan: CriticPlan = MIDDLE) -> None:
         super().__init__()
         self.net, self.plan = net, plan
+        self.head: nn.Sequential | nn.ModuleList | None
         if plan.features == ENCODER:
             self.head = None
         elif plan.depths == MIDDLE.depths:

@@ -71,7 +71,7 @@ class PlaneNet(nn.Module):
 
     def _body(self, u: Tensor, alpha: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         waves = _waves(alpha, sigma)
-        h = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(waves)
+        h: Tensor = self.enter(torch.cat([u, cond["label"].float()], 1)) + self.time(waves)
         if self.scale is not None:
             h = h + self.scale(_scale_features(u, cond))
         if self.second is not None:
@@ -116,6 +116,7 @@ def plane_student(start: PlaneNet, plan: Student, *, path: Path, seed: int, fres
         net.requires_grad_(False)
         net.adapters.requires_grad_(True)
     for block in net.blocks if plan.frozen else ():
+        assert isinstance(block, _Block)
         block.body[3].requires_grad_(False)  # what a block's projections are among points
     if plan.lora_rank is not None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -133,7 +134,7 @@ def plain_state(net: PlaneNet) -> dict[str, Tensor]:
     found = deepcopy(net)
     for part in found.modules():
         if isinstance(part, LoraLayer):
-            part.merge()  # type: ignore[attr-defined]
+            part.merge()
     state = found.state_dict()
     return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 

@@ -84,7 +84,7 @@ class Trained:
     before: the student that the last stage began with, where that one tunes what the stage before made.
     """
 
-    net: PlaneNet
+    net: PlaneNet | Routed
     spec: SamplerSpec
     w: float
     seconds: float
@@ -119,7 +119,9 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
     """
     check_fits(recipe)
     path = recipe_path(recipe)
-    count, seconds, previous, before = Count(), 0.0, None, None
+    count, seconds = Count(), 0.0
+    previous: PlaneNet | None = None
+    before: PlaneNet | None = None
     parts: list[Any] = []
     asked = sum(stage.steps for stage in recipe.stages)
     for stage in recipe.stages:
@@ -133,7 +135,9 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
         saving = method if stage.search is None else Saving(method, stage.search, stage.average, shelf)
         seconds += _train(recipe, stage, method, saving, steps, data, budget)
         student = method.players[0]
-        previous = student.module if stage.average is None else student.averages[stage.average]
+        kept = student.module if stage.average is None else student.averages[stage.average]
+        assert isinstance(kept, PlaneNet)  # `net`, or an average of it
+        previous = kept
         if stage.search is not None:
             begun_s = time.perf_counter()
             saved = [*shelf.all(), weights_of(student, stage.average)]
@@ -142,8 +146,8 @@ def run_recipe(recipe: Recipe, data: Plane, start: PlaneNet, budget: PlaneBudget
         if stage.cell is not None:
             parts.append(previous)
     assert previous is not None  # a recipe has a stage
-    previous = Routed(parts) if parts else previous
-    return Trained(previous.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count, before)
+    made = Routed(parts) if parts else previous
+    return Trained(made.eval(), plane_spec(recipe), sampling_scale(recipe), seconds, count, before)
 
 
 def check_fits(recipe: Recipe) -> None:

@@ -136,7 +136,7 @@ def asd(
         regularisers=(FiniteDifference(slope),),
     )  # fmt: skip
     gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
-    terms = {
+    terms: dict[str, tuple[Term, ...]] = {
         "student": (gap, BesideNext(Deceive(adversary), after)),
         "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), BesideNext(Judge(adversary), after)),
     }

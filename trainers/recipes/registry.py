@@ -62,9 +62,12 @@ def progressive(
             guidance=UniformScale(guidance, guidance),
             cfg=first,
         )
-        who = {"teacher": "teacher", "start": "init"} if first else {"teacher": "previous", "start": "previous"}
-        name = f"{2 * n}-to-{n}"
-        stages.append(Stage(name=name, objective=objective, player_settings={"student": learn}, steps=steps, **who))
+        stages.append(
+            Stage(
+                name=f"{2 * n}-to-{n}", objective=objective, player_settings={"student": learn}, steps=steps,
+                teacher="teacher" if first else "previous", start="init" if first else "previous",
+            )
+        )  # fmt: skip
     return Recipe(
         name="progressive",
         family="progressive",
