@@ -19,7 +19,7 @@ from ..parts.objective import Cast
 from ..parts.times import UniformScale
 from ..recipes.recipe import Recipe
 from .distribution import cast_of
-from .world import SHIFT, Bent, Check, World, below, between, holds, turn, world
+from .world import SHIFT, Bent, Check, World, below, between, grad_of, holds, turn, world
 
 COUNT = 512
 Player = Callable[[World, Any, float], tuple[Cast, Bent]]
@@ -54,7 +54,7 @@ def critic_checks() -> Iterator[Check]:
     for scale, offset in ((1.0, 0.0), (0.5, 0.0), (2.0, 0.0), (1.0, 0.3), (1.0, -0.3)):
         critic = LogRatio(p, q, scale, offset)
         critic_loss(critic(real, t, {}), critic(fake, t, {})).backward()
-        slopes = (float(critic.scale.grad), float(critic.offset.grad))
+        slopes = (float(grad_of(critic.scale)), float(grad_of(critic.offset)))
         if (scale, offset) == (1.0, 0.0):
             yield below("T6: slope of the critic at log(p / q)", max(map(abs, slopes)), 1e-3)
         else:

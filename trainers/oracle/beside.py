@@ -199,13 +199,13 @@ def next_checks(recipe: Recipe, objective: DistributionMatching, term: BesideNex
     stage = world(VP(), "v")
     told: list[int] = []
 
-    def critic(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def listening(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         told.append(int(cond["steps"][0]))
         return x.flatten(1).mean(1)
 
     for n in counts:
         made = walk.walk(Bent(stage.teacher()).denoiser(), n, stage.batch(4).x0, stage.batch(4).cond, turn())
-        term.loss(made, Cast({"student": stage.teacher()}, critic), stage.batch(4), turn())
+        term.loss(made, Cast({"student": stage.teacher()}, listening), stage.batch(4), turn())
     yield holds("next count: the critic is told n, and the last count is not judged", set(told) == set(counts[:-1]))
 
 

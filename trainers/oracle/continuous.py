@@ -17,7 +17,7 @@ from ..parts.tangent import ANGLE, DataField, Difference, Discrete, Hub, Jvp
 from ..parts.times import UniformScale
 from ..recipes.recipe import Recipe
 from .parts import guidance_checks, source_checks
-from .world import Bent, Check, World, absorbed, below, between, holds, slope_of, turn, world
+from .world import Bent, Check, World, absorbed, below, between, grad_of, holds, slope_of, turn, world
 
 WORLDS = ((VP(), "v"), (VP(), "eps"), (RectifiedFlow(), "flow"), (TrigFlow(), "trig"), (EDM(sigma_max=5.0), "x0"))
 COUNT = 256
@@ -117,7 +117,8 @@ def _pull(label: str, stage: World, objective: ContinuousConsistency) -> Iterato
         with torch.no_grad():
             student.get_parameter(weight).fill_(gain)
         fixed.loss("student", cast, stage.batch(COUNT), turn(99))[0].backward()
-        yield between(f"{label}gradient of {weight} against its error", student.get_parameter(weight).grad, 1e-6, 1e6)
+        pull = grad_of(student.get_parameter(weight))
+        yield between(f"{label}gradient of {weight} against its error", pull, 1e-6, 1e6)
 
 
 def _routing(label: str, stage: World, objective: ContinuousConsistency) -> Iterator[Check]:
@@ -162,9 +163,8 @@ def _mean(objective: ContinuousConsistency) -> Iterator[Check]:
     at_zero = float(student.offset.grad or 0.0)
     cast, student = _cast(stage, one, 0.1)
     one.loss("student", cast, stage.batch(count), turn(99))[0].backward()
-    yield below(
-        "data: mean tangent at the exact solution, over that beside it", at_zero / float(student.offset.grad), 0.2
-    )
+    beside = float(grad_of(student.offset))
+    yield below("data: mean tangent at the exact solution, over that beside it", at_zero / beside, 0.2)
 
 
 def _size(objective: ContinuousConsistency) -> Iterator[Check]:

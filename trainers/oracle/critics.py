@@ -20,7 +20,7 @@ from ..parts.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Judge
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
 from ..recipes.recipe import Recipe
-from .world import Check, MeanCritic, below, between, holds, turn, world
+from .world import Check, MeanCritic, below, between, grad_of, holds, turn, world
 
 COUNT = 4096
 
@@ -42,9 +42,9 @@ def loss_checks(adversary: Adversary) -> Iterator[Check]:
         overlap = float(torch.minimum(*both).sum() * 1e-4)
         best = adversary.loss.critic(ratio(real).sign(), ratio(fake).sign())
         yield below("hinge: the loss of the sign of log(p / q) is twice the overlap", float(best) - 2 * overlap, 1e-2)
-        for scale in (0.5, 2.0):
-            other = adversary.loss.critic(scale * ratio(real).sign(), scale * ratio(fake).sign())
-            yield between(f"hinge: more at {scale} times that", float(other - best), 1e-3, float("inf"))
+        for factor in (0.5, 2.0):
+            other = adversary.loss.critic(factor * ratio(real).sign(), factor * ratio(fake).sign())
+            yield between(f"hinge: more at {factor} times that", float(other - best), 1e-3, float("inf"))
         scale = torch.ones((), dtype=torch.float64, requires_grad=True)
         adversary.loss.critic(scale * ratio(real), scale * ratio(fake)).backward()
         yield between("hinge: log(p / q) is not its best critic", abs(float(scale.grad or 0.0)), 1e-2, float("inf"))
@@ -61,9 +61,9 @@ def loss_checks(adversary: Adversary) -> Iterator[Check]:
                 yield between(f"relativistic: slope beside it, {factor}", slope * (factor - 1.0), 1e-2, float("inf"))
         moved = adversary.loss.critic(real + 3.0, fake + 3.0) - adversary.loss.critic(real, fake)
         yield below("relativistic: a constant changes nothing", moved, 1e-6)
-    logits, other = torch.tensor([-1.0, 0.5], requires_grad=True), torch.tensor([0.0, 0.3])
-    adversary.loss.student(logits, other).backward()
-    yield holds("the student raises the logits of its samples", bool((logits.grad < 0.0).all()))  # type: ignore[operator]
+    said, beside = torch.tensor([-1.0, 0.5], requires_grad=True), torch.tensor([0.0, 0.3])
+    adversary.loss.student(said, beside).backward()
+    yield holds("the student raises the logits of its samples", bool((grad_of(said) < 0.0).all()))
     yield from _ratio_refused(adversary)
 
 

@@ -23,7 +23,7 @@ from ..distribution.control_terms import CONTROL
 from ..distribution.distribution import DistributionMatching, Term
 from ..distribution.score_gap import Denoise, ScoreGap
 from ..parts.jumps import ToClean
-from ..parts.objective import Cast, Critic
+from ..parts.objective import Cast, Critic, Reward
 from ..parts.rollout import Made
 from ..parts.times import UniformScale
 from ..recipes.recipe import Recipe
@@ -38,6 +38,7 @@ from .world import (
     absorbed,
     below,
     between,
+    grad_of,
     holds,
     liking,
     turn,
@@ -197,7 +198,7 @@ def denoise_checks(recipe: Recipe, objective: DistributionMatching, term: Denois
         learner = Bent(cast["fake"], offset=0.3 * sign)
         roles = {**cast.roles, "fake": learner.denoiser()}
         plain.loss("fake", Cast(roles), batch, turn(player="fake"))[0].backward()
-        yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(learner.offset.grad) > 0.0)
+        yield holds(f"fake: its loss pulls it back, bend {0.3 * sign}", sign * float(grad_of(learner.offset)) > 0.0)
 
 
 def _own_scale(objective: DistributionMatching, term: Denoise, cast: Cast, stage: World) -> Iterator[Check]:
@@ -230,7 +231,7 @@ def routing_checks(objective: DistributionMatching) -> Iterator[Check]:
     critic, judge = MeanCritic(), "critic" if "critic" in objective.players else "fake"
     proxy = MeanReward()
     modules: dict[str, nn.Module] = {**networks, "critic": critic, "proxy": proxy}
-    rewards = {"reward": liking, CONTROL: liking, "proxy": proxy}
+    rewards: dict[str, Reward] = {"reward": liking, CONTROL: liking, "proxy": proxy}
     for player in objective.players:
         through = any(getattr(term, "through_networks", False) for term in objective.terms[player])
         for name, module in modules.items():

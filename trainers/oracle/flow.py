@@ -1,6 +1,6 @@
 """The oracle of flow maps: the exact map is the zero of every identity on every path; of data, in the mean."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -127,7 +127,8 @@ def routing(label: str, stage: World, objective: Any) -> Iterator[Check]:
 
     def keep(a: Tensor, b: Tensor) -> Tensor:
         kept.append(b.detach())
-        return objective.distance(a, b)
+        apart: Tensor = objective.distance(a, b)
+        return apart
 
     replace(objective, distance=keep).loss("student", cast, batch, turn())
     size = (kept[0] - kept[0]).flatten(1).sum(1)
@@ -141,7 +142,8 @@ def routing(label: str, stage: World, objective: Any) -> Iterator[Check]:
     plain.loss("student", cast, batch, turn())[0].backward()
 
     def loss() -> Tensor:
-        return fixed.loss("student", cast, batch, turn())[0]
+        value: Tensor = fixed.loss("student", cast, batch, turn())[0]
+        return value
 
     for name, weight in student.named_parameters():
         slope = slope_of(loss, weight, 1e-4)
@@ -173,16 +175,12 @@ def pair_checks(drawn: Any) -> Iterator[Check]:
     if not isinstance(drawn, FlowPairs):
         yield holds("the suite knows these pairs", False)
         return
-    rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for path in (VP(), RectifiedFlow()):
         label = f"pairs, {path.kind}: "
         t, s = drawn.draw(path, 16384, turn())
-        rules = {
-            "inside the path": lambda t, s, path=path: (t <= path.start) & (t >= path.end),
-            "s is not above t": lambda t, s: s <= t,
-        }
-        for name, rule in rules.items():
-            yield holds(f"{label}{name}", bool(rule(t, s).all()))
+        rules = {"inside the path": (t <= path.start) & (t >= path.end), "s is not above t": s <= t}
+        for name, kept in rules.items():
+            yield holds(f"{label}{name}", bool(kept.all()))
         # below the path's end, 0.03 of flow time on VP, both are that end
         yield between(f"{label}share with s = t", (s == t).double().mean() - drawn.equal, -0.02, 0.04)
         yield between(f"{label}share to clean data", (s == clean(path)).double().mean() - drawn.to_clean, -0.02, 0.02)

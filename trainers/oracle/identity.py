@@ -21,7 +21,7 @@ from ..parts.objective import Batch, Cast
 from ..parts.rollout import Made
 from ..parts.times import UniformScale
 from ..recipes.recipe import Recipe
-from .world import SHIFT, Bent, Check, World, absorbed, below, between, holds, turn, world
+from .world import SHIFT, Bent, Check, World, absorbed, below, between, grad_of, holds, turn, world
 
 COUNT = 2048
 REACH, STEP = 140, 0.05
@@ -337,5 +337,5 @@ def _taught(term: Forgetting, stage: World, part: float) -> float:
     learner = Bent(cast["fake"], offset=0.3)
     them = Cast({**cast.roles, "fake": learner.denoiser()})
     still = replace(made, x0=made.x0.detach())
-    term.loss(still, them, batch, turn(player="fake"))[0].backward()  # type: ignore[no-untyped-call]
-    return float(learner.offset.grad)  # type: ignore[arg-type]
+    term.loss(still, them, batch, turn(player="fake"))[0].backward()
+    return float(grad_of(learner.offset))

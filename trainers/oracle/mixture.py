@@ -24,7 +24,7 @@ from ..recipes.recipe import Recipe
 from .adversary import LogRatio
 from .distribution import descent_checks, with_terms
 from .identity import COUNT, bumps, placed, pull_checks, slopes, zero_checks
-from .world import SHIFT, Bent, Check, World, below, between, holds, turn, world
+from .world import SHIFT, Bent, Check, World, below, between, grad_of, holds, turn, world
 
 WALKERS, STEPS = 2000, 500
 
@@ -141,7 +141,7 @@ def mixture_denoise_checks(recipe: Recipe, objective: DistributionMatching, term
         learner = Bent(cast["fake"], offset=bend)
         told = Cast({**cast.roles, "fake": learner.denoiser()})
         term.loss(made, told, batch, turn(player="fake"))[0].backward()
-        yield holds(f"SMT: its loss pulls the network back, bend {bend}", float(learner.offset.grad) * bend > 0.0)
+        yield holds(f"SMT: its loss pulls the network back, bend {bend}", float(grad_of(learner.offset)) * bend > 0.0)
     yield from _best(term)
 
 
@@ -234,7 +234,7 @@ def fit_checks(recipe: Recipe, objective: DistributionMatching, term: FitRatio) 
         critic = LogRatio(p, p.moved(0.8), scale=scale)
         term.loss(made, Cast(cast.roles, critic), batch, turn(player="fake"))[0].backward()
         yield holds(
-            f"SMD: the critic is pulled back from {scale} log(p / q)", float(critic.scale.grad) * (scale - 1) > 0
+            f"SMD: the critic is pulled back from {scale} log(p / q)", float(grad_of(critic.scale)) * (scale - 1) > 0
         )
         yield holds(f"SMD: samples do not learn from the fit, {scale}", law[0].grad is None)
 
@@ -273,7 +273,7 @@ def embedding_checks(recipe: Recipe, objective: DistributionMatching, term: Embe
         rng = torch.Generator().manual_seed(step)
         x = student[0] + student[1] * torch.randn(64, 1, generator=rng, dtype=torch.float64)
         walker.zero_grad()
-        term.loss(Made(x, x, x[:, 0]), Cast({}), _batch(teacher.draw(64, rng)), turn(step))[0].backward()  # type: ignore[no-untyped-call]
+        term.loss(Made(x, x, x[:, 0]), Cast({}), _batch(teacher.draw(64, rng)), turn(step))[0].backward()
         walker.step()
     found = student.detach().abs()
     yield between("embedding: T2, the student leaves its mode", found[0], 0.0, 1.5)

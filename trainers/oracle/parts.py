@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Denoiser, times
+from fewstep.models.denoiser import Condition, Denoiser, times
 from fewstep.models.paths import VP
+from fewstep.models.spec import SamplerSpec
 from fewstep.runtime.samplers import path_start, updates
 
 from ..parts.jumps import LcmJump, TwoTimeJump
+from ..parts.objective import Turn
 from ..parts.rollout import BackwardSimulation
 from ..parts.transitions import guided
 from ..recipes.recipe import Recipe
@@ -90,7 +92,9 @@ def rollout_checks(recipe: Recipe, rollout: BackwardSimulation) -> Iterator[Chec
     yield holds("rollout: gradient through the last step alone", asked == [(True, False), (False, False)])
 
 
-def sampled(student: Denoiser, spec: Any, walked: tuple[float, ...], like: Tensor, cond: Any, again: Any) -> Tensor:
+def sampled(
+    student: Denoiser, spec: SamplerSpec, walked: tuple[float, ...], like: Tensor, cond: Condition, again: Turn
+) -> Tensor:  # fmt: skip
     """The runtime's sampler along the first times of one of its grids, ending there as at a last step."""
     steps = next(n for n, grid in sorted(spec.grids.items()) if grid[: len(walked)] == walked)
     x = again.noise(like) * path_start(spec.path)

@@ -143,8 +143,8 @@ def _watched(stage: Stage, scalar: bool) -> Watched:
         player = Player(name, module, settings)
         players.append(player)
         roles[name] = module.denoiser()
-        own = "" if name == "student" else f"{name}."
-        roles |= {f"{own}{average}": _bent(m).denoiser() for average, m in player.averages.items()}
+        prefix = "" if name == "student" else f"{name}."
+        roles |= {f"{prefix}{average}": _bent(m).denoiser() for average, m in player.averages.items()}
     teacher = Bent(bench.teacher()).requires_grad_(False)
     roles["teacher"] = teacher.denoiser()
     roles |= {role: teacher.denoiser() for role in stage.objective.roles if role not in roles}

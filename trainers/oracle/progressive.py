@@ -97,7 +97,9 @@ def _chain_gap(recipe: Recipe, each: Stage, stage: World) -> float:
     assert isinstance(objective, ProgressiveHalving)
     n = objective.pairs.steps
     spec = recipe_spec(recipe, stage.path, stage.prediction)
-    spec = replace(spec, grids=replace(recipe.sampling.grids, counts=(n, 2 * n)).of(stage.path))  # type: ignore[type-var]
+    assert recipe.sampling is not None
+    grids = replace(recipe.sampling.grids, counts=(n, 2 * n))  # type: ignore[type-var]
+    spec = replace(spec, grids=grids.of(stage.path))
     batch = stage.batch(8)
     w = torch.full((8,), objective.guidance.low, dtype=torch.float64)
     teacher = guided(stage.teacher(), batch.uncond, w) if objective.cfg else stage.teacher()
@@ -127,13 +129,17 @@ def _cast(stage: World, objective: ProgressiveHalving, student: Denoiser) -> tup
     return Cast({"student": learner.denoiser(), "teacher": teacher.denoiser()}), learner, teacher
 
 
+def _back(width: float) -> Landing:
+    """Every jump lands this much below where it begins."""
+    return lambda t, cond: t - width
+
+
 def _order(label: str, stage: World, objective: ProgressiveHalving) -> Iterator[Check]:
     """With the exact denoiser as teacher, the flow map's clean estimate is missed by O(step)."""
     residuals = []
     for distance in (0.04, 0.02, 0.01):
         width = distance * (stage.path.start - stage.path.end)
-        flow = stage.jumper(lambda t, cond, width=width: t - width)
-        cast, _, _ = _cast(stage, objective, flow)
+        cast, _, _ = _cast(stage, objective, stage.jumper(_back(width)))
         near = replace(objective, pairs=Apart(distance))  # type: ignore[arg-type]
         residuals.append(near.loss("student", cast, stage.batch(COUNT), turn())[1]["residual"])
     yield below(f"{label}residual at the flow map, one step of 0.01", residuals[-1], 5e-3)
@@ -144,7 +150,7 @@ def _order(label: str, stage: World, objective: ProgressiveHalving) -> Iterator[
 def _gradients(label: str, stage: World, objective: ProgressiveHalving) -> Iterator[Check]:
     near = replace(objective, pairs=Apart(0.02))  # type: ignore[arg-type]
     width = 0.02 * (stage.path.start - stage.path.end)
-    cast, student, teacher = _cast(stage, objective, stage.jumper(lambda t, cond: t - width))
+    cast, student, teacher = _cast(stage, objective, stage.jumper(_back(width)))
     batch = stage.batch(COUNT)
 
     def loss() -> Tensor:

@@ -142,7 +142,7 @@ def tells_landings(spec: SamplerSpec) -> bool:
     """Whether the coefficients of each step go with the time to which a perfect student has to jump."""
     pairs = [pair for n in spec.steps for pair in zip(updates(spec, n), landings(spec, n), strict=True)]
     return all(
-        to is update.lands is None or (None not in (to, update.lands) and abs(to - update.lands) < 1e-9)
+        to is update.lands is None or (to is not None and update.lands is not None and abs(to - update.lands) < 1e-9)
         for (_, update), to in pairs
     )
 

@@ -1,6 +1,6 @@
 """The oracle of laws within an interval: where a rollout lands, the noise there, and what a fake learns of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from typing import Any
 
@@ -161,7 +161,10 @@ def _learns(objective: DistributionMatching, term: Any) -> Iterator[Check]:
         yield holds(f"fake: its loss pulls it back, bend {0.6 * sign}, {step}", pull > 0.0)
 
 
-SCORE_TERMS = {
+SCORE_TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
     DenoiseLanding: landing_checks, DenoiseTrajectory: trajectory_checks, Only: only_checks, Regress: regress_checks,
 }  # fmt: skip
-SCORE_ROLLOUTS = {RandomWalk: walk_checks, Segments: segments_checks}
+SCORE_ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
+    RandomWalk: walk_checks,
+    Segments: segments_checks,
+}

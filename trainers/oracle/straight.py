@@ -1,6 +1,6 @@
 """The oracle of straight trajectories: on lines that are straight and compose, and on the teacher's curved ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -58,7 +58,8 @@ def held_still(label: str, objective: Any, roles: dict[str, Denoiser], learner: 
         left = iter(aims)
         still = replace(objective, distance=lambda a, b: (a.double() - next(left)).flatten(1).square().mean(1))
         with torch.enable_grad():
-            return still.loss("student", cast, batch, turn())[0]
+            value: Tensor = still.loss("student", cast, batch, turn())[0]
+        return value
 
     for name, weight in learner.named_parameters():
         found = slope_of(loss, weight, 1e-4)
@@ -274,16 +275,16 @@ def _times(times: BothWays) -> Iterator[Check]:
         t, down, up = times.draw(path, 16384, turn())
         tau, low, high = (FLOW.time(path, each) for each in (t, down, up))
         top = float(FLOW.time(path, torch.tensor([path.start], dtype=torch.float64)))
-        rules: dict[str, Callable[[], Tensor]] = {
-            "t inside the path": lambda t=t, path=path: (t <= path.start) & (t >= path.end),
-            "down below and up above": lambda t=t, down=down, up=up: (down <= t) & (up >= t),
-            "up inside the path": lambda up=up, path=path: up <= path.start,
-            "up within reach": lambda tau=tau, high=high: high - tau <= times.reach + 1e-6,
-            "down within reach, or the sample": lambda tau=tau, low=low: (tau - low <= times.reach + 1e-6) | (low == 0),
-            "the sample below the anchor": lambda low=low: (low == 0) | (low >= times.anchor - 1e-6),
+        rules = {
+            "t inside the path": (t <= path.start) & (t >= path.end),
+            "down below and up above": (down <= t) & (up >= t),
+            "up inside the path": up <= path.start,
+            "up within reach": high - tau <= times.reach + 1e-6,
+            "down within reach, or the sample": (tau - low <= times.reach + 1e-6) | (low == 0),
+            "the sample below the anchor": (low == 0) | (low >= times.anchor - 1e-6),
         }
-        for name, rule in rules.items():
-            yield holds(f"{label}{name}", bool(rule().all()))
+        for name, kept in rules.items():
+            yield holds(f"{label}{name}", bool(kept.all()))
         begun = (t == path.start).double().mean() - times.start_share
         yield between(f"{label}share that begins at the noisiest", begun, -0.02, 0.02)
         inner = (tau < 0.8 * top) & (tau > 0.3)

@@ -59,6 +59,12 @@ def holds(name: str, truth: bool) -> Check:
     return Check(name, float(truth), 1.0, 1.0)
 
 
+def grad_of(weight: Tensor) -> Tensor:
+    """The gradient that has reached a weight or a sample. Errors: `AssertionError` where none has."""
+    assert weight.grad is not None, "no gradient has reached it"
+    return weight.grad
+
+
 class Bent(nn.Module):
     """A perfect network plus `gain x + offset`; both weights are zero unless said."""
 
