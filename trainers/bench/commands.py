@@ -53,7 +53,9 @@ def distill(argv: list[str]) -> int:
     bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
     if not first:
         return 0
-    steps = ", ".join(map(str, bundle.spec.steps)) or f"1 to {bundle.spec.spacing.max_steps}"
+    steps, spacing = ", ".join(map(str, bundle.spec.steps)), bundle.spec.spacing
+    if not steps and spacing is not None:
+        steps = f"1 to {spacing.max_steps}"
     print(f"{bundle.root}: {args.recipe} student of {bundle.spec.teacher} for {steps} steps")
     for name in recipe.beside:
         print(f"{bundle.root}-{name}: its {name}")

@@ -51,7 +51,7 @@ def compare(
                 network = one.network(role)
                 networks[f"{k}:{role}"] = network, _feeds(one, role, network)
         seconds = _interleaved(networks, repeats)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for k, (one, whole) in enumerate(everyone):
             found = dict(known.get(one.weights_digest, {}))
             for n in steps:
@@ -93,7 +93,7 @@ def _quality(one: Measured) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _feeds(bundle: Bundle, role: str, network: nn.Module) -> dict[str, torch.Tensor]:
+def _feeds(bundle: Bundle, role: str, network: Any) -> dict[str, torch.Tensor]:
     """Inputs of `BATCH` pictures, of noise; what they hold does not change the time."""
     spec, draw = bundle.spec, torch.Generator().manual_seed(0)
     (width, height), factor = spec.sizes[0], spec.latent.factor
@@ -105,18 +105,18 @@ def _feeds(bundle: Bundle, role: str, network: nn.Module) -> dict[str, torch.Ten
     rows = torch.arange(BATCH)
     given = LatentSource(data, bundle.text_encoder(), BATCH, spec=spec).gather(torch.stack([rows, 0 * rows], dim=1))
     known = {**given.cond, "x": latent, "t": torch.full((BATCH,), float(spec.path.start))}
-    return {name: known[name] for name in network.inputs}  # type: ignore[attr-defined]
+    return {name: known[name] for name in network.inputs}
 
 
-def _size(network: nn.Module, feeds: dict[str, torch.Tensor]) -> dict[str, int]:
+def _size(network: Any, feeds: dict[str, torch.Tensor]) -> dict[str, int]:
     """Weights of what runs (a decoder without its encoder), and operations of one picture."""
     from torch.utils.flop_counter import FlopCounterMode
 
     batch = next(iter(feeds.values())).shape[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*feeds.values())
-    part = network.vae.decoder if hasattr(network, "vae") else network
-    weights = sum(p.numel() for p in part.parameters())  # type: ignore[union-attr]
+    part: nn.Module = network.vae.decoder if hasattr(network, "vae") else network
+    weights = sum(p.numel() for p in part.parameters())
     return {"weights": weights, "operations": int(counter.get_total_flops()) // batch}
 
 

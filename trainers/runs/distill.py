@@ -154,7 +154,7 @@ def assemble(
     student = player("student", learner.train())
     players = [student]
     pairs = _compared(recipe, stage.objective, learner, frozen)
-    led = lead(learner, frozen, pairs) if pairs and getattr(stage.objective, "alone", 0.0) else None
+    led = lead(learner, frozen, pairs) if pairs and bool(getattr(stage.objective, "alone", 0.0)) else None
     roles = {"student": denoiser(learner), "teacher": denoiser(heard.eval())}
     roles |= {name: denoiser(average) for name, average in student.averages.items()}
     for name in stage.objective.players:
@@ -242,9 +242,9 @@ def _run_stage(
     if watch.outside:
         (folder / "outside.json").write_text(json.dumps(watch.outside, indent=1) + "\n")
     if stage.search is not None and ranks.first:
-        plan, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
-        distance = picture_score(teacher, student_spec(recipe, teacher), source, plan.samples)
-        best = settle(plan, saved, kept, lambda network: distance(network, plan.steps), recipe.run.seed)
+        search, saved = stage.search, [*shelf.all(), weights_of(method.players[0], stage.average)]
+        distance = picture_score(teacher, student_spec(recipe, teacher), source, search.samples)
+        best = settle(search, saved, kept, lambda network: distance(network, search.steps), recipe.run.seed)
         report = {"coefficients": best.alpha.tolist(), "distance": best.score, "last": best.plain}
         (folder / "search.json").write_text(json.dumps(report, indent=1) + "\n")
     show(stage.steps)

@@ -131,12 +131,12 @@ def _autoencoder(stage: _Stage, parts: Path) -> None:
         return
     s = stage.settings
     torch.manual_seed(s.seed)
-    vae = build_autoencoder().to(stage.device, memory_format=torch.channels_last)
+    vae: Any = build_autoencoder().to(stage.device, memory_format=torch.channels_last)
     learn = PlayerSettings(lr=2e-3, weight_decay=1e-4, warmup=100, cooldown=0.9, ema={"kept": 0.998})
     player = Player("autoencoder", vae, learn)
     source = PictureSource(s.pictures, 48, s.seed, stage.device)
     stage.go("autoencoder", AutoencoderLoss((player,)), source, s.autoencoder_steps)
-    kept = player.averages["kept"].eval()
+    kept: Any = player.averages["kept"].eval()  # the library's own class, as `vae`
     with torch.no_grad():
         spread = torch.cat([kept.encoder(source.batch(-k).x0) for k in range(1, 9)]).square().mean().sqrt()
     kept.register_to_config(scaling_factor=round(1.0 / float(spread), 4))
@@ -162,7 +162,8 @@ def _denoiser(stage: _Stage, bundle: Bundle) -> None:
     s = stage.settings
     torch.manual_seed(s.seed)
     text = bundle.load("text_encoder").requires_grad_(True).train()
-    module = nn.ModuleDict({"unet": build_unet(), "text": text}).to(stage.device, memory_format=torch.channels_last)
+    module = nn.ModuleDict({"unet": build_unet(), "text": text})
+    module.to(stage.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     learn = PlayerSettings(
         lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, cooldown=0.5, ema={"kept": 0.9993},
         slow={"text.": 0.3},
@@ -174,7 +175,7 @@ def _denoiser(stage: _Stage, bundle: Bundle) -> None:
         return Denoiser(as_network(DenoiserNet(module["unet"])), bundle.spec.path, "v"), {"ctx": ctx}
 
     source = IdSource(_latents(stage, bundle), s.batch, s.seed, stage.device)
-    kept = player.averages["kept"]
+    kept: Any = player.averages["kept"]
     paint = _painter(stage, bundle, kept, source)
     stage.go("denoiser", DenoiserLoss((player,), denoiser), source, s.denoiser_steps, paint)
     kept = kept.eval().to("cpu", memory_format=torch.contiguous_format)
@@ -198,7 +199,8 @@ def _control(stage: _Stage, bundle: Bundle) -> None:
 
     source = EdgeSource(bundle, s.control_scenes, s.batch, s.seed, stage.device)
     stage.go("control", DenoiserLoss((player,), denoiser), source, s.control_steps)
-    player.averages["kept"].half().cpu().save_pretrained(bundle.root / "controlnet")
+    kept: Any = player.averages["kept"]
+    kept.half().cpu().save_pretrained(bundle.root / "controlnet")
 
 
 def _latents(stage: _Stage, bundle: Bundle) -> Latents:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.models.bundle import Bundle
@@ -32,7 +32,7 @@ class AutoencoderLoss:
     latent_noise: float = 0.12
 
     def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
-        vae = self.players[0].module
+        vae: Any = self.players[0].module  # diffusers' autoencoder, which has no types
         latent = vae.encoder(batch.x0)
         off = (vae.decoder(latent + self.latent_noise * turn.noise(latent)).float() - batch.x0).contiguous()
         slope = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
@@ -50,7 +50,9 @@ class WordsLoss:
 
     def loss(self, player: str, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         ids, claims = batch.x0, batch.cond["claims"]
-        text, heads = self.players[0].module
+        module = self.players[0].module
+        assert isinstance(module, nn.ModuleList)
+        text, heads = module
         states = text(ids).last_hidden_state
         end = states[torch.arange(len(ids), device=ids.device), (ids == self.end_token).int().argmax(1)]
         guesses = heads(end).float().split(CLAIM_SIZES, dim=1)
@@ -159,9 +161,9 @@ def claim_numbers(caption: scenes.Caption) -> list[int]:
     out: list[int] = []
     for k in range(3):
         claim = caption.objects[k] if k < len(caption.objects) else None
-        out.append(number(scenes.SHAPES, claim and claim.shape))
-        out.append(number(tuple(scenes.COLOURS), claim and claim.colour))
-        out.append(number(tuple(scenes.RADII), claim and claim.size))
+        out.append(number(scenes.SHAPES, claim.shape if claim else None))
+        out.append(number(tuple(scenes.COLOURS), claim.colour if claim else None))
+        out.append(number(tuple(scenes.RADII), claim.size if claim else None))
     out.append(number(scenes.RELATIONS, caption.relation))
     out.append(number(tuple(scenes.BACKGROUNDS), caption.background))
     return [*out, len(caption.objects)]

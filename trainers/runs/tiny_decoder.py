@@ -77,7 +77,7 @@ class DecodedSource:
 
     def __init__(self, latents: Tensor, decoder: nn.Module, batch: int, seed: int, device: torch.device) -> None:
         self.latents, self.size, self.seed, self.device = latents, batch, seed, device
-        decoder = decoder.to(device, memory_format=torch.channels_last)
+        decoder = decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pixels = torch.cat([_bytes(p) for p in _decode(latents, decoder, device)])
 
     def batch(self, step: int) -> Batch:
@@ -105,7 +105,7 @@ def distill_decoder(
     torch.manual_seed(s.seed)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiny = build_tiny(bundle.load("vae"), s.width, s.blocks)
-    student = Decoder(tiny).to(where, memory_format=torch.channels_last)
+    student: Decoder = Decoder(tiny).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     tiny.encoder.requires_grad_(False)
     data = load_latents(Path(s.latents)) if s.latents else encode_scenes(bundle, s.pictures, seed=s.seed)
     latents = training_latents(bundle, data, s.pictures, s.seed)
@@ -161,7 +161,8 @@ class _Resolution:
 
 def _resolutions(vae: Any) -> list[_Resolution]:
     """From coarse to fine. The first convolution of all stands before them."""
-    found, blocks = [], []
+    found: list[_Resolution] = []
+    blocks: list[nn.Module] = []
     for layer in vae.decoder.layers[1:]:
         if isinstance(layer, nn.Conv2d):
             found.append(_Resolution(blocks, layer))
