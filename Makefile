@@ -40,7 +40,8 @@ lint: install
 types: install
 	rm -rf build/types && mkdir -p build/types/fewstep
 	for room in $(ROOMS); do ln -s ../../../$$room build/types/fewstep/$$room; done
-	MYPYPATH=build/types $(BIN)/mypy -p fewstep.models -p fewstep.runtime -p fewstep.export -p fewstep.server
+	MYPYPATH=build/types $(BIN)/mypy -p fewstep.models -p fewstep.runtime -p fewstep.export -p fewstep.server \
+		-p fewstep.trainers
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

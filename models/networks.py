@@ -115,7 +115,7 @@ def named(inputs: tuple[str, ...], feeds: tuple[Tensor | None, ...]) -> dict[str
 def same_batch(first: Tensor, *others: Tensor) -> None:
     """Tell an exporter that the batches are one: attention code asks, and would fix the batch of the example."""
     for other in others:
-        torch._check(other.shape[0] == first.shape[0])  # type: ignore[no-untyped-call]
+        torch._check(other.shape[0] == first.shape[0])
 
 
 class Decoder(nn.Module):

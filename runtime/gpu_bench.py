@@ -224,7 +224,7 @@ def _measure(
 
 def _captured(call: Callable[[], None]) -> Callable[[], None]:
     """The call as one CUDA graph, after some that let kernels be chosen and compiled."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
