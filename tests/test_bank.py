@@ -11,7 +11,7 @@ from fewstep.trainers.networks.student import Student, build_student
 from fewstep.trainers.pictures.data import LatentSource
 from fewstep.trainers.recipes.recipe import configure
 from fewstep.trainers.recipes.registry import RECIPES
-from fewstep.trainers.runs import distill as module
+from fewstep.trainers.runs import picture_networks as module
 from fewstep.trainers.runs.distill import assemble, distill
 from tiny import tiny_latents
 

@@ -9,7 +9,6 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.models.denoiser import Condition, Denoiser, guide, times
+from fewstep.models.denoiser import Condition, guide, times
 from fewstep.models.paths import VP
 from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
@@ -30,20 +29,17 @@ from ..loop.checkpoint_search import Kept, Saving, settle, weights_of
 from ..loop.loop import LoopSettings, train
 from ..loop.method import Assembled
 from ..loop.player import Player, PlayerSettings
-from ..networks.critics import MIDDLE
-from ..networks.partners import SCORES
-from ..networks.student import PLAIN
-from ..parts.objective import Cast, Reward, Turn
+from ..parts.objective import Turn
 from ..parts.pairs import PairSource, draw_pairs
 from ..parts.times import clean
 from ..parts.transitions import NoisedData
+from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Stage
-from .control import ControlledPoints, Likelihood, asked
-from .critic import PlaneCritic, PlaneFake
+from .control import ControlledPoints, asked
 from .net import PlaneNet, plane_student
-from .partners import PlaneReward, Routed, plane_partner
+from .networks import Count, PlaneNetworks
+from .partners import Routed
 from .plane import CLASSES, PREDICTIONS, Plane, PlaneSource, conditions, plane, reference_points
-from .rewards import plane_reward
 from .scores import sliced_distance
 from .sources import CellPoints, FewShots, ForgettingPoints, moved_plane
 
@@ -60,21 +56,6 @@ class PlaneBudget:
     start_steps: int = 8000
     pairs: int = 16384
     seed: int = 0
-
-
-@dataclass
-class Count:
-    """Network evaluations, by rows: the student's and its copies', the teacher's."""
-
-    student: int = 0
-    teacher: int = 0
-
-    def watch(self, denoiser: Denoiser, who: str) -> Denoiser:
-        def net(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-            setattr(self, who, getattr(self, who) + x.shape[0])
-            return denoiser.raw(x, t, cond)
-
-        return replace(denoiser, net=net)
 
 
 @dataclass(frozen=True)
@@ -217,54 +198,12 @@ def _assemble(
     recipe: Recipe, stage: Stage, net: PlaneNet, start: PlaneNet, previous: Any, data: Plane, budget: PlaneBudget,
     count: Count,
 ) -> Assembled:  # fmt: skip
-    """The stage's cast: the closed-form teacher or the stage before, the student, its averages, a fake and a critic."""
-    path = recipe_path(recipe)
-
-    def settings(name: str) -> PlayerSettings:
-        own = stage.player_settings[name]
-        return replace(own, lr=own.lr * budget.rate)
-
-    student = Player("student", net.train(), settings("student"))
-    players = [student]
-    roles = {"student": count.watch(net.denoiser(), "student")}
-    for name, average in student.averages.items():
-        roles[name] = count.watch(average.denoiser(), "student")  # type: ignore[operator]
-    if stage.teacher == "start" or (stage.teacher == "previous" and previous is not None):
-        held = net if stage.teacher == "start" else previous
-        roles["teacher"] = count.watch(deepcopy(held).requires_grad_(False).denoiser(), "student")
-    else:
-        roles["teacher"] = count.watch(data.teacher(path), "teacher")
-    for name in stage.objective.players:
-        if name not in ("student", "fake", "critic", "proxy"):
-            partner = plane_partner(name, start if name in SCORES else net, path=path, seed=budget.seed)
-            players.append(Player(name, partner.train(), settings(name)))
-            for role, module in {name: partner, **players[-1].roles()}.items():
-                roles[role] = count.watch(module.denoiser(), "student")  # type: ignore[operator]
-    critic, plan = None, recipe.critic or MIDDLE
-    if "fake" in stage.objective.players:
-        base = plane_student(start, recipe.fake, path=path, seed=budget.seed)
-        fake = PlaneFake(base, plan)
-        players.append(Player("fake", fake, settings("fake"), base))
-        roles["fake"], critic = count.watch(base.denoiser(), "student"), fake.judge
-        for role, average in players[-1].roles().items():
-            roles[role] = count.watch(average.net.denoiser(), "student")  # type: ignore[operator, union-attr]
-    if "critic" in stage.objective.players:
-        eye = plane_student(start, PLAIN, path=path, seed=budget.seed)
-        own = PlaneCritic(plan, eye)
-        players.append(Player("critic", own, settings("critic")))
-        critic = own.judge
-    rewards: dict[str, Reward] = {} if recipe.reward is None else {"reward": plane_reward(recipe.reward, data)}
-    if recipe.student.control:
-        rewards[CONTROL] = Likelihood()
-    if "proxy" in stage.objective.players:
-        torch.manual_seed(budget.seed)
-        rewards["proxy"] = proxy = PlaneReward()
-        players.append(Player("proxy", proxy, settings("proxy")))
-    if ADAPTED in stage.objective.roles:
-        roles[ADAPTED] = count.watch(moved_plane(data).teacher(path), "teacher")
-    if absent := [role for role in stage.objective.roles if role not in roles]:
-        raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    return Assembled(stage.objective, Cast(roles, critic, rewards=rewards), tuple(players))
+    """The stage's cast; its teacher is the closed form, the stage before or the stage's own start."""
+    held = {"start": net, "previous": previous}.get(stage.teacher)
+    networks = PlaneNetworks(
+        recipe, stage, net, held, start, recipe_path(recipe), data, count, budget.rate, budget.seed
+    )
+    return assemble_stage(recipe, stage, net, networks)
 
 
 def _distance(recipe: Recipe, stage: Stage, data: Plane, budget: PlaneBudget) -> Callable[[Any], float]:

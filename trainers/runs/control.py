@@ -22,10 +22,12 @@ from ..distribution.control_terms import CONTROL
 from ..errors import RecipeError
 from ..loop.method import Assembled
 from ..loop.player import Player
+from ..networks.critics import CriticPlan
 from ..networks.student import fake_of, is_unet, load_denoiser
-from ..parts.objective import Batch, Cast
+from ..parts.objective import Batch, Reward
 from ..pictures.data import LatentSource
 from ..pictures.edges import EdgeLikelihood, detect
+from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Stage
 from .teacher_parts import EdgeSource
 
@@ -112,37 +114,67 @@ def _own(net: Any, unet: Any) -> Mapping[str, Tensor]:
     return {n: v for n, v in net.state_dict().items() if n not in theirs or theirs[n].shape != v.shape}
 
 
+class ControlNetworks:
+    """`recipes.casting.Networks` of a ControlNet that learns beside a frozen student.
+
+    The teacher knows no control; a fake score does, by a ControlNet of its own.
+    """
+
+    def __init__(self, recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, device: torch.device) -> None:
+        self.recipe, self.stage, self.bundle, self.device = recipe, stage, teacher, device
+        self.scale = student.spec.guidance.default
+        self.unet, self.alone = (
+            load_denoiser(bundle).requires_grad_(False).eval().to(device) for bundle in (student, teacher)
+        )
+
+    def player(self, name: str, module: nn.Module, body: nn.Module | None = None) -> Player:
+        return Player(name, module.to(self.device).train(), self.stage.player_settings[name])
+
+    def teacher(self) -> Denoiser:
+        spec = self.bundle.spec
+        return Denoiser(as_network(DenoiserNet(self.alone)), spec.path, spec.prediction)
+
+    def ask(self, network: Any) -> Denoiser:
+        if isinstance(network, SteeredFake):
+            return network.denoiser(self.teacher())
+        steered = as_network(DenoiserNet(self.unet), ControlNet(network))
+
+        def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            told = torch.full((len(x),), self.scale, device=x.device)
+            return steered(x, t, {**cond, "w": told})  # the scale that it is served at, where it takes one
+
+        return Denoiser(run, self.bundle.spec.path, self.bundle.spec.prediction)
+
+    def fake(self, plan: CriticPlan) -> tuple[Any, Any]:
+        plain = load_denoiser(self.bundle)
+        copy = fake_of(plain, replace(self.recipe.fake, control=False), self.bundle.spec.path)
+        fake = SteeredFake(copy, fresh_control(plain, self.bundle.spec.latent.factor)).to(self.device)
+        return fake, fake
+
+    def rewards(self) -> dict[str, Reward]:
+        return {CONTROL: EdgeLikelihood(self.bundle.decoder().requires_grad_(False).to(self.device))}
+
+    def partner(self, name: str) -> Any:
+        raise RecipeError(
+            f"{self.recipe.name} has a player {name!r}, and a ControlNet learns beside a fake score alone"
+        )
+
+    def critic(self, plan: CriticPlan) -> Any:
+        return self.partner("critic")
+
+    def proxy(self) -> Any:
+        return self.partner("proxy")
+
+    def adapted(self) -> Denoiser:
+        raise RecipeError(f"{self.recipe.name} asks for a teacher of a new domain, which no ControlNet is trained with")
+
+
 def assemble_control(
     recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, control: Any, device: torch.device
 ) -> Assembled:
-    """The cast: a frozen U-Net with the ControlNet that learns, its averages, the teacher that knows no control, and a
-    fake score that does."""
-    unet = load_denoiser(student).requires_grad_(False).eval().to(device)
-    spec = teacher.spec
-
-    def steered(net: Any) -> Denoiser:
-        network = as_network(DenoiserNet(unet), ControlNet(net))
-
-        def run(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-            told = torch.full((len(x),), student.spec.guidance.default, device=x.device)
-            return network(x, t, {**cond, "w": told})  # the scale that it is served at, where it takes one
-
-        return Denoiser(run, spec.path, spec.prediction)
-
-    learner = Player("student", control.to(device).train(), stage.player_settings["student"])
-    own = load_denoiser(teacher).requires_grad_(False).eval().to(device)
-    alone = Denoiser(as_network(DenoiserNet(own)), spec.path, spec.prediction)
-    roles = {"student": steered(control), "teacher": alone}
-    roles |= {name: steered(average) for name, average in learner.averages.items()}
-    players = [learner]
-    if "fake" in stage.objective.players:
-        plain = load_denoiser(teacher)
-        copy = fake_of(plain, replace(recipe.fake, control=False), spec.path)
-        fake = SteeredFake(copy, fresh_control(plain, spec.latent.factor)).to(device).train()
-        players.append(Player("fake", fake, stage.player_settings["fake"]))
-        roles["fake"] = fake.denoiser(alone)
-    likely = EdgeLikelihood(teacher.decoder().requires_grad_(False).to(device))
-    return Assembled(stage.objective, Cast(roles, rewards={CONTROL: likely}), tuple(players))
+    """The stage's cast, with the ControlNet as its student."""
+    networks = ControlNetworks(recipe, stage, student, teacher, device)
+    return assemble_stage(recipe, stage, control.to(device), networks)
 
 
 def control_source(recipe: Recipe, teacher: Bundle, device: torch.device) -> Any:

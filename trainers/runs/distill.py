@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,8 @@ import torch
 from torch import nn
 
 from fewstep.models.bundle import Bundle, load_bundle
-from fewstep.models.denoiser import Denoiser
-from fewstep.models.negative_adapter import avoids
-from fewstep.models.net_negative import Negative, NegativeDenoiser
 from fewstep.models.networks import as_network
 
-from ..distribution.adaptation import ADAPTED, adapted_network
 from ..errors import CheckpointError, RecipeError
 from ..loop.bands import Watch, bands_of
 from ..loop.checkpoint import has_checkpoint
@@ -30,23 +27,23 @@ from ..loop.loop import LoopSettings, train
 from ..loop.method import Assembled
 from ..loop.player import Player
 from ..loop.ranks import ALONE, Ranks, join, leave, save_network
-from ..networks.bank import can_share, plain, share
-from ..networks.critics import MIDDLE, FakeWithCritic, picture_critic
-from ..networks.partners import picture_partner, picture_proxy
+from ..networks.bank import plain
 from ..networks.preference_model import with_prompts
-from ..networks.rewards import PICTURE_REWARDS, check_reward, picture_reward
-from ..networks.student import Student, again, build_student, fake_of, load_denoiser, merged, unlearned
+from ..networks.rewards import PICTURE_REWARDS, check_reward
+from ..networks.student import Student, again, build_student, load_denoiser, merged, unlearned
 from ..networks.watch import Twin, lead, stage_pairs, watch_both
 from ..objectives.distillation import KnowledgeDistillation
-from ..parts.objective import Cast, Objective
+from ..parts.objective import Objective
 from ..parts.pairs import Pairs, PairSource, draw_pairs, load_pairs, save_pairs
 from ..pictures.blending import BlendedSource
 from ..pictures.data import Latents, LatentSource
 from ..pictures.parting import CellSource
 from ..pictures.preview import sample, save_grid
+from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Stage, configure, describe
 from ..recipes.registry import find_recipe
 from .forgetting_data import ForgettingSource
+from .picture_networks import PictureNetworks
 from .picture_score import picture_score
 from .selling import beside_of, sell_beside, sell_parts
 from .settling import settled, training_data
@@ -126,73 +123,21 @@ def _distill(
 def assemble(
     recipe: Recipe, stage: Stage, teacher: Bundle, frozen: Any, learner: Any, ranks: Ranks = ALONE
 ) -> Assembled:
-    """Networks for a stage: the student, its averages, a frozen teacher, and a fake score with its critic.
-
-    Where student and fake score are the teacher with LoRA, all are one network in memory (`trainers.networks.bank`).
+    """A stage's cast and players, and what an objective that compares stages of two networks sees of them.
 
     frozen, learner: denoisers of the teacher bundle's family, as their own class; spread over the processes in place.
 
     Errors: `RecipeError` for an objective that needs what the family or the recipe does not have.
     """
-    spec, family = teacher.spec, teacher.family
-
-    def denoiser(network: Any) -> Denoiser:
-        hears = avoids(network)
-        net: Any = NegativeDenoiser(network, Negative(method="sun")) if hears else family.denoiser(network, False)
-        net = net.train(network.training).to(learner.device)
-        return Denoiser(as_network(net), spec.path, spec.prediction)
-
-    def player(name: str, module: Any, body: Any = None) -> Player:
-        return Player(name, module, stage.player_settings[name], body, ranks)
-
     frozen.requires_grad_(False)
-    heard, network = frozen, None
-    if "fake" in stage.objective.players:
-        network = fake_of(frozen, recipe.fake, spec.path)
-        if not ranks.sharded and can_share(frozen, learner, network):
-            heard, learner, network = share(frozen, learner, network)
-    student = player("student", learner.train())
-    players = [student]
-    pairs = _compared(recipe, stage.objective, learner, frozen)
-    led = lead(learner, frozen, pairs) if pairs and bool(getattr(stage.objective, "alone", 0.0)) else None
-    roles = {"student": denoiser(learner), "teacher": denoiser(heard.eval())}
-    roles |= {name: denoiser(average) for name, average in student.averages.items()}
-    for name in stage.objective.players:
-        if name not in ("student", "fake", "critic", "proxy"):
-            partner = picture_partner(name, recipe.name, teacher).to(device=learner.device).train()
-            players.append(player(name, partner))
-            roles |= {role: denoiser(module) for role, module in {name: partner, **players[-1].roles()}.items()}
-    critic, plan = None, recipe.critic or MIDDLE
-    if network is not None:
-        roles["fake"] = denoiser(network)
-        fake = FakeWithCritic(network, roles["fake"].net, plan).to(frozen.device).train()
-        players.append(player("fake", fake, network))
-        critic = fake.judge
-        roles |= {role: denoiser(average.network) for role, average in players[-1].roles().items()}
-    if "critic" in stage.objective.players:
-        own = picture_critic(plan, teacher, frozen, roles["teacher"].net).to(frozen.device).train()
-        players.append(player("critic", own))
-        critic = own.judge
-    rewards = _rewards(recipe, stage, teacher, frozen.device)
-    if "proxy" in rewards:
-        players.append(player("proxy", rewards["proxy"]))
-    if ADAPTED in stage.objective.roles:
-        roles[ADAPTED] = denoiser(adapted_network(recipe.adapted, recipe.name, teacher).to(learner.device))
-    if absent := [role for role in stage.objective.roles if role not in roles]:
-        raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    seen = watch_both(learner, frozen, pairs) if pairs else {}
+    networks = PictureNetworks(recipe, stage, teacher, frozen, learner, ranks)
+    method = assemble_stage(recipe, stage, networks.learner, networks)
+    if pairs := _compared(recipe, stage.objective, networks.learner, frozen):
+        led = lead(networks.learner, frozen, pairs) if getattr(stage.objective, "alone", 0.0) else None
+        seen = watch_both(networks.learner, frozen, pairs)
+        method = replace(method, cast=replace(method.cast, seen=seen, led=led))
     ranks.spread(frozen)
-    return Assembled(stage.objective, Cast(roles, critic, seen, led, rewards), tuple(players))
-
-
-def _rewards(recipe: Recipe, stage: Stage, teacher: Bundle, device: torch.device) -> dict[str, Any]:
-    """Who judges a stage's samples: the recipe's reward, and the proxy that learns from it where that is a player."""
-    rewards: dict[str, Any] = {}
-    if recipe.reward is not None:
-        rewards["reward"] = picture_reward(recipe.reward, teacher, device)
-    if "proxy" in stage.objective.players:
-        rewards["proxy"] = picture_proxy(teacher).to(device).train()
-    return rewards
+    return method
 
 
 def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -> dict[str, Twin]:
