@@ -53,7 +53,7 @@ def decoupled_dmd(
 
 
 def tdm(
-    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 4e-4, every: int = 1, count: int = 4,
+    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 4e-4, every: int = 1, count: int = 4,
     guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TDM, Luo et al. 2025 (arXiv 2503.06674): the law of every state of the student's own trajectory, with no data.
