@@ -15,6 +15,7 @@ from fewstep.trainers.parts.gan_losses import R1, ApproximateR1, FiniteDifferenc
 from fewstep.trainers.parts.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
 from fewstep.trainers.parts.rollout import Made
 from fewstep.trainers.pictures import parting
+from fewstep.trainers.plane import sources
 
 
 def other_side(original):
@@ -148,7 +149,7 @@ ADVERSARIAL_MUTANTS: dict[str, Mutant] = {
         parting, "nearest", lambda g: lambda points, chosen: g(-points, chosen), ("msd",)
     ),
     "parts: a class left to the first": Mutant(
-        parting, "part_of", lambda g: lambda label, of: max(0, g(label, of) - 1), ("msd",)
+        sources, "part_of", lambda g: lambda label, of: max(0, g(label, of) - 1), ("msd",)
     ),
     "taught by another: the first after all": Mutant(
         TaughtBy, "loss", lambda g: lambda self, *rest: self.term.loss(*rest), ("uni-dad",)

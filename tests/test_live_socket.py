@@ -305,5 +305,6 @@ def test_sessions_are_bounded():
         with opened(live), opened(live, ready=False) as second:
             assert "1 live sessions are open" in refusal(second)["message"]
             assert second.recv_data()[1][:2] == (1013).to_bytes(2)
+        until(lambda: "fewstep_live_sessions 0.0" in live.http.get("/metrics").text)
         with opened(live) as third:
             assert third.connected

@@ -26,8 +26,8 @@ from ..parts.objective import Batch, Cast
 from ..parts.rollout import Made
 from ..parts.times import UniformScale, UniformTimes
 from ..pictures import parting
+from ..plane import sources
 from ..plane.plane import CLASSES
-from ..plane.sources import part_of
 from ..recipes.recipe import Recipe
 from .distribution import cast_of, slope_at, with_terms
 from .parts import perfect_student, sampled, source_checks
@@ -235,6 +235,6 @@ def cell_checks(recipe: Recipe) -> Iterator[Check]:
     yield holds("parts: one student for each", [cell.index for cell in cells] == list(range(count)))
     inertia = torch.cdist(points, chosen).min(1).values.square().sum()
     yield holds("parts: centroids lie among their prompts", float(inertia) < float(points.var(0).sum() * len(points)))
-    labels = [part_of(label, count) for label in range(CLASSES)]
+    labels = [sources.part_of(label, count) for label in range(CLASSES)]
     even = all(labels.count(k) == CLASSES // count for k in range(count)) if CLASSES % count == 0 else True
     yield holds("parts: classes of the plane are dealt out evenly", even and set(labels) <= set(range(count)))
