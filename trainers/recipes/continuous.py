@@ -24,7 +24,7 @@ from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 
 
 def scm(
-    *, steps: int = 3000, lr: float = 7e-5, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    *, steps: int = 3000, lr: float = 1e-5, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
     floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """sCM / sCD, Lu & Song 2024 (arXiv 2410.11081): tangent regression, normalised, with tangent warm-up.
@@ -79,7 +79,7 @@ def sana_sprint(
 
 
 def tbcm(
-    *, steps: int = 3000, lr: float = 7e-5, walk: int = 6, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
+    *, steps: int = 3000, lr: float = 1e-5, walk: int = 6, mean: float = 0.2, std: float = 1.6, warmup: float = 0.2,
     floor: float = 1.0, difference: float = 0.0, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """TBCM, 2025 (hustvl/TBCM): sCM's loss at states of the teacher's own walks from noise, with no data.
