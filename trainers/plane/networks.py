@@ -43,12 +43,12 @@ class Count:
 
 @dataclass(frozen=True)
 class PlaneNetworks:
-    """`recipes.casting.Networks` of points. net: the stage's student. held: its teacher where that is a network; None
-    is the closed form. start: what every other network begins as. rate: factor on learning rates."""
+    """`recipes.casting.Networks` of points. held: the stage's teacher where that is a network; None is the closed form.
+    start: what every other network begins as. rate: factor on learning rates."""
 
     recipe: Recipe
     stage: Stage
-    net: PlaneNet
+    learner: PlaneNet
     held: PlaneNet | None
     start: PlaneNet
     path: Path
@@ -71,7 +71,7 @@ class PlaneNetworks:
         return self.count.watch(self.data.teacher(self.path), "teacher")
 
     def partner(self, name: str) -> Any:
-        return plane_partner(name, self.start if name in SCORES else self.net, path=self.path, seed=self.seed)
+        return plane_partner(name, self.start if name in SCORES else self.learner, path=self.path, seed=self.seed)
 
     def fake(self, plan: CriticPlan) -> tuple[Any, Any]:
         network = plane_student(self.start, self.recipe.fake, path=self.path, seed=self.seed)

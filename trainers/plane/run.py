@@ -203,7 +203,7 @@ def _assemble(
     networks = PlaneNetworks(
         recipe, stage, net, held, start, recipe_path(recipe), data, count, budget.rate, budget.seed
     )
-    return assemble_stage(recipe, stage, net, networks)
+    return assemble_stage(networks)
 
 
 def _distance(recipe: Recipe, stage: Stage, data: Plane, budget: PlaneBudget) -> Callable[[Any], float]:

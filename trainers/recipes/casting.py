@@ -23,7 +23,18 @@ KNOWN = ("student", "fake", "critic", "proxy")
 
 
 class Networks(Protocol):
-    """Networks of one kind of data. What it makes is trainable, and on the device where it trains."""
+    """A stage, and networks of one kind of data for it. What it makes is trainable, and where it trains."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def learner(self) -> Any:
+        """The student's network."""
+        ...
 
     def player(self, name: str, module: nn.Module, body: nn.Module | None = None) -> Player:
         """A player with the stage's settings. body: the network in it, where that is not all of the module."""
@@ -62,15 +73,17 @@ class Networks(Protocol):
         ...
 
 
-def assemble_stage(recipe: Recipe, stage: Stage, learner: Any, networks: Networks) -> Assembled:
-    """The stage's objective with its cast and players, the student (`learner`) first.
+def assemble_stage(networks: Networks) -> Assembled:
+    """The stage's objective with its cast and players, the student first.
 
     Errors: `RecipeError` for a role that nothing in the recipe makes, and those of `Networks`.
     """
-    wanted, plan = stage.objective.players, recipe.critic or MIDDLE
-    student = networks.player("student", learner)
-    players, critic = [student], None
-    roles = {"student": networks.ask(learner), "teacher": networks.teacher()}
+    objective, plan = networks.stage.objective, networks.recipe.critic or MIDDLE
+    wanted = objective.players
+    student = networks.player("student", networks.learner)
+    players: list[Player] = [student]
+    critic: Critic | None = None
+    roles = {"student": networks.ask(networks.learner), "teacher": networks.teacher()}
     roles |= {name: networks.ask(average) for name, average in student.averages.items()}
     for name in wanted:
         if name not in KNOWN:
@@ -90,12 +103,12 @@ def assemble_stage(recipe: Recipe, stage: Stage, learner: Any, networks: Network
     if "proxy" in wanted:
         rewards["proxy"] = proxy = networks.proxy()
         players.append(networks.player("proxy", proxy))
-    if ADAPTED in stage.objective.roles:
+    if ADAPTED in objective.roles:
         roles[ADAPTED] = networks.adapted()
-    if absent := [role for role in stage.objective.roles if role not in roles]:
-        raise RecipeError(f"recipe {recipe.name!r} asks for the role {absent[0]!r}, which its settings do not make")
-    judge: Critic | None = critic
-    return Assembled(stage.objective, Cast(roles, judge, rewards=rewards), tuple(players))
+    if absent := [role for role in objective.roles if role not in roles]:
+        name = networks.recipe.name
+        raise RecipeError(f"recipe {name!r} asks for the role {absent[0]!r}, which its settings do not make")
+    return Assembled(objective, Cast(roles, critic, rewards=rewards), tuple(players))
 
 
 def _averages(networks: Networks, player: Player) -> dict[str, Denoiser]:

@@ -120,8 +120,11 @@ class ControlNetworks:
     The teacher knows no control; a fake score does, by a ControlNet of its own.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, control: Any, device: torch.device
+    ) -> None:
         self.recipe, self.stage, self.bundle, self.device = recipe, stage, teacher, device
+        self.learner = control.to(device)
         self.scale = student.spec.guidance.default
         self.unet, self.alone = (
             load_denoiser(bundle).requires_grad_(False).eval().to(device) for bundle in (student, teacher)
@@ -173,8 +176,7 @@ def assemble_control(
     recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, control: Any, device: torch.device
 ) -> Assembled:
     """The stage's cast, with the ControlNet as its student."""
-    networks = ControlNetworks(recipe, stage, student, teacher, device)
-    return assemble_stage(recipe, stage, control.to(device), networks)
+    return assemble_stage(ControlNetworks(recipe, stage, student, teacher, control, device))
 
 
 def control_source(recipe: Recipe, teacher: Bundle, device: torch.device) -> Any:

@@ -131,7 +131,7 @@ def assemble(
     """
     frozen.requires_grad_(False)
     networks = PictureNetworks(recipe, stage, teacher, frozen, learner, ranks)
-    method = assemble_stage(recipe, stage, networks.learner, networks)
+    method = assemble_stage(networks)
     if pairs := _compared(recipe, stage.objective, networks.learner, frozen):
         led = lead(networks.learner, frozen, pairs) if getattr(stage.objective, "alone", 0.0) else None
         seen = watch_both(networks.learner, frozen, pairs)
