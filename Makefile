@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 ROOMS := models runtime export server trainers
 STAMP := $(VENV)/.installed
 
@@ -25,7 +26,7 @@ serve: install
 	$(BIN)/fewstep serve scenes-lcm scenes-dmd2 scenes-progressive scenes-teacher
 
 test: install
-	PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench-recipes: install
 	$(BIN)/fewstep bench recipes --quick --out build/recipes-quick
