@@ -1,6 +1,7 @@
 """`fewstep bench recipes`: rows, resuming, the short form, what does not fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_a_second_run_reads_what_is_there_and_trains_what_changed(tiny, monkeypa
 def test_the_key_follows_recipe_and_budget():
     keys = {key_of("lcm", TINY), key_of("dmd2", TINY), key_of("lcm", QUICK)}
     assert len(keys) == 3 and key_of("lcm", TINY) in keys
+
+
+def test_a_setting_changes_the_keys_of_the_recipes_that_have_it_and_no_others():
+    other = replace(TINY, settings={**TINY.settings, "gap_mean": 0.25})
+    assert {name for name in ("lcm", "dmd2", "sid", "gdd") if key_of(name, TINY) != key_of(name, other)} == {
+        "dmd2",
+        "sid",
+    }
 
 
 def test_guidance_is_that_of_the_benchmark():

@@ -16,12 +16,13 @@ from fewstep.trainers.distribution.score_gap import Denoise
 from fewstep.trainers.distribution.score_identity import DIVERGENCES, RatioWeight
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.student import Student, fake_of
+from fewstep.trainers.parts.laws import LogNormal
 from fewstep.trainers.parts.objective import Cast, Turn
 from fewstep.trainers.plane.net import plane_student
 from fewstep.trainers.plane.plane import CLASSES, PlaneSource, conditions, plane
 from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.plane.sources import ForgettingPoints, class_of
-from fewstep.trainers.recipes.identity import IDENTITY, sfd, sid, sid_few_step, sim, uni_instruct
+from fewstep.trainers.recipes.identity import FAKE_TIMES, GAP_TIMES, IDENTITY, sfd, sid, sid_few_step, sim, uni_instruct
 from fewstep.trainers.recipes.mixture import MIXTURE, embedding_loss
 from fewstep.trainers.recipes.recipe import configure
 from fewstep.trainers.recipes.registry import RECIPES
@@ -33,6 +34,14 @@ TINY = Setup(budget=PlaneBudget(steps=4, start_steps=4, batch=16, pairs=32), poi
 FAST = {"batch": 4, "steps": 2, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
 NAMES = [*IDENTITY, *MIXTURE]
 FEW = ("sid-few-step", "embedding-loss")
+
+
+@pytest.mark.parametrize("recipe", [sid, sid_few_step, sim, uni_instruct])
+def test_scores_are_compared_where_the_fake_learns_once_levels_are_asked_for(recipe):
+    terms = recipe(gap_mean=-1.0, gap_std=0.5).objective.terms
+    assert terms["student"][0].times == terms["fake"][0].times == LogNormal(-1.0, 0.5)
+    even = recipe().objective.terms
+    assert even["student"][0].times == GAP_TIMES and even["fake"][0].times == FAKE_TIMES
 
 
 @pytest.mark.parametrize(

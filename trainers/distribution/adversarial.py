@@ -8,9 +8,10 @@ from torch import Tensor
 from fewstep.models.paths import Path
 
 from ..parts.distances import Distance, Squared, Weight
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale, UniformTimes
+from ..parts.times import UniformScale
 from ..parts.transitions import guided
 
 
@@ -27,7 +28,7 @@ class TeacherAim:
     holds it: the adversary does.
     """
 
-    times: UniformTimes
+    times: Law
     weight: Weight
     guidance: UniformScale
     cfg: bool

@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition
 
 from ..parts.distances import Weight
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformTimes
 from .discriminator import critic_of
 
 
@@ -31,7 +31,7 @@ class ClimbRatio:
     The gradient in x is `weight alpha (s_fake - s_real)`, s the scores.
     """
 
-    times: UniformTimes
+    times: Law
     weight: Weight
 
     roles = ()

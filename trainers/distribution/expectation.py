@@ -18,9 +18,10 @@ from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from ..errors import RecipeError
 from ..parts.jumps import Jump, ToClean
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale, UniformTimes
+from ..parts.times import UniformScale
 from ..parts.transitions import guided, noised, pure_noise
 from .scores import carry
 
@@ -48,7 +49,7 @@ class Expectation:
     guidance: the teacher's scale; cfg: whether it is applied here, or the teacher takes it in already.
     """
 
-    times: UniformTimes
+    times: Law
     guidance: UniformScale
     cfg: bool
     langevin: Langevin

@@ -15,9 +15,10 @@ from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from ..errors import RecipeError
 from ..parts.distances import Squared, Weight
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale, UniformTimes
+from ..parts.times import UniformScale
 from ..parts.transitions import guided, noised, with_scale
 from .density_ratio import log_ratio
 from .scores import carry
@@ -51,7 +52,7 @@ class AmortisedGap:
     mu_0 is the fake score and mu_1 the data's; lengths are per sample.
     """
 
-    times: UniformTimes
+    times: Law
     shares: Shares = Shares()
 
     roles = ("fake",)
@@ -85,7 +86,7 @@ def amortised_gradient(x: Tensor, none: Tensor, some: Tensor, whole: Tensor) -> 
 class DenoiseMixture:
     """SMT's one network: `weight ((1 - a) |mu_a(x_t) - x|^2 + a |mu_a(y_t) - y|^2)`, x a sample and y a datum."""
 
-    times: UniformTimes
+    times: Law
     weight: Weight
     shares: Shares
 
@@ -111,7 +112,7 @@ class RatioGap:
     guidance: the teacher's scale; cfg: whether it is applied here, or the teacher takes it in already.
     """
 
-    times: UniformTimes
+    times: Law
     guidance: UniformScale
     cfg: bool
     deceive: float = 0.0
@@ -147,7 +148,7 @@ class FitRatio:
     Only the critic learns by it: both estimates have no gradient. scale: of the whole.
     """
 
-    times: UniformTimes
+    times: Law
     guidance: UniformScale
     cfg: bool
     weight: Weight

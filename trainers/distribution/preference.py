@@ -17,9 +17,10 @@ from ..networks.rewards import reward_of
 from ..parts.chain import doubled
 from ..parts.distances import Squared, Weight
 from ..parts.jumps import Jump
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import Grids, UniformScale, UniformTimes
+from ..parts.times import Grids, UniformScale
 from ..parts.transitions import guided, noised
 from .scores import carry, denoising_loss
 
@@ -133,7 +134,7 @@ class PreferenceGap:
     winning: at rest the student's law is `p (P(win) / P(lose))^prefer`.
     """
 
-    times: UniformTimes
+    times: Law
     guidance: UniformScale
     cfg: bool
     lose: float = 1.0
@@ -182,7 +183,7 @@ class DenoisePreferred:
     """The training of a network that learns winners alone, or losers alone: denoising score matching of these."""
 
     role: str
-    times: UniformTimes
+    times: Law
     weight: Weight
 
     @property

@@ -21,9 +21,10 @@ from torch.nn.functional import softplus
 from fewstep.models.denoiser import Condition, Denoiser, expand
 
 from ..errors import RecipeError
+from ..parts.laws import Law
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale, UniformTimes
+from ..parts.times import UniformScale
 from ..parts.transitions import guided
 from .density_ratio import log_ratio
 
@@ -116,7 +117,7 @@ class ScoreIdentity:
     the fake's, 0 for a fake that is asked without a condition (Zero-CFG).
     """
 
-    times: UniformTimes
+    times: Law
     guidance: UniformScale
     cfg: bool
     alpha: float = 1.0

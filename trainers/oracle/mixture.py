@@ -207,8 +207,8 @@ def ratio_gap_checks(recipe: Recipe, objective: DistributionMatching, term: Rati
     wanted = (none - mean) / expand(size * a, mean)
     yield below("SMD: (mu_0 - mu_a) / (|x - mu_real| a)", (found - wanted) / wanted.abs().max(), 1e-4)
     if term.deceive:
-        value = replace(term, times=_Fixed(t)).loss(made, cast, batch, turn())[0]  # type: ignore[arg-type]
-        without = replace(alone, times=_Fixed(t)).loss(made, cast, batch, turn())[0]  # type: ignore[arg-type]
+        value = replace(term, times=_Fixed(t)).loss(made, cast, batch, turn())[0]
+        without = replace(alone, times=_Fixed(t)).loss(made, cast, batch, turn())[0]
         pulled = slopes(value - without, law)[0]
         yield holds("SMD: its GAN term pulls the mean back", pulled * 0.4 > 0.0)
 

@@ -18,12 +18,13 @@ from ..networks.student import PLAIN, Student
 from ..parts.distances import snr_plus_one
 from ..parts.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic, Softplus
 from ..parts.jumps import ToClean
-from ..parts.laws import LogitNormal
+from ..parts.laws import LogitNormal, LogNormal
 from ..parts.noised_rollout import NoisedRollout, SampledTimes
 from ..parts.pairs import Pairs
 from ..parts.rollout import BackwardSimulation, Rollout
 from ..parts.times import LcmGrids, UniformScale, UniformTimes
 from ..pictures.parting import Cell
+from .distribution import follower, matcher
 from .forms import multistep
 from .recipe import Needs, Recipe, RecipeFunction, Stage
 
@@ -119,7 +120,7 @@ def ladd(
 def asd(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
     gan_student: float = 1e-2, gan_critic: float = 1e-2, slope: float = 1e-2,
-    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0, 1.0),
+    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0, 1.0), gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """ASD, Yang et al. 2025 (arXiv 2511.01419): DMD, and n steps held against the same student's n + 1.
 
@@ -135,15 +136,13 @@ def asd(
         student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), loss=Relativistic(), real=after,
         regularisers=(FiniteDifference(slope),),
     )  # fmt: skip
-    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    law = LogNormal(gap_mean, gap_std)
+    gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True)
     terms: dict[str, tuple[Term, ...]] = {
         "student": (gap, BesideNext(Deceive(adversary), after)),
-        "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), BesideNext(Judge(adversary), after)),
+        "fake": (Denoise(times=law, weight=snr_plus_one), BesideNext(Judge(adversary), after)),
     }
-    players = {
-        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
-        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
-    }
+    players = {"student": matcher(lr, every), "fake": follower(fake_lr)}
     stage = Stage(
         name="asd",
         objective=DistributionMatching(rollout=walk, terms=terms, told=True),
@@ -161,6 +160,7 @@ def asd(
 def msd(
     *, students: int = 4, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4,
     guidance: float = 3.0, gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5,
+    gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """MSD, Song et al. 2024 (arXiv 2410.23274): the conditions in K parts, a one-step student for each, served as one.
 
@@ -172,18 +172,16 @@ def msd(
         raise RecipeError(f"msd: students is {students}; it must be 1 or more")
     grids = LcmGrids((1,))
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share)
-    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    law = LogNormal(gap_mean, gap_std)
+    gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True)
     objective = DistributionMatching(
         rollout=BackwardSimulation(grids, (), ToClean()),
         terms={
             "student": (gap, Deceive(adversary)),
-            "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), Judge(adversary)),
+            "fake": (Denoise(times=law, weight=snr_plus_one), Judge(adversary)),
         },
     )
-    players = {
-        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
-        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
-    }
+    players = {"student": matcher(lr, every), "fake": follower(fake_lr)}
     stages = tuple(
         Stage(
             name=f"part-{k + 1}", objective=objective, player_settings=players, steps=steps,
@@ -201,7 +199,7 @@ def msd(
 def uni_dad(
     *, adapted: str | None = None, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4,
     source: float = 1.0, target: float = 1.0, guidance: float = 3.0, gan_student: float = 1.5e-2,
-    gan_critic: float = 5e-2,
+    gan_critic: float = 5e-2, gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Uni-DAD, Bahram et al. 2025 (arXiv 2511.18281): distilled and adapted to a few pictures in one run.
 
@@ -212,20 +210,18 @@ def uni_dad(
     """
     grids = LcmGrids((1, 2, 4))
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), loss=Hinge())
-    gap = ScoreGap(times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True)
+    law = LogNormal(gap_mean, gap_std)
+    gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True)
     gaps = [TaughtBy(gap, role, weight) for role, weight in (("teacher", source), (ADAPTED, target)) if weight]
     objective = DistributionMatching(
         rollout=BackwardSimulation(grids, (2.0, 1.0, 1.0), ToClean()),
         terms={
             "student": (*gaps, Deceive(adversary)),
-            "fake": (Denoise(times=UniformTimes(), weight=snr_plus_one), Judge(adversary)),
+            "fake": (Denoise(times=law, weight=snr_plus_one), Judge(adversary)),
         },
         told=True,
     )
-    players = {
-        "student": PlayerSettings(lr=lr, every=every, warmup=10, cooldown=0.3, clip_norm=10.0, ema={"kept": 0.98}),
-        "fake": PlayerSettings(lr=fake_lr, warmup=10, clip_norm=10.0),
-    }
+    players = {"student": matcher(lr, every), "fake": follower(fake_lr)}
     stage = Stage(name="uni-dad", objective=objective, player_settings=players, steps=steps)
     return Recipe(
         name="uni-dad", family="adversarial", needs=Needs(critic=True), student=PLAIN, stages=(stage,),

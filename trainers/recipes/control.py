@@ -46,8 +46,8 @@ def control_student(
 
 def jdm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    follow: float = 1.0, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0), points: int = 50, mean: float = -0.5,
-    std: float = 1.2,
+    follow: float = 1.0, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0), points: int = 50, gap_mean: float = 0.5,
+    gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """JDM, Luo et al. 2025 (arXiv 2503.06652, recalled): a new control on a few-step student by its samples' law.
 
@@ -60,12 +60,12 @@ def jdm(
     """
     if follow < 0.0 or every < 1:
         raise RecipeError(f"jdm: follow is {follow} and every {every}; set follow to 0 or more, every to 1 or more")
-    gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True)
+    gap = ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True)
     objective = DistributionMatching(
         rollout=BackwardSimulation(LcmGrids(COUNTS, points), grid_weights, LcmJump()),
         terms={
             "student": (gap, Follow(weight=follow)),
-            "fake": (Denoise(times=LogNormal(mean, std), weight=snr_plus_one),),
+            "fake": (Denoise(times=LogNormal(gap_mean, gap_std), weight=snr_plus_one),),
         },
         told=True,
     )

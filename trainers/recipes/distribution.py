@@ -26,27 +26,28 @@ def matcher(lr: float, every: int = 1) -> PlayerSettings:
 
 
 def follower(lr: float) -> PlayerSettings:
-    """A fake score, which settles as the student does."""
-    return PlayerSettings(lr=lr, warmup=10, cooldown=0.6, clip_norm=10.0)
+    """A fake score, which settles as the student does; what it follows moves on, so its gradients have no momentum."""
+    return PlayerSettings(lr=lr, betas=(0.0, 0.999), warmup=10, cooldown=0.6, clip_norm=10.0)
 
 
 def dmd2(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5, mean: float = -0.5, std: float = 1.2,
-    grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0),
+    gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5, gap_mean: float = 0.5,
+    gap_std: float = 1.2, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> Recipe:  # fmt: skip
     """DMD2, Yin et al. 2024 (arXiv 2405.14867): distribution matching, two time scales, GAN, backward simulation.
 
     Student: `carry(x, (mu_fake - mu_real) / |x - mu_real|) + gan_student softplus(-l(x_t))` every `every` steps. Fake:
     denoising of fresh student samples `+ gan_critic (softplus(l(x_t)) + softplus(-l(data_t)))` every step. One student
     serves 1, 2 and 4 steps, so the fake is told from where a sample's step began; the teacher's guidance is taken in.
-    ln level of both scores ~ N(mean, std^2), EDM's for data of deviation 1: even times of Stable Diffusion's path look
-    at fine detail too rarely. The paper: a student for each step count, ratio 5 to 10, lr 5e-7 to 1e-5, even times.
+    ln level of both scores ~ N(gap_mean, gap_std^2), EDM's for data of deviation 1: even times of Stable Diffusion's
+    path look at fine detail too rarely. The finer what the data tell apart, the lower gap_mean: too low costs pictures
+    their layout. The paper: a student for each step count, ratio 5 to 10, lr 5e-7 to 1e-5, even times.
     """
     objective = DistributionMatching(
         rollout=BackwardSimulation(LcmGrids((1, 2, 4)), grid_weights, LcmJump()),
         terms=dmd2_terms(
-            ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True),
+            ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True),
             Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share),
         ),
         told=True,

@@ -11,12 +11,19 @@ from ..networks.critics import ENCODER, CriticPlan
 from ..networks.student import Student
 from ..parts.distances import snr_plus_one
 from ..parts.jumps import ToClean
+from ..parts.laws import Law, LogNormal
 from ..parts.rollout import BackwardSimulation
 from ..parts.times import StartedGrids, UniformScale, UniformTimes
 from .recipe import Needs, Recipe, RecipeFunction, Sampling, Stage
 
 DATA_FREE, WITH_DATA = Needs(data=False), Needs(critic=True)
-FAKE_TIMES = UniformTimes()
+GAP_TIMES, FAKE_TIMES = UniformTimes(0.02, 0.98), UniformTimes()
+
+
+def gap_times(mean: float | None, std: float) -> tuple[Law, Law]:
+    """Where scores are compared, and where the fake learns: at even times, as the papers do, or both at
+    ln level ~ N(mean, std^2), for data whose detail asks for it."""
+    return (GAP_TIMES, FAKE_TIMES) if mean is None else (LogNormal(mean, std), LogNormal(mean, std))
 
 
 def from_noise(
@@ -50,15 +57,15 @@ def from_noise(
     )  # fmt: skip
 
 
-def plain_fake(guidance: float = 1.0, nulled: float = 0.0) -> Denoise:
+def plain_fake(times: Law = FAKE_TIMES, guidance: float = 1.0, nulled: float = 0.0) -> Denoise:
     """The fake score's own training; a v error, as EDM's weights are."""
-    return Denoise(times=FAKE_TIMES, weight=snr_plus_one, guidance=guidance, nulled=nulled)
+    return Denoise(times=times, weight=snr_plus_one, guidance=guidance, nulled=nulled)
 
 
 def sid(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, alpha: float = 1.0, guidance: float = 3.0,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, alpha: float = 1.0, guidance: float = 3.0,
     fake_guidance: float = 1.0, start: float = 0.625, sida: bool = False, gan_student: float = 1e-4,
-    gan_critic: float = 1e-2,
+    gan_critic: float = 1e-2, gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """SiD, Zhou et al. 2024 (arXiv 2404.04057); with long and short guidance 2406.01561; `sida` 2410.14919.
 
@@ -67,17 +74,14 @@ def sid(
     the fake's encoder, which needs data. The paper: alpha 1.2 (1.0 with guidance, with sida), one update of each, Adam
     without momentum at 1e-5 (1e-6 with guidance), batch 256 to 8192, sampled from 625 of 1000.
     """
-    adversary = Adversary(
-        student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(0.02, 0.98), same_noise=True
-    )
+    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=GAP_TIMES, same_noise=True)
     scale = UniformScale(guidance, guidance)
-    identity = ScoreIdentity(
-        times=UniformTimes(0.02, 0.98), guidance=scale, cfg=True, alpha=alpha, fake_guidance=fake_guidance
-    )
+    times, fake_times = gap_times(gap_mean, gap_std)
+    identity = ScoreIdentity(times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=fake_guidance)
     fooled, judged = ((Deceive(adversary),), (Judge(adversary),)) if sida else ((), ())
     return from_noise(
         "sid", "Zhou et al. 2024, Score identity Distillation, arXiv:2404.04057",
-        (identity, *fooled), (plain_fake(fake_guidance), *judged), (lr, fake_lr), steps, start=start,
+        (identity, *fooled), (plain_fake(fake_times, fake_guidance), *judged), (lr, fake_lr), steps, start=start,
         needs=WITH_DATA if sida else DATA_FREE, critic=CriticPlan(features=ENCODER) if sida else None,
     )  # fmt: skip
 
@@ -85,6 +89,7 @@ def sid(
 def sid_few_step(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 2e-4, alpha: float = 1.0, mode: str = "long-short",
     guidance: float = 3.0, anti: float = -1.0, start: float = 0.625, grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
+    gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Few-step SiD, Zhou et al. 2025 (arXiv 2505.12674): one fake score, told no step, for the samples of all steps.
 
@@ -100,19 +105,18 @@ def sid_few_step(
         raise RecipeError(f"anti is {anti}; anti-cfg asks its fake score at a scale below 0, or take mode zero-cfg")
     teacher, trained, evaluated = asked[mode]
     scale = UniformScale(teacher, teacher)
-    identity = ScoreIdentity(
-        times=UniformTimes(0.02, 0.98), guidance=scale, cfg=True, alpha=alpha, fake_guidance=evaluated
-    )
+    times, fake_times = gap_times(gap_mean, gap_std)
+    identity = ScoreIdentity(times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=evaluated)
+    fake = plain_fake(fake_times, trained, 0.1 if mode == "anti-cfg" else 0.0)
     return from_noise(
         "sid-few-step", "Zhou, Gu & Wang 2025, Few-Step Diffusion via Score identity Distillation, arXiv:2505.12674",
-        (identity,), (plain_fake(trained, 0.1 if mode == "anti-cfg" else 0.0),), (lr, fake_lr), steps,
-        start=start, counts=(1, 2, 4), weights=grid_weights,
+        (identity,), (fake,), (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights,
     )  # fmt: skip
 
 
 def sim(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, distance: str = "huber", c: float = 0.1,
-    guidance: float = 3.0, start: float = 0.625,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, distance: str = "huber", c: float = 0.1,
+    guidance: float = 3.0, start: float = 0.625, gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Score implicit matching, Luo et al. 2024 (arXiv 2410.16794): any distance d of the two scores.
 
@@ -125,20 +129,21 @@ def sim(
         raise RecipeError(f"there is no distance {distance!r}; choose one of {', '.join(forces)}")
     if c <= 0.0:
         raise RecipeError(f"c is {c}; it must be above 0")
+    times, fake_times = gap_times(gap_mean, gap_std)
     identity = ScoreIdentity(
-        times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True,
+        times=times, guidance=UniformScale(guidance, guidance), cfg=True,
         force=forces[distance], normalised=distance == "squared",
     )  # fmt: skip
     return from_noise(
         "sim", "Luo et al. 2024, One-Step Diffusion Distillation through Score Implicit Matching, arXiv:2410.16794",
-        (identity,), (plain_fake(),), (lr, fake_lr), steps, start=start,
+        (identity,), (plain_fake(fake_times),), (lr, fake_lr), steps, start=start,
     )  # fmt: skip
 
 
 def uni_instruct(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, divergence: str = "kl", alpha: float = 0.5,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, divergence: str = "kl", alpha: float = 0.5,
     released: bool = False, gan_student: float = 1e-4, gan_critic: float = 1e-2, guidance: float = 3.0,
-    start: float = 0.625,
+    start: float = 0.625, gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Uni-Instruct, Wang et al. 2025 (arXiv 2505.20755): the score identity weighted for an f-divergence.
 
@@ -148,14 +153,15 @@ def uni_instruct(
     of a loss.
     Unverified: how the code mixes both gradients of js and chi2; decided: the exact gradient (docs/recipes).
     """
-    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(0.02, 0.98))
+    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=GAP_TIMES)
+    times, fake_times = gap_times(gap_mean, gap_std)
     identity = ScoreIdentity(
-        times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True, alpha=alpha,
+        times=times, guidance=UniformScale(guidance, guidance), cfg=True, alpha=alpha,
         weight=RatioWeight(divergence, released=released),
     )  # fmt: skip
     return from_noise(
         "uni-instruct", "Wang et al. 2025, Uni-Instruct: unified diffusion divergence instruction, arXiv:2505.20755",
-        (identity, Deceive(adversary)), (plain_fake(), Judge(adversary)), (lr, fake_lr), steps, start=start,
+        (identity, Deceive(adversary)), (plain_fake(fake_times), Judge(adversary)), (lr, fake_lr), steps, start=start,
         needs=WITH_DATA,
     )  # fmt: skip
 

@@ -8,16 +8,15 @@ from ..distribution.mixture_scores import AmortisedGap, DenoiseMixture, FitRatio
 from ..distribution.score_gap import ScoreGap
 from ..networks.student import Student
 from ..parts.distances import level, snr_plus_one
-from ..parts.times import UniformScale, UniformTimes
-from .identity import FAKE_TIMES, WITH_DATA, from_noise, plain_fake
+from ..parts.times import UniformScale
+from .identity import FAKE_TIMES, GAP_TIMES, WITH_DATA, from_noise, gap_times, plain_fake
 from .recipe import Needs, Recipe, RecipeFunction
-
-TIMES = UniformTimes(0.02, 0.98)
 
 
 def emd(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, langevin_steps: int = 4, noise_step: float = 0.16,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, langevin_steps: int = 4, noise_step: float = 0.16,
     start_step: float = 1.6e-5, guidance: float = 3.0, start: float = 0.625,
+    gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """EM distillation, Xie et al. 2024 (arXiv 2405.16852): samples corrected by Langevin steps, then learned.
 
@@ -26,14 +25,15 @@ def emd(
     log SNR -6.
     Unverified: the step sizes; decided: 0.4^2 and 0.004^2. One step of e alone is the score gap.
     """
+    times, fake_times = gap_times(gap_mean, gap_std)
     scale = UniformScale(guidance, guidance)
     term = Expectation(
-        times=TIMES, guidance=scale, cfg=True, langevin=Langevin(
+        times=times, guidance=scale, cfg=True, langevin=Langevin(
             steps=langevin_steps, noise_step=noise_step, start_step=start_step),
     )  # fmt: skip
     return from_noise(
         "emd", "Xie et al. 2024, EM Distillation for One-step Diffusion Models, arXiv:2405.16852",
-        (term,), (plain_fake(),), (lr, fake_lr), steps, start=start,
+        (term,), (plain_fake(fake_times),), (lr, fake_lr), steps, start=start,
     )  # fmt: skip
 
 
@@ -48,12 +48,12 @@ def smt(
     student, rates 1 to 5 (1e-4 and 5e-4) or 1 to 10, the GAN at 3e-3 and 1e-2.
     Unverified: how often a is 0, 1/2 or 1 in the fake's training; decided: one time in four.
     """
-    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=TIMES)
+    adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=GAP_TIMES)
     fake = DenoiseMixture(times=FAKE_TIMES, weight=snr_plus_one, shares=Shares(ends))
     return from_noise(
         "smt", "Jayashankar, Ryu & Wornell 2025, Score-of-Mixture Training, arXiv:2502.09609",
-        (AmortisedGap(times=TIMES), Deceive(adversary)), (fake, Judge(adversary)), (lr, fake_lr), steps, start=start,
-        every=every, needs=Needs(teacher=False, critic=True), fake_plan=Student(guidance_width=width),
+        (AmortisedGap(times=GAP_TIMES), Deceive(adversary)), (fake, Judge(adversary)), (lr, fake_lr), steps,
+        start=start, every=every, needs=Needs(teacher=False, critic=True), fake_plan=Student(guidance_width=width),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def smd(
     Unverified: the weight of the fit beside the fake's denoising; decided: 1.
     """
     scale = UniformScale(guidance, guidance)
-    gap = RatioGap(times=TIMES, guidance=scale, cfg=True, deceive=deceive)
+    gap = RatioGap(times=GAP_TIMES, guidance=scale, cfg=True, deceive=deceive)
     fitted = FitRatio(times=FAKE_TIMES, guidance=scale, cfg=True, weight=snr_plus_one, shares=Shares(ends), scale=fit)
     return from_noise(
         "smd", "Jayashankar, Ryu & Wornell 2025, Score-of-Mixture Distillation, arXiv:2502.09609",
@@ -78,7 +78,8 @@ def smd(
 
 
 def ratio_one_step(
-    *, steps: int = 2000, lr: float = 2e-5, critic_lr: float = 1e-4, every: int = 1, start: float = 0.625,
+    *, steps: int = 2000, lr: float = 4e-5, critic_lr: float = 2e-4, every: int = 1, start: float = 0.625,
+    gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """One-step training without distillation, Zhang et al. 2025 (arXiv 2502.08005): a ratio in place of the scores.
 
@@ -86,29 +87,32 @@ def ratio_one_step(
     The teacher gives its weights to both and is never asked.
     Unverified: w_t and the ratio of updates; decided: sigma / alpha, which makes it the gap of noise estimates, and 1.
     """
-    adversary = Adversary(student_weight=0.0, critic_weight=1.0, times=TIMES)
+    times, _ = gap_times(gap_mean, gap_std)
+    adversary = Adversary(student_weight=0.0, critic_weight=1.0, times=times)
     return from_noise(
         "ratio-one-step", "Zhang et al. 2025, Towards Training One-Step Diffusion Models Without Distillation, "
-        "arXiv:2502.08005", (ClimbRatio(times=TIMES, weight=level),), (Judge(adversary),), (lr, critic_lr), steps,
+        "arXiv:2502.08005", (ClimbRatio(times=times, weight=level),), (Judge(adversary),), (lr, critic_lr), steps,
         start=start, every=every, needs=Needs(teacher=False, critic=True),
     )  # fmt: skip
 
 
 def embedding_loss(
-    *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, weight: float = 1.0, networks: int = 2,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, weight: float = 1.0, networks: int = 2,
     width: int = 64, kernel: str = "gaussian", guidance: float = 3.0, start: float = 0.625,
-    grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
+    grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0), gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Embedding loss ("Efficient Diffusion Distillation via Embedding Loss"): distribution matching and an MMD.
 
     DMD's score gap and `weight MMD^2` of samples and data in the features of random networks, drawn anew each step.
     Unverified: the number of networks, the kernel and the weight; decided: 2, Gaussian at three widths, 1.
     """
-    gap = ScoreGap(times=TIMES, guidance=UniformScale(guidance, guidance), cfg=True)
+    times, fake_times = gap_times(gap_mean, gap_std)
+    gap = ScoreGap(times=times, guidance=UniformScale(guidance, guidance), cfg=True)
     term = EmbeddingLoss(weight=weight, networks=RandomNetworks(count=networks, width=width), kernel=kernel)
     return from_noise(
-        "embedding-loss", "Efficient Diffusion Distillation via Embedding Loss, 2025", (gap, term), (plain_fake(),),
-        (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights, needs=Needs(),
+        "embedding-loss", "Efficient Diffusion Distillation via Embedding Loss, 2025", (gap, term),
+        (plain_fake(fake_times),), (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights,
+        needs=Needs(),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ KEPT = 0.97
 
 def decoupled_dmd(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    mean: float = -0.5, std: float = 1.2,
+    gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Decoupled DMD, Liu et al. 2025 (arXiv 2511.22677): guidance's part of the gap at noise and times of its own.
 
@@ -43,7 +43,7 @@ def decoupled_dmd(
     decided: DMD2's.
     """
     gap = ScoreGap(
-        times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True,
+        times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True,
         augment=Window(UniformTimes(), START),
     )  # fmt: skip
     paper = "Liu et al. 2025, Decoupled DMD: CFG Augmentation as the Spear, arXiv:2511.22677"
@@ -93,7 +93,7 @@ def phased_dmd(
 
 def cdm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, most: int = 6, off: float = 0.5,
-    guidance: float = 3.0, keep: float = 0.999, mean: float = -0.5, std: float = 1.2,
+    guidance: float = 3.0, keep: float = 0.999, gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """CDM, 2026 (github.com/byliutao/CDM): matching with no fixed steps, on random schedules and off the trajectory.
 
@@ -103,7 +103,7 @@ def cdm(
     decided: one for the whole gap, at least 0.1 as theirs.
     """
     gap = ScoreGap(
-        times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True, floor=0.1,
+        times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True, floor=0.1,
         augment=Window(UniformTimes(0.02), START, above=False),
     )  # fmt: skip
     paper = "CDM 2026, Continuous-Time Distribution Matching for Few-Step Distillation (github.com/byliutao/CDM)"
@@ -115,8 +115,8 @@ def cdm(
 
 def flash_dmd(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    split: float = 0.6, gan_student: float = 0.1, gan_critic: float = 0.1, keep: float = KEPT, mean: float = -0.5,
-    std: float = 1.2,
+    split: float = 0.6, gan_student: float = 0.1, gan_critic: float = 0.1, keep: float = KEPT, gap_mean: float = 0.5,
+    gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Flash-DMD, 2025 (arXiv 2511.20549), its distillation: matching where steps begin high, an adversary below.
 
@@ -127,7 +127,7 @@ def flash_dmd(
     and 0.1.
     """
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(0.0, split))
-    gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True)
+    gap = ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True)
     both = dmd2_terms(gap, adversary)
     terms = {"student": (Only(gap, split, 1.0), Only(Deceive(adversary), 0.0, split)), "fake": both["fake"]}
     paper = "Flash-DMD 2025, High-Fidelity Few-Step Generation with Joint Reinforcement Learning, arXiv:2511.20549"
@@ -137,8 +137,8 @@ def flash_dmd(
 
 def rcm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    consistency: float = 1.0, mean: float = -0.8, std: float = 1.6, warmup: float = 0.2,
-    floor: float = 1.0, difference: float = 0.0,
+    consistency: float = 1.0, mean: float = -0.8, std: float = 1.6, warmup: float = 0.2, floor: float = 1.0,
+    difference: float = 0.0, gap_mean: float = 0.0, gap_std: float = 1.6,
 ) -> Recipe:  # fmt: skip
     """rCM, Zheng et al. 2025 (arXiv 2510.08431): sCM on data, which covers, and DMD on samples, which sharpens.
 
@@ -146,11 +146,12 @@ def rcm(
     N(0, 1.6^2) on samples; the fake learns with weight 1 / sin^2. The paper: weights 100 and 1 of sums over elements,
     where its tangent is divided by its norm over all of them; ratio 5, and a power average.
     """
-    gap = ScoreGap(times=LogNormal(0.0, std), guidance=UniformScale(guidance, guidance), cfg=True)
+    law = LogNormal(gap_mean, gap_std)
+    gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True)
     base = scm(mean=mean, std=std, warmup=warmup, floor=floor, difference=difference, guidance=guidance)
     terms = {
         "student": (gap, Also(base.objective, consistency)),
-        "fake": (Denoise(times=LogNormal(0.0, std), weight=snr_plus_one),),
+        "fake": (Denoise(times=law, weight=snr_plus_one),),
     }
     paper = "Zheng et al. 2025, Large Scale Diffusion Distillation via Score-Regularized Consistency, arXiv:2510.08431"
     rollout, sampling = BackwardSimulation(GRIDS, (), ToClean()), replace(renoised((1, 2, 4)), boundary=None)
@@ -160,7 +161,7 @@ def rcm(
 def disback(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
     points: int = 4, out: float = 0.1, back: float = 0.5, gan_student: float = 3e-3, gan_critic: float = 1e-2,
-    mean: float = -0.5, std: float = 1.2,
+    gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """DisBack, Zhang et al. 2024 (arXiv 2408.15991): DMD2 towards a trail of scores that leads back to the teacher.
 
@@ -169,7 +170,7 @@ def disback(
     steps, a switch each 1000, w = 8, one step.
     """
     trail = Trail(points, out, back)
-    gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True, trail=trail)
+    gap = ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True, trail=trail)
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=0.5)
     terms = dmd2_terms(gap, adversary)
     terms["student"] = tuple(Only(term, after=out) for term in terms["student"])

@@ -26,14 +26,14 @@ ONE_STEP = LcmGrids((1,))
 
 def diff_instruct(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 1, guidance: float = 3.0,
-    mean: float = -0.5, std: float = 1.2,
+    gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Diff-Instruct, Luo et al. 2023 (arXiv 2305.18455): the reverse KL over all noise levels, for one step, no data.
 
-    `< x, sg (mu_fake - mu_real) >`, ln level ~ N(mean, std^2); the fake by denoising at the same levels, turn by turn.
-    The paper: no guidance (set guidance=1), ratio 1, lr 1e-5, levels as here for data of deviation 0.5.
+    `< x, sg (mu_fake - mu_real) >`, ln level ~ N(gap_mean, gap_std^2); the fake by denoising at the same levels, in
+    turns. The paper: no guidance (set guidance=1), ratio 1, lr 1e-5, levels as here for data of deviation 0.5.
     """
-    law = LogNormal(mean, std)
+    law = LogNormal(gap_mean, gap_std)
     gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True, floor=None)
     terms = {"student": (gap,), "fake": (Denoise(times=law, weight=snr_plus_one),)}
     paper = "Luo et al. 2023, Diff-Instruct: Transferring Knowledge From Pre-trained Diffusion Models, arXiv:2305.18455"
@@ -91,14 +91,14 @@ def snoopi(
 
 def dmd(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 1, guidance: float = 3.0,
-    regression: float = 0.25, pairs: int = 8192, pair_steps: int = 64, mean: float = -0.5, std: float = 1.2,
+    regression: float = 0.25, pairs: int = 8192, pair_steps: int = 64, gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """DMD, Yin et al. 2024 (arXiv 2311.18828): DMD2's gap, and an anchor at the teacher's own pairs instead of a GAN.
 
     `carry(x, (mu_fake - mu_real) / |x - mu_real|) + regression |G(z) - y|^2`, y the teacher's walk from z. The paper
     compares pairs by LPIPS on pictures; here latents are compared. Unverified: regression = 0.25; decided: kept.
     """
-    gap = ScoreGap(times=LogNormal(mean, std), guidance=UniformScale(guidance, guidance), cfg=True)
+    gap = ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True)
     terms = dmd2_terms(gap, None)
     terms["student"] += (Regress(jump=LcmJump(), distance=Squared(), weight=regression),)
     paper = "Yin et al. 2024, One-step Diffusion with Distribution Matching Distillation, arXiv:2311.18828"
@@ -108,7 +108,7 @@ def dmd(
 
 def f_distill(
     *, divergence: str = "js", steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2,
-    guidance: float = 3.0, bins: int = 10,
+    guidance: float = 3.0, bins: int = 10, gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """f-distill, Xu et al. 2025 (arXiv 2502.15681): DMD2's gap weighted by `h(r) = r^2 f''(r)`, r = p / q.
 
@@ -116,7 +116,7 @@ def f_distill(
     exponential of the critic's logit, divided by its mean in each of `bins` parts of the path, and h by its mean over
     the batch. The paper carries those means over steps with a rate of 0 to 0.5; here it is 0.
     """
-    base = dmd2(steps=steps, lr=lr, fake_lr=fake_lr, every=every, guidance=guidance)
+    base = dmd2(steps=steps, lr=lr, fake_lr=fake_lr, every=every, guidance=guidance, gap_mean=gap_mean, gap_std=gap_std)
     return f_divergence(base, Divergence(divergence, bins=bins))
 
 
