@@ -79,7 +79,7 @@ def test_the_command_writes_what_a_run_reads(files, tmp_path, capsys):
         make_bands([tmp_path / "other", files[0]])
 
 
-@pytest.mark.parametrize("recipe", ["lcm", "dmd2"])
+@pytest.mark.parametrize("recipe", ["lcm", "dmd2", "f-distill", "rcm", "tdm", "sid"])
 def test_flagships_ship_their_bands(recipe):
     bands = bands_of(recipe)
     assert {f"{player}.loss" for player in RECIPES[recipe]().objective.players} <= bands.keys()

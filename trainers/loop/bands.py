@@ -21,24 +21,38 @@ from ..evidence import FOLDER
 TENTHS, WINDOW = 10, 10
 PLAIN = ("step", "player", "lr", "skipped")
 """Of a row of metrics, what is no metric."""
-SHARES = ("fake.critic_right",)
+SHARES = ("fake.critic_right", "critic.critic_right")
 """Metrics from 0 to 1."""
 Band = tuple[float, float]
 
+LAGS = ("the fake score lags behind the student: raise its lr, or let the student act less often", None)
+UNDECIDED = ("the critic learns nothing: raise its weight or lr", "the critic has won: lower its weight")
+FOOLED = (
+    "the critic has won, and its gradient says little: lower its weight, or noise what it judges more",
+    "the critic is fooled more often than not: it is too weak, or its labels are swapped",
+)
+LEFT = "states on the way hold other noise than was drawn: check the path, or widen the margin"
+APART = ("student and teacher drift apart: lower the student's lr", "the scores agree: collapse?")
+
 MEANINGS = {
     "student.loss": ("the student is worse than usual: lower lr, or check that data and teacher fit", None),
-    "fake.loss": ("the fake score lags behind the student: raise its lr, or let the student act less often", None),
     "student.residual": ("landings disagree more than usual: lower lr, or a guidance range that is too wide", None),
     "student.norm": ("gradients are large: lower lr, or a smaller clip_norm", "gradients vanish: is anything trained?"),
-    "fake.norm": ("the fake score's gradients are large: lower its lr", "the fake score no longer learns"),
-    "fake.denoising": ("the fake score lags behind the student: raise its lr, or let the student act less often", None),
-    "fake.gan_critic": ("the critic learns nothing: raise its weight or lr", "the critic has won: lower its weight"),
-    "fake.critic_right": (
-        "the critic has won, and its gradient says little: lower its weight, or noise what it judges more",
-        "the critic is fooled more often than not: it is too weak, or its labels are swapped",
-    ),
+    "student.dmd_gradient": APART,
+    "student.gap": APART,
+    "student.score_identity": (None, None),  # its value says nothing of progress
     "student.gan_student": ("the critic sees through the student: lower its lr or weight", "the critic is fooled"),
-    "student.dmd_gradient": ("student and teacher drift apart: lower the student's lr", "the scores agree: collapse?"),
+    "fake.loss": LAGS,
+    "fake.denoising": LAGS,
+    "fake.importance": (LEFT, LEFT),
+    "fake.norm": ("the fake score's gradients are large: lower its lr", "the fake score no longer learns"),
+    "fake.gan_critic": UNDECIDED,
+    "fake.critic_right": FOOLED,
+    "critic.loss": UNDECIDED,
+    "critic.gan_critic": UNDECIDED,
+    "critic.critic_right": FOOLED,
+    "critic.critic_slope": ("the critic grows steep: raise its regulariser, or lower its lr", None),
+    "critic.norm": ("the critic's gradients are large: lower its lr", "the critic no longer learns"),
 }
 """Player and metric -> (what it usually means to be above the band, below it); None: that is no trouble."""
 UNKNOWN = "this is not how the recipe usually trains"

@@ -40,8 +40,8 @@ def dmd2(
     Student: `carry(x, (mu_fake - mu_real) / |x - mu_real|) + gan_student softplus(-l(x_t))` every `every` steps. Fake:
     denoising of fresh student samples `+ gan_critic (softplus(l(x_t)) + softplus(-l(data_t)))` every step. One student
     serves 1, 2 and 4 steps, so the fake is told from where a sample's step began; the teacher's guidance is taken in.
-    ln level of both scores ~ N(gap_mean, gap_std^2), EDM's for data of deviation 1: even times of Stable Diffusion's
-    path look at fine detail too rarely. The finer what the data tell apart, the lower gap_mean: too low costs pictures
+    ln level of both scores ~ N(gap_mean, gap_std^2), as EDM does (there -0.5, 1.2): even times of Stable Diffusion's
+    path look at fine detail too rarely. The finer what the data tell apart, the lower gap_mean; too low costs pictures
     their layout. The paper: a student for each step count, ratio 5 to 10, lr 5e-7 to 1e-5, even times.
     """
     objective = DistributionMatching(

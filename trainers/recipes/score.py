@@ -31,7 +31,7 @@ def diff_instruct(
     """Diff-Instruct, Luo et al. 2023 (arXiv 2305.18455): the reverse KL over all noise levels, for one step, no data.
 
     `< x, sg (mu_fake - mu_real) >`, ln level ~ N(gap_mean, gap_std^2); the fake by denoising at the same levels, in
-    turns. The paper: no guidance (set guidance=1), ratio 1, lr 1e-5, levels as here for data of deviation 0.5.
+    turns. The paper: no guidance (set guidance=1), ratio 1, lr 1e-5, gap_mean -0.5.
     """
     law = LogNormal(gap_mean, gap_std)
     gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True, floor=None)
