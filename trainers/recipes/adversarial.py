@@ -24,7 +24,7 @@ from ..parts.pairs import Pairs
 from ..parts.rollout import BackwardSimulation, Rollout
 from ..parts.times import LcmGrids, UniformScale, UniformTimes
 from ..pictures.parting import Cell
-from .distribution import follower, matcher
+from .distribution import dmd2_terms, follower, matcher
 from .forms import multistep
 from .recipe import Needs, Recipe, RecipeFunction, Stage
 
@@ -172,15 +172,8 @@ def msd(
         raise RecipeError(f"msd: students is {students}; it must be 1 or more")
     grids = LcmGrids((1,))
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), share=gan_share)
-    law = LogNormal(gap_mean, gap_std)
-    gap = ScoreGap(times=law, guidance=UniformScale(guidance, guidance), cfg=True)
-    objective = DistributionMatching(
-        rollout=BackwardSimulation(grids, (), ToClean()),
-        terms={
-            "student": (gap, Deceive(adversary)),
-            "fake": (Denoise(times=law, weight=snr_plus_one), Judge(adversary)),
-        },
-    )
+    gap = ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True)
+    objective = DistributionMatching(rollout=BackwardSimulation(grids, (), ToClean()), terms=dmd2_terms(gap, adversary))
     players = {"student": matcher(lr, every), "fake": follower(fake_lr)}
     stages = tuple(
         Stage(
