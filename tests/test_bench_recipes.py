@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fewstep.trainers.bench import recipes as bench_recipes
 from fewstep.trainers.bench.recipes import FEW, QUICK, Setup, command, compare, key_of, listed, on_plane, worse
@@ -34,6 +35,16 @@ def test_a_row_has_scores_and_cost_at_each_count(tiny):
     assert report["teacher"]["1"]["steps"]["100"]["swd"] > 0
 
 
+def test_recipes_trained_at_a_time_share_the_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        with bench_recipes._pool(2) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_second_run_reads_what_is_there_and_trains_what_changed(tiny, monkeypatch):
     folder, report = tiny
     asked = []
@@ -41,6 +52,7 @@ def test_a_second_run_reads_what_is_there_and_trains_what_changed(tiny, monkeypa
     again = compare(["lcm", "dmd2"], TINY, folder)
     assert [row["steps"] for row in again["rows"]] == [report["rows"][0]["steps"], report["rows"][2]["steps"]]
     assert asked == []
+    assert (report["run"]["trained"], again["run"]["trained"], again["run"]["kept"]) == (4, 0, 2)
     monkeypatch.setitem(RECIPES, "lcm", lambda: RECIPES["lcm-lora"]())
     with pytest.raises(AttributeError):  # the stand-in trains nothing
         compare(["lcm"], TINY, folder)

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -103,8 +104,15 @@ def listed(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def key_of(name: str, setup: Setup) -> str:
     """A digest of everything that a recipe's result follows from, but the code; a new part's default changes none."""
-    same = describe(replace(setup, settings={}))  # the recipe as it is here says which settings it has
-    said = {"recipe": describe(on_plane(name, setup), whole=False), "setup": same}
+    return _digest({"recipe": describe(on_plane(name, setup), whole=False), "setup": _measured(setup)})
+
+
+def _measured(setup: Setup) -> Any:
+    """The setup without the recipes' settings: a recipe as it is here says which of them it has, a teacher has none."""
+    return describe(replace(setup, settings={}))
+
+
+def _digest(said: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -118,7 +126,7 @@ def measure(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
     from ..plane.scores import score
     from ..plane.sources import MOVED, moved_plane
 
-    file, key = folder / "recipes" / f"{name}.json", key_of(name, setup)
+    file, key = _row_file(name, folder), key_of(name, setup)
     if (kept := _read(file, key)) is not None:
         return kept
     recipe, data = on_plane(name, setup), plane()
@@ -189,7 +197,7 @@ def teacher_row(w: float, setup: Setup, folder: Path) -> dict[str, Any]:
     from ..plane.scores import score
 
     counts = sorted({*STEPS, *(n // per_step(w) for n in EVALUATIONS), MANY})
-    key = hashlib.sha256(json.dumps([describe(setup), w, counts]).encode()).hexdigest()
+    key = _digest([_measured(setup), w, counts])
     file = folder / f"teacher-{w:g}.json"
     if (kept := _read(file, key)) is not None:
         return kept
@@ -206,10 +214,13 @@ def teacher_row(w: float, setup: Setup, folder: Path) -> dict[str, Any]:
 
 
 def compare(names: Sequence[str], setup: Setup, folder: Path, *, jobs: int = 1) -> dict[str, Any]:
-    """The report as plain JSON. Errors: `RecipeError`, `TrainingDiverged`."""
+    """The report as plain JSON; its `run` says what this call trained, in how long. Errors: `RecipeError`,
+    `TrainingDiverged`."""
     from tqdm import tqdm
 
+    begun = time.perf_counter()
     chosen, left_out = listed(names)
+    anew = [name for name in chosen if _read(_row_file(name, folder), key_of(name, setup)) is None]
     folder.mkdir(parents=True, exist_ok=True)
     _start(setup, folder)
     scales = sorted({_scale(name, setup) for name in chosen})
@@ -223,8 +234,10 @@ def compare(names: Sequence[str], setup: Setup, folder: Path, *, jobs: int = 1) 
     for row in rows:
         row["against"] = _against(row, teachers[f"{row['guidance']:g}"])
     order = {name: k for k, name in enumerate(chosen)}
+    run = {"trained": len(anew), "kept": len(chosen) - len(anew), "jobs": jobs}
     return {
         "machine": machine_facts(), "setup": describe(setup), "teacher": teachers,
+        "run": {**run, "minutes": round((time.perf_counter() - begun) / 60, 1)},
         "rows": sorted(rows, key=lambda row: order[row["recipe"]]), "left_out": left_out,
     }  # fmt: skip
 
@@ -233,10 +246,18 @@ def _each(chosen: Sequence[str], setup: Setup, folder: Path, jobs: int) -> Any:
     if jobs == 1:
         yield from (measure(name, setup, folder) for name in chosen)
         return
+    with _pool(jobs) as pool:
+        yield from pool.map(measure, chosen, [setup] * len(chosen), [folder] * len(chosen))
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that share the cores: each would take all of them otherwise, and wait for the others at every step."""
     import multiprocessing
 
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(measure, chosen, [setup] * len(chosen), [folder] * len(chosen))
+    import torch
+
+    own, spawn = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(own,))
 
 
 def per_step(w: float) -> int:
@@ -297,6 +318,10 @@ def _reference(setup: Setup, w: float, folder: Path) -> Any:
         labels = torch.arange(CLASSES).repeat_interleave(setup.points)
         write_whole(file, save({"points": reference_points(plane(), labels, w, seed=setup.seed + 1)}))
     return load_file(file)["points"]
+
+
+def _row_file(name: str, folder: Path) -> Path:
+    return folder / "recipes" / f"{name}.json"
 
 
 def _read(file: Path, key: str) -> dict[str, Any] | None:

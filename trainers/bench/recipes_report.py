@@ -31,11 +31,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += _table(report, guided, EVALUATIONS, "evaluation", per_step)
     if pleased := [row for row in report["rows"] if "reward" in row]:
         lines += ["", *_rewards(pleased)]
+    run = report["run"]
     notes = [
         "",
         "A cell: sliced Wasserstein distance (modes covered, error of their weights); `worse` where the teacher's own "
         "ODE at as many evaluations is nearer. `near at`: counts within 1.2 of the teacher's 100-step distance.",
         *(f"Not on the plane: {name} ({why})." for name, why in report["left_out"].items()),
+        "",
+        f"{run['trained']} trained in {run['minutes']:g} minutes, {run['jobs']} at a time; {run['kept']} kept from "
+        "runs before.",
         "",
     ]
     return "\n".join([*lines, *notes])
