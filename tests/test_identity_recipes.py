@@ -75,6 +75,13 @@ def test_the_student_is_sold_from_the_time_it_trains_at():
     assert grids[4] == (624.0, 468.0, 312.0, 156.0) and grids[2] == (624.0, 312.0)
 
 
+def test_few_step_sid_tells_its_fake_the_step_only_where_asked():
+    untold, told = sid_few_step(), sid_few_step(told=True)
+    assert (untold.objective.told, untold.fake.second_time) == (False, False)
+    assert (told.objective.told, told.fake.second_time) == (True, True)
+    assert on_plane("sid-few-step", TINY).objective.told and RECIPES["embedding-loss"]().objective.told
+
+
 @pytest.mark.parametrize("name", ["sid", "sim", "uni-instruct", "emd", "smd"])
 def test_half_precision_gives_the_same_direction(name, start):
     recipe = RECIPES[name]()

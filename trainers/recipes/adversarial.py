@@ -158,7 +158,7 @@ def asd(
 
 
 def msd(
-    *, students: int = 4, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4,
+    *, students: int = 4, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2,
     guidance: float = 3.0, gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5,
     gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip

@@ -18,19 +18,19 @@ TWO_TIMES = Student(second_time=True)
 
 
 def meanflow(
-    *, steps: int = 3000, lr: float = 3e-4, equal: float = 0.5, power: float = 1.0, floor: float = 0.01,
+    *, steps: int = 3000, lr: float = 3e-4, equal: float = 0.5, adaptive: float = 1.0, floor: float = 0.01,
     difference: float = 0.0,
 ) -> Recipe:  # fmt: skip
     """MeanFlow, Geng et al. 2025 (arXiv 2505.13447): `u = v - (t - s) du/dt`, v of the data, no teacher.
 
-    Adaptive weight 1 / (|d|^2 + floor)^power. t is even in flow time, s even below it, and s = t in the share `equal`:
+    Adaptive weight 1 / (|d|^2 + floor)^adaptive. t is even in flow time, s even below it, s = t in the share `equal`:
     the paper draws both logit-normal(-0.4, 1) with 75 % equal; a student that starts from a teacher has v already. The
     network is told s, the paper's t - s. Its guidance within the target is left out. difference: step of central
     differences, 0 for an exact derivative.
     """
     objective = FlowMap(
         pairs=FlowPairs(equal), source=NoisedData(pure_at_start=False), field=DataField(),
-        aim=Derivative(tangent_of(difference)), distance=Adaptive(power, floor), guidance=ONE, cfg=False,
+        aim=Derivative(tangent_of(difference)), distance=Adaptive(adaptive, floor), guidance=ONE, cfg=False,
     )  # fmt: skip
     paper = "Geng et al. 2025, Mean Flows for One-step Generative Modeling, arXiv:2505.13447"
     return single(

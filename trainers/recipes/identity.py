@@ -1,5 +1,7 @@
 """Score identities: students whose law is matched by a Fisher divergence, with gradients through both networks."""
 
+from dataclasses import replace
+
 from ..distribution.discriminator import Adversary, Deceive, Judge
 from ..distribution.distribution import DistributionMatching, Term
 from ..distribution.forgetting import Forgetting, Swap
@@ -29,17 +31,18 @@ def gap_times(mean: float | None, std: float) -> tuple[Law, Law]:
 def from_noise(
     name: str, paper: str, student: tuple[Term, ...], fake: tuple[Term, ...], rates: tuple[float, float], steps: int, *,
     start: float = 0.625, counts: tuple[int, ...] = (1,), weights: tuple[float, ...] = (), needs: Needs = DATA_FREE,
-    every: int = 1,
+    every: int = 1, told: bool = False,
     fake_plan: Student | None = None, critic: CriticPlan | None = None, forget: Swap | None = None,
 ) -> Recipe:  # fmt: skip
     """A student sampled from noise at `start` of the path, its own samples at all step counts, a fake score beside it.
 
-    rates: the student's and the fake's.
+    rates: the student's and the fake's. told: the fake knows at which time a sample's step began.
     """
     grids = StartedGrids(counts, start)
     objective = DistributionMatching(
-        rollout=BackwardSimulation(grids, weights, ToClean()), terms={"student": student, "fake": fake}
+        rollout=BackwardSimulation(grids, weights, ToClean()), terms={"student": student, "fake": fake}, told=told
     )
+    plan = fake_plan or Student()
     players = {
         "student": PlayerSettings(
             lr=rates[0], betas=(0.0, 0.999), every=every, warmup=10, cooldown=0.6, clip_norm=10.0, ema={"kept": 0.99}
@@ -53,7 +56,7 @@ def from_noise(
             sampler="lcm", grids=grids, stochastic=True,
             guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
         ),
-        fake=fake_plan or Student(), critic=critic,
+        fake=replace(plan, second_time=True) if told else plan, critic=critic,
     )  # fmt: skip
 
 
@@ -89,13 +92,14 @@ def sid(
 def sid_few_step(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 2e-4, alpha: float = 1.0, mode: str = "long-short",
     guidance: float = 3.0, anti: float = -1.0, start: float = 0.625, grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
-    gap_mean: float | None = None, gap_std: float = 1.2,
+    told: bool = False, gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """Few-step SiD, Zhou et al. 2025 (arXiv 2505.12674): one fake score, told no step, for the samples of all steps.
 
-    The sample of an evenly drawn step is matched as SiD does. mode: "zero-cfg", teacher unguided, fake trained and
-    asked without the prompt; "anti-cfg", teacher unguided, fake asked at the scale `anti` below 0; "long-short", both
-    at `guidance`. The first two guide by what the fake leaves out.
+    The sample of an evenly drawn step is matched as SiD does. told: the fake knows the step, so that the law of each
+    step's samples is matched; else that of their mixture, in which one step may miss what another overdoes. mode:
+    "zero-cfg", teacher unguided, fake trained and asked without the prompt; "anti-cfg", teacher unguided, fake asked at
+    the scale `anti` below 0; "long-short", both at `guidance`. The first two guide by what the fake leaves out.
     Unverified: the scale of anti-cfg; decided: -1, its fake trained with one prompt in ten left out.
     """
     asked = {"zero-cfg": (1.0, 0.0, 0.0), "anti-cfg": (1.0, 1.0, anti), "long-short": (guidance, guidance, guidance)}
@@ -110,7 +114,7 @@ def sid_few_step(
     fake = plain_fake(fake_times, trained, 0.1 if mode == "anti-cfg" else 0.0)
     return from_noise(
         "sid-few-step", "Zhou, Gu & Wang 2025, Few-Step Diffusion via Score identity Distillation, arXiv:2505.12674",
-        (identity,), (fake,), (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights,
+        (identity,), (fake,), (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights, told=told,
     )  # fmt: skip
 
 

@@ -159,7 +159,6 @@ class Recipe:
                     f"({type(stage.objective).__name__}) never tells it one; leave second_time out, or give it a jump "
                     "that is told"
                 )
-        for stage in self.stages:
             _check_critic(self.name, self.critic, stage.objective)
         if any(getattr(stage.objective, "told", False) is True for stage in self.stages) and not self.fake.second_time:
             raise RecipeError(
