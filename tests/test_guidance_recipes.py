@@ -161,6 +161,8 @@ def test_a_table_compares_at_equal_evaluations():
         "recipe": "agd", "family": "guidance", "guidance": 3.0, "steps": {"2": score}, "seconds": 1.0,
         "against": {"2": {"better": True, "near": False}}, "student_evaluations": 1, "teacher_evaluations": 1,
     }  # fmt: skip
-    table = markdown({"teacher": {"3": {"steps": steps}}, "rows": [row], "left_out": {}})
+    run = {"trained": 1, "kept": 2, "jobs": 2, "minutes": 3.5}
+    table = markdown({"teacher": {"3": {"steps": steps}}, "rows": [row], "left_out": {}, "run": run})
+    assert "1 trained in 3.5 minutes, 2 at a time; 2 kept from runs before." in table
     assert "| 2 evaluations | 4 evaluations | 8 evaluations | 20 evaluations |" in table
     assert "| agd | guidance | 3 | 0.300 (100%, 0.000) |" in table and "| 1 step |" not in table
