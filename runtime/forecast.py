@@ -19,26 +19,71 @@ CAUTION_STEP, MOST_CAUTION = 0.2, 4.0
 DRIFT_STEP, LEAST_DRIFT, MOST_DRIFT = 0.02, 0.25, 4.0
 KINDS_PER_OCTAVE = 2
 """Requests are alike whose slack differs by less than a factor of the root of two."""
-MEMORY_S = 2.0
-"""Call seconds over which the speed is averaged."""
+SHARING_MEMORY_S, PACE_MEMORY_S = 2.0, 0.5
+"""Call seconds over which the averages go. A machine that others use too changes its pace within a second."""
+OWN_STEP = 0.02
+"""Share of a call in what is known of the pace of its kind."""
+LONGEST = 4.0
+"""A call counts as at most so many times what the table says: a machine that stood still says nothing of the next."""
+
+Call = tuple[str, str]
+"""(model, role as it is priced)."""
+Kind = tuple[Call, bool]
+"""A call, and whether it follows one like it."""
 
 
 class Forecast:
-    """Learns from calls (`ran`) and arrivals (`arrived`); answers `ends_in`."""
+    """Learns from calls (`begins`, `over`) and arrivals (`arrived`); answers `ends_in`.
 
-    def __init__(self, speed: float = 1.0) -> None:
-        self.speed = speed
-        """How much work, as served alone, a second of calls does."""
+    The cost table has medians of calls. A request's calls add up by their mean, and what the table does not know adds
+    to it: what the machine does beside, and that a call takes longer after one of another network, whose weights and
+    activations have the caches. `pace` has the first, of all calls together, and `_own_pace` the second, over it.
+    """
+
+    def __init__(self) -> None:
+        self.pace = 1.0
+        """Seconds that calls take, over what the table says."""
+        self._shared = 1.0  # seconds of work, as served alone, per second of calls by the table
+        self._own_pace: dict[Kind, float] = {}
+        self._last: Call | None = None
+        self._out: tuple[Kind, float, float, float] | None = None  # the call under way, and its begin
         self.caution = 1.0
         self._drift: dict[int, float] = {}  # by kind: how much longer requests took of late than was predicted
         self._latest: deque[tuple[float, float, float]] = deque()  # (arrival, slack, cost), oldest first
         self._by_slack: list[tuple[float, float, float]] = []  # (slack, arrival, cost)
 
-    def ran(self, alone_s: float, call_s: float) -> None:
-        """A call of `call_s` did work that takes `alone_s` where nothing is shared."""
+    @property
+    def speed(self) -> float:
+        """How much work, as served alone by the table, a second does."""
+        return self._shared / self.pace
+
+    def begins(self, call: Call, alone_s: float, call_s: float, now_s: float) -> float:
+        """A call that the table says takes `call_s` begins, with work that takes `alone_s` where nothing is shared.
+
+        Returns the seconds that it will take.
+        """
+        kind = call, call == self._last
+        self._last, self._out = call, (kind, alone_s, call_s, now_s)
+        return self.pace * self._own_pace.get(kind, 1.0) * call_s
+
+    def over(self, now_s: float) -> None:
+        """The next call can begin, or nothing waits: what the last one caused until now was its own."""
+        if self._out is None:
+            return
+        (kind, alone_s, call_s, begun_s), self._out = self._out, None
         if call_s > 0.0:
-            share = call_s / (call_s + MEMORY_S)
-            self.speed += share * (alone_s / call_s - self.speed)
+            found = min(LONGEST, (now_s - begun_s) / call_s)
+            own = self._own_pace.get(kind, 1.0)
+            self._own_pace[kind] = own + OWN_STEP * (found / self.pace - own)
+            self.pace += call_s / (call_s + PACE_MEMORY_S) * (found - self.pace)
+            self._shared += call_s / (call_s + SHARING_MEMORY_S) * (alone_s / call_s - self._shared)
+
+    def copy(self) -> "Forecast":
+        """What is known of calls, to run a schedule ahead."""
+        other = Forecast()
+        other.pace, other._shared = self.pace, self._shared
+        other._own_pace, other._last = dict(self._own_pace), self._last
+        return other
 
     def kept(self, promise: bool) -> None:
         """A deadline was kept or broken: `caution`, by which predictions are stretched where a deadline is promised,

@@ -24,9 +24,8 @@ from .sharing import Entry, Key, share
 
 STRETCH, DEADLINE_STRETCH = 20.0, 2.0
 """A request's waiting time is in proportion when it takes this many times its own cost. With 10 for those without a
-deadline, long ones that wait in a burst come due ahead of short ones (`tests/test_load_claims.py`). Those with one were
-told when they end, so few may pass them: with 10 the predictions were a third farther off, with 1 shorter requests
-hardly pass and fewer end in time at overload."""
+deadline, long ones in a burst come due ahead of short ones (`tests/test_load_claims.py`). Those with one were told when
+they end, so few may pass: with 10 predictions were a third farther off, with 1 fewer end in time at overload."""
 
 CALLS, REQUESTS = 16, 32
 """How far the schedule is run ahead to keep a deadline: so many calls, and only where no more requests are here."""
@@ -45,8 +44,8 @@ class _Unit:
 
 @dataclass(slots=True)
 class _Live:
-    """`left_s`: what all that is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued:
-    (rank, number) of what waits -> its queue. foreseen: its slack, and when it was predicted to end."""
+    """`left_s`: what is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued: (rank,
+    number) of what waits -> its queue. foreseen: its slack, and when it was predicted to end."""
 
     job: Job
     price: Price
@@ -66,10 +65,10 @@ class _Live:
 
 
 class Scheduler:
-    """See the module text. `costs` is read here and filled by whoever measures.
+    """`costs` is read here and filled by whoever measures.
 
-    calls: how many calls are run ahead to predict when a request with a deadline ends. It costs as much as a tenth of a
-    small network's call, so those to whom nothing is promised are told what follows from the work in front of them.
+    calls: how many calls are run ahead to predict when a request with a deadline ends, which costs a tenth of a small
+    network's call; those to whom nothing is promised are told what follows from the work in front of them.
     """
 
     def __init__(self, lanes: Mapping[str, Lane], costs: Costs, *, max_queue: int, calls: int = CALLS) -> None:
@@ -122,8 +121,6 @@ class Scheduler:
 
     def users(self, model: str) -> tuple[str, ...]:
         """The requests that visit a model."""
-        if not self._users[model]:
-            return ()
         return tuple(request_id for request_id, live in self._live.items() if model in live.models)
 
     def waiting_due_s(self, model: str) -> float | None:
@@ -169,11 +166,7 @@ class Scheduler:
         """End every request whose deadline has passed."""
         ends = []
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            request_id = self._deadlines[0][1]
-            slack_s, finish_s = self._live[request_id].foreseen
-            self.forecast.ended(slack_s, now_s - finish_s)
-            self.forecast.kept(False)
-            ends.append(self._end(request_id, "expired"))
+            ends.append(self._finish(self._live[self._deadlines[0][1]], now_s))
         return ends
 
     def close(self) -> list[Ended]:
@@ -198,8 +191,10 @@ class Scheduler:
     def next(self, now_s: float | None = None) -> Work | None:
         """The next engine call, its items marked as running; None where nothing is ready.
 
-        now_s: by which later predictions know how much of this call is done.
+        now_s: by which predictions know how much of this call is done, and learn what calls take.
         """
+        if now_s is not None and not self._running:
+            self.forecast.over(now_s)
         wanted, first = None, None
         for key, queue in self._queues.items():
             if (first is None or queue[0] < first) and key[0] not in self._held:
@@ -224,6 +219,8 @@ class Scheduler:
                 events.append(Paused(item.id))
             else:
                 events.append(self._finish(live, now_s))
+        if not self._queues:
+            self.forecast.over(now_s)
         return events
 
     def _progress(self, live: _Live, item: Item, kind: str) -> list[Change]:
@@ -307,10 +304,10 @@ class Scheduler:
             alone_s += entry.alone_s
         priced = mixed(role) if mixes else role
         call_s = alone_s if len(entries) == 1 else self._pricing.call_s(model, priced, size)
-        self.forecast.ran(alone_s, call_s)
         work = Work(kind, model, role, tuple([entry.item for entry in entries]), size, priced)
         if now_s is not None:
-            self._running[id(work)] = now_s + call_s, work, entries
+            took_s = self.forecast.begins((model, priced), alone_s, call_s, now_s)
+            self._running[id(work)] = now_s + took_s, work, entries
         return work
 
     def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, ahead_s: float, now_s: float) -> float:
@@ -318,11 +315,12 @@ class Scheduler:
 
         ahead_s: what all that is due before it still costs.
         """
+        alone_s = self.forecast.pace * price.total_s
         if not self._live:
-            return price.total_s
+            return alone_s
         if job.deadline_s is None or not self._calls or len(self._live) >= REQUESTS:
             running_s, counted_s = self._running_s(due_s, now_s)
-            return running_s + max(price.total_s, (ahead_s - counted_s + price.total_s) / self.forecast.speed)
+            return running_s + max(alone_s, (ahead_s - counted_s + price.total_s) / self.forecast.speed)
         ahead = self.copy()
         ahead._enter(job, price, due_s, place)
         return rehearse(ahead, job, now_s, self._calls)
@@ -338,7 +336,7 @@ class Scheduler:
     def copy(self) -> "Scheduler":
         """A scheduler in the same state with requests of its own, to be run ahead. What it learns is its own."""
         other = copy.copy(self)
-        other.forecast = Forecast(self.forecast.speed)
+        other.forecast = self.forecast.copy()
         other._live = {request_id: live.copy() for request_id, live in self._live.items()}
         other._queues = {key: list(queue) for key, queue in self._queues.items()}
         other._order, other._left, other._running = list(self._order), list(self._left), dict(self._running)
@@ -354,7 +352,7 @@ class Scheduler:
         """Seconds that a request and all that is due before it still take, at the pace of late."""
         live = self._live[request_id]
         place = bisect.bisect_left(self._order, (live.due_s, live.arrival))
-        return max(live.left_s, sum(self._left[: place + 1]) / self.forecast.speed)
+        return max(self.forecast.pace * live.left_s, sum(self._left[: place + 1]) / self.forecast.speed)
 
     def _end(self, request_id: str, reason: str, error: object = None) -> Ended:
         live = self._live.pop(request_id)

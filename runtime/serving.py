@@ -98,6 +98,7 @@ class Serving:
         self.outbox: deque[Ended] = deque()
         self._at_end = at_end
         self._pauses = 0
+        self._turn: tuple[Work, int, float] | None = None  # the last call: its rows, and when it began
         self._later: SimpleQueue[Visit | None] = SimpleQueue()
         self._follower: threading.Thread | None = None
         self.thread = threading.Thread(target=self._serve, name="fewstep-engine", daemon=True)
@@ -174,6 +175,7 @@ class Serving:
     def _next_work(self) -> tuple[Work, list[Visit]] | None:
         """Wait for something to do. None: nothing to run, but perhaps something to publish, or the end."""
         with self.changed:
+            self._end_turn()
             while True:
                 now = time.monotonic()
                 self.outbox.extend(self.scheduler.expire(now))
@@ -185,6 +187,14 @@ class Serving:
                     return None
                 deadline = self.scheduler.next_deadline_s
                 self.changed.wait(None if deadline is None else max(0.0, deadline - now))
+
+    def _end_turn(self) -> None:
+        """Note what the last call cost: until the next one can begin, its events told and the results handed out."""
+        if self._turn is None:
+            return
+        (work, size, begun_s), self._turn = self._turn, None
+        if (lane := self.lanes.get(work.model)) is not None:
+            self.costs.record((work.model, work.priced), *_cost(size, time.monotonic() - begun_s, lane))
 
     def _run(self, work: Work, visits: list[Visit]) -> None:
         """One engine call and everything that follows from it."""
@@ -208,7 +218,7 @@ class Serving:
             if size:
                 self.recorder.call(work, size, seconds, len(inside))
             if size and clean:
-                self.costs.record((work.model, work.priced), *_cost(size, seconds, self.lanes[work.model]))
+                self._turn = work, size, begun
             for event in self.scheduler.complete(work, errors, time.monotonic()):
                 if isinstance(event, Stepped):
                     stepped.append(event)

@@ -20,6 +20,7 @@ from typing import Any
 
 from fewstep.runtime.errors import EngineUnavailable
 
+from .commands import listen, run_async, warmed
 from .load_traffic import Target
 
 READY_S = 180.0
@@ -105,7 +106,6 @@ def main(argv: Sequence[str]) -> int:
     from fewstep.runtime.request import Limits
 
     from .app import create_app
-    from .commands import listen, run_async
     from .settings import Settings
 
     config = RuntimeConfig(threads=args.threads, policy=args.policy, calibration_budget_s=4.0)
@@ -123,8 +123,7 @@ def main(argv: Sequence[str]) -> int:
 
 async def _serve(server: Any, app: Any, runtime: Any, listener: Any) -> None:
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while app.state.service.health.state == "warming" and not serving.done():
-        await asyncio.sleep(0.01)
+    await warmed(app.state.service, serving)
     models = runtime.models.values()
     said = {
         "url": f"http://127.0.0.1:{listener.getsockname()[1]}",

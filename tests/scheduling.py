@@ -86,10 +86,12 @@ def poisson(mix, rate_per_s, count, seed):
     return out
 
 
-def simulate(costs, arrivals, *, max_queue=10_000, jitter=0.05, seed=1, lane=Lane(max_batch=8), deadline=None):  # noqa: B008
+def simulate(
+    costs, arrivals, *, max_queue=10_000, jitter=0.05, seed=1, lane=Lane(max_batch=8), deadline=None, call_s=None  # noqa: B008
+):  # fmt: skip
     """Serve (arrival, job) pairs on a clock that calls move by what the table says, give or take `jitter`.
 
-    deadline: seconds from arrival for every job.
+    deadline: seconds from arrival for every job. call_s: what a call takes, in place of the table.
     """
     scheduler = Scheduler({"m": lane}, costs, max_queue=max_queue)
     rng, waiting = random.Random(seed), [(at, k, asked) for k, (at, asked) in enumerate(arrivals)]
@@ -116,7 +118,8 @@ def simulate(costs, arrivals, *, max_queue=10_000, jitter=0.05, seed=1, lane=Lan
             now = max(now, waiting[0][0]) if waiting else now
             arrive(now)
             continue
-        took = scheduler._pricing.call_s(work.model, work.priced, work.size) * max(0.2, rng.gauss(1.0, jitter))
+        told = scheduler._pricing.call_s(work.model, work.priced, work.size) if call_s is None else call_s(work)
+        took = told * max(0.2, rng.gauss(1.0, jitter))
         now += took
         arrive(now)
         for event in run(scheduler, work, now):

@@ -1,5 +1,6 @@
 """Predicted finish times against what then happens, on a clock that only calls move, over costs that were measured."""
 
+import itertools
 import random
 import statistics
 
@@ -136,12 +137,42 @@ def test_far_from_the_end_what_is_in_front_counts_at_the_pace_of_late():
     )
 
 
-def test_the_pace_is_how_much_of_the_work_alone_a_second_of_calls_does():
-    forecast = Forecast()
+def test_the_speed_is_how_much_of_the_work_alone_a_second_of_calls_does():
+    forecast, now = Forecast(), 0.0
     for _ in range(2000):
-        forecast.ran(0.04, 0.02)
-    assert forecast.speed == pytest.approx(2.0, rel=1e-3)
+        forecast.begins(("m", "denoiser"), 0.04, 0.02, now)
+        forecast.over(now := now + 0.02)
+    assert forecast.speed == pytest.approx(2.0, rel=1e-3) and forecast.pace == pytest.approx(1.0)
     assert forecast.ends_in(0.0, 1.0, 0.1) == 0.1
+
+
+def test_calls_that_take_longer_than_the_table_says_are_expected_to_by_kind():
+    """A denoiser's call takes twice the table's time after a decode, and the same and a half after its like."""
+    forecast, now, told = Forecast(), 0.0, {}
+    for k in range(3000):
+        call, factor = [(("m", "denoiser"), 2.0), (("m", "denoiser"), 1.5), (("m", "decoder"), 1.0)][k % 3]
+        told[k % 3] = forecast.begins(call, 0.01, 0.01, now)
+        forecast.over(now := now + 0.01 * factor)
+        now += 1.0  # nothing waited
+    assert [told[k] for k in range(3)] == pytest.approx([0.02, 0.015, 0.01], rel=0.03)
+    assert forecast.pace == pytest.approx(1.5, rel=0.01) and forecast.speed == pytest.approx(1 / 1.5, rel=0.01)
+    forecast.begins(("m", "denoiser"), 0.01, 0.01, now)
+    forecast.over(now + 3600.0)
+    assert forecast.pace < 1.55, "a machine that stood still says little of the next call"
+
+
+def test_predictions_follow_a_machine_that_others_use_too():
+    """Every 600 calls it takes 1.8 times as long or as long as the table says; by the order alone they are 0.18 off."""
+    costs, calls = RECORDED["scenes, onnx"](), itertools.count()
+    pricing = Pricing({"m": Lane(max_batch=8)}, costs)
+
+    def took_s(work):
+        return pricing.call_s("m", work.priced, work.size) * (1.0 if next(calls) // 600 % 2 else 1.8)
+
+    arrivals = poisson(MIXED, 0.55 * capacity_per_s(costs, MIXED), 900, seed=3)
+    lives = simulate(costs, arrivals, call_s=took_s, deadline=99.0)
+    off = [abs(life.predicted_s - life.ended_s) / (life.ended_s - life.arrival_s) for life in lives]
+    assert statistics.median(off) < 0.13
 
 
 def test_requests_that_will_pass_count_while_they_can_still_come():

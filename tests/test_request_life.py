@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -212,3 +213,14 @@ def test_random_lives(seed, faults, max_batch, batches, drain):
         if isinstance(event, Finished):
             alone = run_request(FakeEngine(), fake_bundle(), request)
             assert all(np.array_equal(a, b) for a, b in zip(event.result.pictures, alone.pictures, strict=True))
+
+
+def test_a_call_costs_what_passes_until_the_next_can_begin():
+    """Who is told of a result may take his time; the next call waits for it, and predictions must know."""
+    with serve(FakeEngine(delay_s=0.01)) as runtime:
+        for seed in range(12):
+            ticket = runtime.submit(ask(seed=seed))
+            ticket.at_end(lambda event: time.sleep(0.03))
+            ticket.result(PATIENCE_S)
+        (size, seconds), *_ = runtime.costs()["fake", "decoder"]
+        assert size == 1 and seconds >= 0.04
