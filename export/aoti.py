@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import PARTIAL, sha256_of
-from fewstep.runtime.aoti_engine import build_facts
-from fewstep.runtime.compiled_engine import ROUNDED, Rounded, cpp_compiler
+from fewstep.runtime.engines.aoti_engine import build_facts
+from fewstep.runtime.engines.compiled_engine import ROUNDED, Rounded, cpp_compiler
+from fewstep.runtime.engines.manifest import Graph, Manifest, Port, engine_folder, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, write_manifest
 
 from .graphs import RoleGraph, role_graph
 

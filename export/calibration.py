@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fewstep.models.bundle import Bundle
 from fewstep.runtime.engine import CONTROLNET, ENCODER, Engine
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.recording import RecordingEngine
-from fewstep.runtime.request import Control, GenerateRequest
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.recording import RecordingEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest
+from fewstep.runtime.sampling.text import Prompts
 
 from .golden import edge_picture, golden_steps
 

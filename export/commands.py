@@ -55,8 +55,8 @@ def verify(argv: Sequence[str]) -> int:
         parser.add_argument(f"--budget-{name}", type=float, metavar="X", help=f"of every engine, from now on: {said}")
     args = parser.parse_args(argv)
     from fewstep.models.bundle import load_bundle
-    from fewstep.runtime.budget import Budget
-    from fewstep.runtime.manifest import exported_kinds
+    from fewstep.runtime.engines.budget import Budget
+    from fewstep.runtime.engines.manifest import exported_kinds
 
     from .verify import verify as check
 

@@ -14,7 +14,7 @@ from .tensorrt_options import TENSORRT_OPTIONS
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Bundle
-    from fewstep.runtime.manifest import Manifest
+    from fewstep.runtime.engines.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,10 +112,10 @@ def exactness(bundle: "Bundle") -> str:
     import numpy as np
     import torch
 
-    from fewstep.runtime.diffusers_pipeline import call_settings, can_sample, hushed, open_pipeline
-    from fewstep.runtime.loop import run_request
-    from fewstep.runtime.request import GenerateRequest
-    from fewstep.runtime.torch_engine import TorchEngine
+    from fewstep.runtime.bench.diffusers_pipeline import call_settings, can_sample, hushed, open_pipeline
+    from fewstep.runtime.engines.torch_engine import TorchEngine
+    from fewstep.runtime.sampling.loop import run_request
+    from fewstep.runtime.sampling.request import GenerateRequest
 
     pipeline, engine = open_pipeline(bundle), TorchEngine(bundle)
     worst, counts = 0.0, [n for n in STEPS if bundle.spec.allows(n) and can_sample(pipeline, n)]
@@ -166,10 +166,10 @@ def served(bundle: "Bundle") -> str:
     """Three pictures at once by the scheduled runtime over the exported engine, each as the dull loop makes it."""
     import numpy as np
 
-    from fewstep.runtime.engines import open_engine
-    from fewstep.runtime.local import Runtime
-    from fewstep.runtime.loop import run_request
-    from fewstep.runtime.request import GenerateRequest
+    from fewstep.runtime.engines.registry import open_engine
+    from fewstep.runtime.sampling.loop import run_request
+    from fewstep.runtime.sampling.request import GenerateRequest
+    from fewstep.runtime.service.local import Runtime
 
     fresh = _reopened(bundle)
     engine = open_engine(fresh, "onnx")

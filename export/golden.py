@@ -2,7 +2,7 @@
 
 A case is a safetensors file: `latent` [C, h, w] and `latents` [steps, C, h, w] as the denoiser sees them, `picture`
 [H, W, 3] uint8, and `edge` [H, W, 3] uint8 where a ControlNet steers it. Beside the cases lies the map for previews,
-fitted to their latents (`fewstep.runtime.preview`).
+fitted to their latents (`fewstep.runtime.sampling.preview`).
 """
 
 import shutil
@@ -19,12 +19,12 @@ from fewstep.models.bundle import Bundle, reseal
 from fewstep.models.errors import BundleError
 from fewstep.models.files import PARTIAL
 from fewstep.models.spec import GoldenCase, SamplerSpec
-from fewstep.runtime import preview
 from fewstep.runtime.engine import Engine
-from fewstep.runtime.events import Picture
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling import preview
+from fewstep.runtime.sampling.events import Picture
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest
 
 PROMPTS = ("a red circle", "a blue square", "a green star")
 SEED = 20

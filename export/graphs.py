@@ -30,10 +30,10 @@ from fewstep.models.roles import (
     picture_steps,
 )
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.loop import size_conditions
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.samplers import updates
-from fewstep.runtime.text import kept_places
+from fewstep.runtime.sampling.loop import size_conditions
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.samplers import updates
+from fewstep.runtime.sampling.text import kept_places
 
 MAX_BATCH = 32
 """diffusers' upsampling branches at a batch of 64: a graph that allowed it would be traced twice."""

@@ -16,8 +16,7 @@ import torch
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import sha256_of
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.manifest import (
     Graph,
     Manifest,
     Port,
@@ -26,6 +25,7 @@ from fewstep.runtime.manifest import (
     read_manifest,
     write_manifest,
 )  # fmt: skip
+from fewstep.runtime.errors import EngineUnavailable
 
 from .graph_patches import mend
 from .graphs import RoleGraph, role_graph

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.bundle import Bundle
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.manifest import (
     Graph,
     Manifest,
     Parity,
@@ -26,7 +25,8 @@ from fewstep.runtime.manifest import (
     read_manifest,
     write_manifest,
 )  # fmt: skip
-from fewstep.runtime.ort_engine import run_on_cpu, session_options
+from fewstep.runtime.engines.ort_engine import run_on_cpu, session_options
+from fewstep.runtime.errors import EngineUnavailable
 
 from .graphs import RoleGraph, role_graph
 from .onnx import EXTERNAL_OVER_BYTES, OPSET, export_role

@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fewstep.models.bundle import Bundle
+from fewstep.runtime.engines.manifest import Graph, Manifest, checked_files, over_graphs, write_manifest
+from fewstep.runtime.engines.openvino_engine import PRECISIONS, Compiler, RoleNetworks
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, checked_files, over_graphs, write_manifest
-from fewstep.runtime.openvino_engine import PRECISIONS, Compiler, RoleNetworks
 
 from .onnx import export_onnx, usable_onnx
 from .parity import SAME, apart

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.models.bundle import Bundle
-from fewstep.runtime.budget import Budget
+from fewstep.runtime.engines.budget import Budget
+from fewstep.runtime.engines.manifest import Graph, Manifest, checked_files, engine_folder, over_graphs, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, checked_files, engine_folder, over_graphs, write_manifest
 
 from .calibration import PROMPTS, Rows, student_feeds
 from .onnx import export_onnx, usable_onnx

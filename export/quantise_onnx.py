@@ -10,9 +10,9 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import sha256_of
+from fewstep.runtime.engines.manifest import Graph, Manifest
+from fewstep.runtime.engines.ort_engine import run_on_cpu, session_options
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest
-from fewstep.runtime.ort_engine import run_on_cpu, session_options
 
 from .onnx import Progress, export_onnx
 from .quantise import Kit, Run, Source, quantise

@@ -10,9 +10,9 @@ from typing import Any
 
 from fewstep.models.files import sha256_of
 from fewstep.models.roles import DECODER, ENCODER
+from fewstep.runtime.engines.manifest import Graph
+from fewstep.runtime.engines.openvino_engine import Compiler, RoleNetworks
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph
-from fewstep.runtime.openvino_engine import Compiler, RoleNetworks
 
 from .quantise import Kit, Run, Source
 

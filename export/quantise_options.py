@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.runtime.budget import Budget
+from fewstep.runtime.engines.budget import Budget
 from fewstep.runtime.errors import EngineUnavailable
 
 from .option import Option, flag

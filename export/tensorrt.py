@@ -15,9 +15,8 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import sha256_of, write_whole
-from fewstep.runtime.cuda_device import CudaDevice
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.cuda_device import CudaDevice
+from fewstep.runtime.engines.manifest import (
     Graph,
     Manifest,
     checked_files,
@@ -27,7 +26,8 @@ from fewstep.runtime.manifest import (
     read_manifest,
     write_manifest,
 )  # fmt: skip
-from fewstep.runtime.tensorrt_flavour import TensorRT, load_tensorrt
+from fewstep.runtime.engines.tensorrt_flavour import TensorRT, load_tensorrt
+from fewstep.runtime.errors import EngineUnavailable
 
 from .graphs import MAX_BATCH, axis_lengths
 from .onnx_half import half_graphs

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.models.files import write_whole
+from fewstep.runtime.engines.manifest import Graph
+from fewstep.runtime.engines.tensorrt_engine import TORCH_DTYPES
+from fewstep.runtime.engines.tensorrt_flavour import TensorRT, said
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Graph
-from fewstep.runtime.tensorrt_engine import TORCH_DTYPES
-from fewstep.runtime.tensorrt_flavour import TensorRT, said
 
 Range = tuple[int, int, int]
 """The least, the usual (which it is tuned for) and the most."""

@@ -5,8 +5,8 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from fewstep.models.bundle import Bundle
+from fewstep.runtime.engines.manifest import Manifest, over_graphs, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, over_graphs, write_manifest
 
 from .onnx import export_onnx, usable_onnx
 
@@ -16,7 +16,7 @@ Progress = Callable[[str], None]
 def export_variant(
     bundle: Bundle, *, engine: str, precision: str = "fp32", progress: Progress | None = None
 ) -> Manifest | None:
-    """An unverified manifest for an engine of `fewstep.runtime.compiled_engine`; None for torch itself in fp32.
+    """An unverified manifest for an engine of `fewstep.runtime.engines.compiled_engine`; None for torch itself in fp32.
 
     What is compiled or captured is made when the engine is opened, by the torch and on the device that are there then.
 

@@ -3,7 +3,7 @@
 Two errors are published and bounded, each of the worst sample of a batch: relative L2, |a - b| / |b|, and the peak, the
 largest single difference relative to the largest value, which sees a fault in one corner that the norm averages away.
 Rounding spreads over a picture and its largest of thousands lies above the mean: below fp32 the peak has a bound of
-its own. An engine with a stated budget (`runtime.budget`) is held to that.
+its own. An engine with a stated budget (`runtime.engines.budget`) is held to that.
 
 In fp32 the last latent of a golden case is held to its tolerance. Below fp32 the first one is: sampling itself makes a
 small difference a hundred times larger within a few steps (an object a pixel further left), which is published as the
@@ -20,15 +20,15 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle
 from fewstep.models.roles import picture_steps
 from fewstep.models.spec import GoldenCase
-from fewstep.runtime.budget import Budget, breaches, quality_parity
-from fewstep.runtime.choice import measure_costs, record_costs
-from fewstep.runtime.cuda_device import device_here
 from fewstep.runtime.engine import CONTROLNET, Engine
-from fewstep.runtime.engines import KINDS, open_engine
+from fewstep.runtime.engines.budget import Budget, breaches, quality_parity
+from fewstep.runtime.engines.choice import measure_costs, record_costs
+from fewstep.runtime.engines.cuda_device import device_here
+from fewstep.runtime.engines.manifest import Manifest, Parity, exported_kinds, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import KINDS, open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import Manifest, Parity, exported_kinds, read_manifest, write_manifest
-from fewstep.runtime.step import run_batch
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.step import run_batch
 
 from .golden import load_case, run_case
 from .graphs import Run, random_feeds

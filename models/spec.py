@@ -122,14 +122,14 @@ class SamplerSpec:
     grids: step count -> the exact times of its evaluations, noisiest first. origin_steps: how many evenly spaced times
     the student was trained on (LCM, TCD), from which a picture that begins from another takes its grid; None where only
     the grids' own times were. sampler: the update between them
-    (`fewstep.runtime.samplers`). gamma: TCD's stochasticity, and the phase edges' for none. final_alpha_one: whether
-    the last step lands on clean data (else on the path's least noisy time, as diffusers' `set_alpha_to_one=False`).
-    start: the noise a picture begins with is of size 1 ("unit") or sigma at the first time ("sigma"). text: how prompts
-    become token ids. size_ids: the picture-size condition that the network takes ("sdxl": height, width, crop 0 0,
-    height, width; "pixart": height, width, height/width), or None. control_kinds: what a ControlNet-Union's control
-    types are called, in its order; empty where a control picture is of one kind only. clip: bound on |x0| in latent
-    units, or None. tiny_decoder: the step counts whose pictures the component `tiny_decoder/` decodes. second_time:
-    whether the network is also told where each step lands (`fewstep.models.second_time`).
+    (`fewstep.runtime.sampling.samplers`). gamma: TCD's stochasticity, and the phase edges' for none. final_alpha_one:
+    whether the last step lands on clean data (else on the path's least noisy time, as diffusers'
+    `set_alpha_to_one=False`). start: the noise a picture begins with is of size 1 ("unit") or sigma at the first time
+    ("sigma"). text: how prompts become token ids. size_ids: the picture-size condition that the network takes ("sdxl":
+    height, width, crop 0 0, height, width; "pixart": height, width, height/width), or None. control_kinds: what a
+    ControlNet-Union's control types are called, in its order; empty where a control picture is of one kind only. clip:
+    bound on |x0| in latent units, or None. tiny_decoder: the step counts whose pictures the component `tiny_decoder/`
+    decodes. second_time: whether the network is also told where each step lands (`fewstep.models.second_time`).
     """
 
     version: int = SPEC_VERSION

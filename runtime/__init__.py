@@ -4,38 +4,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import RuntimeConfig as RuntimeConfig
-    from .engines import open_engine as open_engine
+    from .engines.fake_engine import FakeEngine as FakeEngine
+    from .engines.registry import open_engine as open_engine
     from .errors import FewstepError as FewstepError
     from .errors import InvalidRequest as InvalidRequest
     from .errors import Overloaded as Overloaded
-    from .events import Failed as Failed
-    from .events import Finished as Finished
-    from .events import Progress as Progress
-    from .events import Result as Result
-    from .fake_engine import FakeEngine as FakeEngine
-    from .images import encode as encode
-    from .local import Runtime as Runtime
-    from .request import Control as Control
-    from .request import GenerateRequest as GenerateRequest
-    from .request import Limits as Limits
+    from .sampling.events import Failed as Failed
+    from .sampling.events import Finished as Finished
+    from .sampling.events import Progress as Progress
+    from .sampling.events import Result as Result
+    from .sampling.images import encode as encode
+    from .sampling.request import Control as Control
+    from .sampling.request import GenerateRequest as GenerateRequest
+    from .sampling.request import Limits as Limits
+    from .service.config import RuntimeConfig as RuntimeConfig
+    from .service.local import Runtime as Runtime
 
 _HOMES = {
-    "Control": "request",
-    "Failed": "events",
-    "FakeEngine": "fake_engine",
+    "Control": "sampling.request",
+    "Failed": "sampling.events",
+    "FakeEngine": "engines.fake_engine",
     "FewstepError": "errors",
-    "Finished": "events",
-    "GenerateRequest": "request",
+    "Finished": "sampling.events",
+    "GenerateRequest": "sampling.request",
     "InvalidRequest": "errors",
-    "Limits": "request",
+    "Limits": "sampling.request",
     "Overloaded": "errors",
-    "Progress": "events",
-    "Result": "events",
-    "Runtime": "local",
-    "RuntimeConfig": "config",
-    "encode": "images",
-    "open_engine": "engines",
+    "Progress": "sampling.events",
+    "Result": "sampling.events",
+    "Runtime": "service.local",
+    "RuntimeConfig": "service.config",
+    "encode": "sampling.images",
+    "open_engine": "engines.registry",
 }
 
 __all__ = sorted(_HOMES)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from .events import Result
-    from .request import Control, GenerateRequest
+    from .sampling.events import Result
+    from .sampling.request import Control, GenerateRequest
 
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -26,9 +26,9 @@ def generate(argv: list[str]) -> int:
         raise InvalidRequest("out", f"out is {asked.out}; the folder {asked.out.parent} does not exist: make it first")
     from fewstep.models.bundle import load_bundle
 
-    from .engines import open_engine
-    from .loop import run_request
-    from .request import GenerateRequest
+    from .engines.registry import open_engine
+    from .sampling.loop import run_request
+    from .sampling.request import GenerateRequest
 
     request = GenerateRequest(
         prompt=asked.prompt,
@@ -95,8 +95,8 @@ def _control(asked: argparse.Namespace) -> "Control | None":
             if getattr(asked, option) is not None:
                 raise InvalidRequest(option, f"--{option.replace('_', '-')} needs --control EDGE.png")
         return None
-    from .images import decode
-    from .request import Control
+    from .sampling.images import decode
+    from .sampling.request import Control
 
     try:
         data = asked.control.read_bytes()
@@ -108,8 +108,8 @@ def _control(asked: argparse.Namespace) -> "Control | None":
 
 def _write(result: "Result", request: "GenerateRequest", sampler: str, out: Path, format: str) -> list[Path]:
     """Write the pictures, each with what makes it again."""
-    from .images import encode
-    from .infotext import picture_metadata
+    from .sampling.images import encode
+    from .sampling.infotext import picture_metadata
 
     files = []
     for number, (picture, seed) in enumerate(zip(result.pictures, result.seeds, strict=True), start=1):

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-from fewstep.runtime.events import Result
+from fewstep.runtime.sampling.events import Result
 
 from .logs import log_visit
 from .metrics import Meters

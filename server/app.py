@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.service.local import Runtime
 
 from . import errors, live, routes_a1111, routes_models, routes_native, routes_openai
 from .account import Account

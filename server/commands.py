@@ -40,9 +40,9 @@ def serve(argv: list[str]) -> int:
     except ImportError as error:
         print(f"fewstep serve: {error.name} is not installed; run: pip install 'fewstep[serve]'", file=sys.stderr)
         return 2
-    from fewstep.runtime.config import RuntimeConfig
-    from fewstep.runtime.local import Runtime
-    from fewstep.runtime.request import Limits
+    from fewstep.runtime.sampling.request import Limits
+    from fewstep.runtime.service.config import RuntimeConfig
+    from fewstep.runtime.service.local import Runtime
 
     from .app import create_app
     from .logs import configure

@@ -5,8 +5,8 @@ import logging
 from typing import Any
 
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Runtime
 
 from .errors import Refused
 from .streaming import events, last

@@ -18,8 +18,8 @@ from prometheus_client.registry import Collector
 from starlette.websockets import WebSocketDisconnected
 
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.events import Event, Progress
-from fewstep.runtime.local import Model
+from fewstep.runtime.sampling.events import Event, Progress
+from fewstep.runtime.service.local import Model
 
 from .errors import Refused, answer
 from .live_frame import BadMessage, Frame, Hello, Repeats, frame_job, read_message, write_message

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.live import SimilarityFilter
-from fewstep.runtime.local import Model
+from fewstep.runtime.service.live import SimilarityFilter
+from fewstep.runtime.service.local import Model
 
 from .errors import described
 from .wire import Body, Job

@@ -138,8 +138,8 @@ def _one_server(args: argparse.Namespace) -> int:
     for rate in rates:
         arrivals = plan_arrivals(rate, seconds, [(Kind(steps), 1.0) for steps in counts], args.seed)
         print(f"{len(arrivals)} requests at {rate:g} per second ...", file=sys.stderr, flush=True)
-        outcomes = asyncio.run(send_traffic(target, arrivals))
-        rows += summarise(outcomes, server=args.server, rate_per_s=rate, seconds=seconds, deadline_s=args.deadline)
+        outcomes = asyncio.run(send_traffic(target, arrivals, deadline_s=args.deadline))
+        rows += summarise(outcomes, server=args.server, rate_per_s=rate, seconds=seconds)
     print(_table(rows))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

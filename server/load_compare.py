@@ -46,7 +46,7 @@ def compare(plan: Plan) -> dict[str, Any]:
 
     Errors: `EngineUnavailable` where a server does not start.
     """
-    from fewstep.runtime.measurement import machine_facts
+    from fewstep.runtime.engines.measurement import machine_facts
 
     arguments = [*plan.bundles, "--engine", plan.engine]
     module = "fewstep.server.load_servers"
@@ -131,15 +131,17 @@ def _run(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one workload: every server gets the same arrivals, in rounds that alternate.
 
-    The rate is a share of what the slower of the compared servers can do now; at overload, of what ours can.
+    The rate is a share of what the slower of the compared servers can do now; at overload, of what ours can. Deadlines
+    follow the machine's speed as the rate does.
     """
     basis = capacity[OURS] if workload is OVERLOAD else min(capacity.values())
-    seconds, limit = workload.weight * plan.seconds, deadline_s if workload.deadlines else None
+    seconds = workload.weight * plan.seconds
     rates: list[float] = []
     found: dict[str, list[tuple[float, list[Outcome]]]] = {server.name: [] for server in servers}
     for turn in range(ROUNDS):
         now = speed()
         rates.append(workload.load * basis * now)
+        limit = deadline_s / now if workload.deadlines else None
         arrivals = plan_arrivals(rates[-1], seconds, workload.mix, plan.seed + turn, numbers.used)
         numbers.take(len(arrivals))
         for server in servers if turn % 2 == 0 else reversed(servers):
@@ -149,7 +151,7 @@ def _run(
             found[server.name].append((now, asyncio.run(sent)))
     rows = []
     for name, rounds in found.items():
-        for row in in_rounds(rounds, server=name, rate_per_s=mean(rates), seconds=seconds, deadline_s=limit):
+        for row in in_rounds(rounds, server=name, rate_per_s=mean(rates), seconds=seconds):
             rows.append({"workload": workload.name, "seconds": ROUNDS * seconds, **row})
     return rows
 

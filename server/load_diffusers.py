@@ -22,7 +22,7 @@ def create_app(bundle: str) -> Any:
     from fastapi import FastAPI
     from pydantic import BaseModel
 
-    from fewstep.runtime.diffusers_pipeline import hushed, open_named
+    from fewstep.runtime.bench.diffusers_pipeline import hushed, open_named
 
     pipeline, settings = open_named(bundle)
     lock = threading.Lock()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from fewstep.runtime.charts import bars
+from fewstep.runtime.bench.charts import bars
 
 from .load_plan import WORKLOADS
 from .load_traffic import Outcome
@@ -12,9 +12,7 @@ from .load_traffic import Outcome
 OURS, FIRST_COME, DIFFUSERS = "fewstep", "first-come", "diffusers"
 
 
-def summarise(
-    outcomes: Sequence[Outcome], *, server: str, rate_per_s: float, seconds: float, deadline_s: float | None
-) -> list[dict[str, Any]]:
+def summarise(outcomes: Sequence[Outcome], *, server: str, rate_per_s: float, seconds: float) -> list[dict[str, Any]]:
     """One row per step count, and one for all together where there are several.
 
     goodput counts pictures within the deadline (or all that came, without one) per second of traffic. A deadline is
@@ -25,12 +23,11 @@ def summarise(
     ]
     if len(groups) != 1:
         groups.append(("all", list(outcomes)))
-    return [_row(steps, some, server, rate_per_s, seconds, deadline_s) for steps, some in groups]
+    return [_row(steps, some, server, rate_per_s, seconds) for steps, some in groups]
 
 
 def in_rounds(
     rounds: Sequence[tuple[float, Sequence[Outcome]]], *, server: str, rate_per_s: float, seconds: float,
-    deadline_s: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of several rounds together, each with what the single rounds gave.
 
@@ -38,7 +35,7 @@ def in_rounds(
     """
 
     def of(outcomes: Sequence[Outcome], seconds: float) -> list[dict[str, Any]]:
-        return summarise(outcomes, server=server, rate_per_s=rate_per_s, seconds=seconds, deadline_s=deadline_s)
+        return summarise(outcomes, server=server, rate_per_s=rate_per_s, seconds=seconds)
 
     rows = of([outcome for _, outcomes in rounds for outcome in outcomes], len(rounds) * seconds)
     for speed, outcomes in rounds:
@@ -50,12 +47,10 @@ def in_rounds(
     return rows
 
 
-def _row(
-    steps: Any, some: Sequence[Outcome], server: str, rate_per_s: float, seconds: float, deadline_s: float | None
-) -> dict[str, Any]:
+def _row(steps: Any, some: Sequence[Outcome], server: str, rate_per_s: float, seconds: float) -> dict[str, Any]:
     came = [o for o in some if o.kind == "ok"]
     times = sorted(o.latency_s for o in came)
-    good = len(times) if deadline_s is None else sum(t <= deadline_s for t in times)
+    good = sum(o.good for o in came)
     let_in = [o for o in some if o.kind in ("ok", "late")]
     row: dict[str, Any] = {
         "server": server,

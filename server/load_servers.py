@@ -101,9 +101,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     import uvicorn
 
-    from fewstep.runtime.config import RuntimeConfig
-    from fewstep.runtime.local import Runtime
-    from fewstep.runtime.request import Limits
+    from fewstep.runtime.sampling.request import Limits
+    from fewstep.runtime.service.config import RuntimeConfig
+    from fewstep.runtime.service.local import Runtime
 
     from .app import create_app
     from .settings import Settings

@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fewstep.runtime.costs import Costs
 from fewstep.runtime.engine import TEXT
-from fewstep.runtime.first_come import FirstCome
-from fewstep.runtime.jobs import Job, Lane, Prepare, RowCall, Work
-from fewstep.runtime.pricing import Pricing
-from fewstep.runtime.scheduler import Scheduler
-from fewstep.runtime.simulation import Passage, simulate
+from fewstep.runtime.schedule.costs import Costs
+from fewstep.runtime.schedule.first_come import FirstCome
+from fewstep.runtime.schedule.jobs import Job, Lane, Prepare, RowCall, Work
+from fewstep.runtime.schedule.pricing import Pricing
+from fewstep.runtime.schedule.scheduler import Scheduler
+from fewstep.runtime.schedule.simulation import Passage, simulate
 
 from .load_plan import MIXED, OVERLOAD, WORKLOADS, Arrival, Kind, Workload, in_shares, plan_arrivals
 from .load_report import FIRST_COME, OURS, claims, summarise
@@ -45,7 +45,7 @@ def simulated(
         for name, policy in POLICIES.items():
             outcomes = stage.run(policy, arrivals, limit)
             length = seconds * workload.weight
-            for row in summarise(outcomes, server=name, rate_per_s=rate, seconds=length, deadline_s=limit):
+            for row in summarise(outcomes, server=name, rate_per_s=rate, seconds=length):
                 rows.append({"workload": workload.name, "seconds": length, **row})
     kept = ("machine", "bundles", "engines", "threads", "costs")
     return {
@@ -87,7 +87,7 @@ class Stage:
 
     def run(self, policy: type[Any], arrivals: Sequence[Arrival], deadline_s: float | None) -> list[Outcome]:
         jobs = [(arrival.at_s, self.job(arrival, deadline_s)) for arrival in arrivals]
-        return [_outcome(passage) for passage in self._simulate(policy, jobs)]
+        return [_outcome(passage, deadline_s) for passage in self._simulate(policy, jobs)]
 
     def capacity(self, policy: type[Any], workload: Workload, count: int = 240) -> float:
         """Requests per second with all of them there at the start."""
@@ -109,11 +109,11 @@ def _timer(pricing: Pricing, seed: int) -> Callable[[Work], float]:
     return lambda work: pricing.call_s(work.model, work.priced, work.size) * max(0.2, draw.gauss(1.0, JITTER))
 
 
-def _outcome(passage: Passage) -> Outcome:
+def _outcome(passage: Passage, deadline_s: float | None) -> Outcome:
     kind = {"finished": "ok", "rejected": "rejected", "expired": "late"}[passage.reason]
     latency_s = passage.end_s - passage.at_s
     timings: dict[str, float] = {}
     if passage.predicted_s is not None:
         told = passage.predicted_s - passage.at_s
         timings = {"total_s": latency_s, "encode_s": 0.0, "decode_s": 0.0, "predicted_s": told}
-    return Outcome(len(passage.job.rows), kind, latency_s, timings)
+    return Outcome(len(passage.job.rows), kind, latency_s, timings, deadline_s)

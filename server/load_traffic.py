@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 class Outcome:
     """What came of one request. kind: "ok", "rejected" (429 or 503), "late" (504, or still out at the end), "failed".
 
-    latency_s: from its planned arrival. timings: what the server said of its parts, where it did.
+    latency_s: from its planned arrival. timings: what the server said of its parts, where it did. deadline_s: by
+    when it was wanted, from its planned arrival.
     """
 
     steps: int
     kind: str
     latency_s: float
     timings: Mapping[str, float] = field(default_factory=dict)
+    deadline_s: float | None = None
+
+    @property
+    def good(self) -> bool:
+        """It came, and in time where it had a deadline."""
+        return self.kind == "ok" and (self.deadline_s is None or self.latency_s <= self.deadline_s)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,9 @@ async def send_traffic(
             task.cancel()
         done = await asyncio.gather(*tasks, return_exceptions=True)
     return [
-        outcome if isinstance(outcome, Outcome) else Outcome(a.kind.steps, "late", now_s - a.at_s)
+        outcome
+        if isinstance(outcome, Outcome)
+        else Outcome(a.kind.steps, "late", now_s - a.at_s, deadline_s=deadline_s)
         for a, outcome in zip(arrivals, done, strict=True)
     ]
 
@@ -166,4 +175,4 @@ async def _send(
             timings = reply.json()["timings"]
     except httpx.HTTPError:
         kind = "failed"
-    return Outcome(arrival.kind.steps, kind, time.perf_counter() - due_s, timings)
+    return Outcome(arrival.kind.steps, kind, time.perf_counter() - due_s, timings, deadline_s)

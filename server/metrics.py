@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.metrics import SECONDS, Histogram, Tally
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.metrics import SECONDS, Histogram, Tally
 
 from .health import Health
 from .visit import Visit

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.runtime.events import Picture, Result
-from fewstep.runtime.images import encode
-from fewstep.runtime.infotext import picture_metadata
+from fewstep.runtime.sampling.events import Picture, Result
+from fewstep.runtime.sampling.images import encode
+from fewstep.runtime.sampling.infotext import picture_metadata
 
 from .errors import Refused
 from .provenance import Signatory, statement

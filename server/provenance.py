@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.runtime.events import Result
+from fewstep.runtime.sampling.events import Result
 
 from .settings import BadSetting, Settings
 
@@ -91,6 +91,6 @@ def _dot() -> bytes:
     """The smallest picture, to try the certificate on."""
     import numpy as np
 
-    from fewstep.runtime.images import encode
+    from fewstep.runtime.sampling.images import encode
 
     return encode(np.zeros((1, 1, 3), np.uint8))

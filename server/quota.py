@@ -4,7 +4,7 @@ import math
 import threading
 import time
 
-from fewstep.runtime.events import Failed, Finished
+from fewstep.runtime.sampling.events import Failed, Finished
 
 from .errors import Refused
 from .keys import Key, KeyRing

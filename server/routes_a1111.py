@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query, Request
 
 from fewstep.runtime.errors import Cancelled, InvalidRequest
-from fewstep.runtime.events import Result
-from fewstep.runtime.images import PARAMETERS, read_metadata
-from fewstep.runtime.infotext import read_infotext
+from fewstep.runtime.sampling.events import Result
+from fewstep.runtime.sampling.images import PARAMETERS, read_metadata
+from fewstep.runtime.sampling.infotext import read_infotext
 
 from . import streaming
 from .pictures import metadata, preview_file

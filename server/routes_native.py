@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
 from fewstep.runtime.engine import DENOISER_IMAGE_PROMPT, ENCODER, IMAGE_PROMPT
-from fewstep.runtime.events import Failed, Finished, Progress, Result
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import MAX_PROMPT_CHARS, spec_steps
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished, Progress, Result
+from fewstep.runtime.sampling.request import MAX_PROMPT_CHARS, spec_steps
+from fewstep.runtime.service.local import Model
+from fewstep.runtime.service.ticket import Ticket
 
 from . import errors, streaming
 from .jobs import Entry, Told

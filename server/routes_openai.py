@@ -13,8 +13,8 @@ from starlette.background import BackgroundTask
 from starlette.datastructures import FormData, UploadFile
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.events import Failed, Finished, Progress, Result
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished, Progress, Result
+from fewstep.runtime.service.ticket import Ticket
 
 from . import streaming
 from .errors import Refused, answer

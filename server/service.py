@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.events import Result
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Result
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.ticket import Ticket
 
 from . import streaming
 from .account import Account

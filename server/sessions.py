@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from fewstep.runtime.events import Event, Failed, Finished, Picture, Progress
+from fewstep.runtime.sampling.events import Event, Failed, Finished, Picture, Progress
 
 MAX_CALLERS = 1024
 _LATE_S = 5.0

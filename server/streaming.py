@@ -9,9 +9,9 @@ from typing import Any
 from starlette.requests import Request
 
 from fewstep.runtime.errors import Cancelled
-from fewstep.runtime.events import Event, Failed, Finished, Progress, Result
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.ticket import Ticket, outcome
+from fewstep.runtime.sampling.events import Event, Failed, Finished, Progress, Result
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.ticket import Ticket, outcome
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Of a stream, so that proxies pass on each event as it comes."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fewstep.runtime.events import Result
+from fewstep.runtime.sampling.events import Result
 
 from .logs import visit_fields
 from .settings import BadSetting

@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import Control
+from fewstep.runtime.sampling.request import Control
+from fewstep.runtime.service.local import Model
 
 from .errors import Refused
 from .uploads import FITS, fitted, picture

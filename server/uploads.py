@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.events import Picture
-from fewstep.runtime.images import MAX_PIXELS, decode, decode_rgba
+from fewstep.runtime.sampling.events import Picture
+from fewstep.runtime.sampling.images import MAX_PIXELS, decode, decode_rgba
 
 FITS = ("stretch", "crop", "fill")
 """How a picture of another shape is made to fit: its sides as they come, its middle, or all of it on black."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.events import Failed, Finished, Result
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished, Result
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.ticket import Ticket
 
 from .errors import Refused, row_of
 from .quota import Caller, Callers

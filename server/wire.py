@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Model
 
 from .errors import Refused
 

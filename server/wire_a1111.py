@@ -15,9 +15,9 @@ from PIL import Image, ImageFilter
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.images import decode_rgba
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import Edit, GenerateRequest, Lora
+from fewstep.runtime.sampling.images import decode_rgba
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, Lora
+from fewstep.runtime.service.local import Model
 
 from .errors import Refused
 from .units import control_of

@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
+from fewstep.runtime.sampling.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
+from fewstep.runtime.service.local import Model
 
 from .uploads import grey, picture
 from .wire import LEVELS, Body, Format, Job, find_model, new_seed

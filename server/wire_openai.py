@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Model
-from fewstep.runtime.request import Edit, GenerateRequest, ImagePrompt
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, ImagePrompt
+from fewstep.runtime.service.local import Model
 
 from .uploads import fitted, nearest_size, with_mask
 from .wire import Body, Format, Job, find_model, new_seed

@@ -8,12 +8,12 @@ import torch
 
 from fewstep.export.graphs import role_graph
 from fewstep.models.bundle import seal_bundle
-from fewstep.runtime.loop import latent_shape, run_request
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, resolve
-from fewstep.runtime.rng import NoiseStream
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.work import decode, embed
+from fewstep.runtime.sampling.loop import latent_shape, run_request
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, resolve
+from fewstep.runtime.sampling.rng import NoiseStream
+from fewstep.runtime.sampling.text import Prompts
+from fewstep.runtime.sampling.work import decode, embed
 
 PROMPT = "a red cat, a big dog"
 BOUND = 1 / 255

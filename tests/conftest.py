@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quick_costs():
     """`fewstep verify` measures every engine's calls: for tests that do not look at the figures, twice is enough."""
-    from fewstep.runtime import choice
+    from fewstep.runtime.engines import choice
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "REPEATS", 2)

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import uvicorn
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import Limits
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.sampling.request import Limits
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.app import create_app
 from fewstep.server.commands import listen
 from fewstep.server.settings import Settings

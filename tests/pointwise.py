@@ -6,10 +6,10 @@ from fewstep.models.paths import VP
 from fewstep.models.predictions import target
 from fewstep.models.spec import Guidance
 from fewstep.runtime.engine import DENOISER
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.served import Served
-from fewstep.runtime.text import Prompts
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.served import Served
+from fewstep.runtime.sampling.text import Prompts
 
 MEANS, STD = (-1.0, 1.0), 0.15
 PATH = VP()

@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fewstep.runtime.costs import Costs
-from fewstep.runtime.jobs import Accepted, Ended, Job, Lane, Prepare, RowCall, Stepped
-from fewstep.runtime.scheduler import Scheduler
+from fewstep.runtime.schedule.costs import Costs
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Job, Lane, Prepare, RowCall, Stepped
+from fewstep.runtime.schedule.scheduler import Scheduler
 
 PLAIN, PAIR = RowCall("m"), RowCall("m", evaluations=2)
 STEERED = RowCall("m", "denoiser+control")

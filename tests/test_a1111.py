@@ -13,10 +13,10 @@ from live import Live, fake_server, until
 from PIL import Image
 
 from fewstep.models.spec import Guidance, Spacing
-from fewstep.runtime.events import Progress
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.images import read_metadata
-from fewstep.runtime.request import Lora
+from fewstep.runtime.engines.fake_engine import fake_spec
+from fewstep.runtime.sampling.events import Progress
+from fewstep.runtime.sampling.images import read_metadata
+from fewstep.runtime.sampling.request import Lora
 from fewstep.server.sessions import MAX_CALLERS, Running, Seat, Sessions
 from fewstep.server.settings import Settings
 from fewstep.server.wire_a1111 import A1111Body, a1111_job

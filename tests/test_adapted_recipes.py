@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.served import serve
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.served import serve
+from fewstep.runtime.sampling.text import Prompts
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.loop.checkpoint_search import Kept, KeptFiles, Search, settle
 from fewstep.trainers.plane.plane import CLASSES, conditions, plane

@@ -22,9 +22,9 @@ from fewstep.models.bundle import load_bundle
 from fewstep.models.cross_attention import cross_attentions
 from fewstep.models.errors import BundleError
 from fewstep.models.net_negative import Negative
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import embed
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.text import Prompts
+from fewstep.runtime.sampling.work import embed
 
 # --- IP-Adapter
 

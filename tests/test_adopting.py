@@ -31,11 +31,11 @@ from fewstep.models.errors import BundleError
 from fewstep.models.importing import Additions, import_folder
 from fewstep.models.known import known
 from fewstep.models.shapes import make_folder
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, GenerateRequest, resolve
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest, resolve
+from fewstep.runtime.service.local import Runtime
 
 # --- tiny decoders
 

@@ -12,9 +12,9 @@ from fewstep.models.importing import import_folder
 from fewstep.models.known import known
 from fewstep.models.networks import as_network
 from fewstep.models.shapes import make_folder
-from fewstep.runtime.groups import read_group
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.sampling.groups import read_group
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Runtime
 from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.distribution.discriminator import Adversary, Deceive, Judge
 from fewstep.trainers.distribution.distribution import DistributionMatching

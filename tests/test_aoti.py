@@ -10,12 +10,12 @@ from fewstep.export.graphs import random_feeds
 from fewstep.export.parity import relative_error
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of
-from fewstep.runtime import aoti_engine
-from fewstep.runtime.compiled_engine import cpp_compiler
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines import aoti_engine
+from fewstep.runtime.engines.compiled_engine import cpp_compiler
+from fewstep.runtime.engines.manifest import Graph, Manifest, Port, engine_folder, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, read_manifest, write_manifest
-from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
 
 

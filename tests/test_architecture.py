@@ -13,7 +13,8 @@ ROOMS = ("models", "runtime", "export", "trainers", "server")
 
 
 def sources():
-    return [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py")) if not p.name.startswith("__")]
+    found = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"), key=lambda p: (p.parent, p.name))]
+    return [p for p in found if not p.name.startswith("__")]
 
 
 def first_sentence(path):

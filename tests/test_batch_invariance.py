@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.models.spec import Boundary
-from fewstep.runtime.config import RuntimeConfig
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import Control, GenerateRequest, resolve
-from fewstep.runtime.rng import NoiseStream
-from fewstep.runtime.step import RowState, advance
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import Control, GenerateRequest, resolve
+from fewstep.runtime.sampling.rng import NoiseStream
+from fewstep.runtime.sampling.step import RowState, advance
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
 
 BOUND = 1e-5
 

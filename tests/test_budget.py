@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fewstep.models.spec import QualityRow
-from fewstep.runtime.budget import QUALITY, Budget, breaches, quality_parity, with_quality
+from fewstep.runtime.engines.budget import QUALITY, Budget, breaches, quality_parity, with_quality
+from fewstep.runtime.engines.manifest import Manifest, Parity, read_manifest, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import Manifest, Parity, read_manifest, write_manifest
 from fewstep.trainers.pictures.engine_quality import changes, keep_quality
 from tiny import copy_bundle
 

@@ -4,7 +4,7 @@ import torch
 
 from fewstep.export.calibration import student_feeds
 from fewstep.runtime.engine import TEXT
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 
 PROMPTS = ("a red ring", "two stars", "a cross", "blue square")
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fewstep.runtime.charts import PLOT, TOP, bars, lines
+from fewstep.runtime.bench.charts import PLOT, TOP, bars, lines
 
 NS = "{http://www.w3.org/2000/svg}"
 

@@ -8,13 +8,21 @@ from dataclasses import replace
 import pytest
 
 from fewstep.models.bundle import load_bundle
-from fewstep.runtime import choice, engines, manifest
-from fewstep.runtime.choice import command, explain, fastest_s, fingerprint, measure_costs, picture_cost_s, record_costs
-from fewstep.runtime.engines import KINDS, open_engine
+from fewstep.runtime.engines import choice, manifest, registry
+from fewstep.runtime.engines.choice import (
+    command,
+    explain,
+    fastest_s,
+    fingerprint,
+    measure_costs,
+    picture_cost_s,
+    record_costs,
+)
+from fewstep.runtime.engines.fake_engine import FakeEngine
+from fewstep.runtime.engines.manifest import Manifest, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import KINDS, open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.fake_engine import FakeEngine
-from fewstep.runtime.manifest import Manifest, read_manifest, write_manifest
-from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
 
 HERE = {"cpu": "a processor", "cores": 2, "threads": 1}
@@ -105,8 +113,8 @@ def test_auto_passes_over_what_cannot_be_opened(bundle, monkeypatch, caplog):
         opened.append(settings)
         raise EngineUnavailable("its provider is asleep")
 
-    monkeypatch.setattr("fewstep.runtime.ort_engine.OrtEngine", refuse)
-    with caplog.at_level(logging.INFO, "fewstep.runtime.engines"):
+    monkeypatch.setattr("fewstep.runtime.engines.ort_engine.OrtEngine", refuse)
+    with caplog.at_level(logging.INFO, "fewstep.runtime.engines.registry"):
         engine = open_engine(bundle, threads=1)
     assert engine.name == "torch" and opened == [{"threads": 1, "kind": "onnx"}]
     assert "engine onnx is passed over: its provider is asleep" in caplog.text
@@ -114,8 +122,8 @@ def test_auto_passes_over_what_cannot_be_opened(bundle, monkeypatch, caplog):
 
 def test_taking_an_unmeasured_engine_is_said_aloud(bundle, monkeypatch, caplog):
     plant(bundle, "onnx")
-    monkeypatch.setattr("fewstep.runtime.ort_engine.OrtEngine", lambda bundle, **settings: FakeEngine())
-    with caplog.at_level(logging.INFO, "fewstep.runtime.engines"):
+    monkeypatch.setattr("fewstep.runtime.engines.ort_engine.OrtEngine", lambda bundle, **settings: FakeEngine())
+    with caplog.at_level(logging.INFO, "fewstep.runtime.engines.registry"):
         open_engine(bundle)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "onnx, not measured on this machine; `fewstep verify" in record.message
@@ -153,7 +161,7 @@ def test_a_graph_of_the_whole_request_is_listed_where_serving_would_take_it(bund
     taken_s = {"text": 0.001, "denoiser": 0.002, "decoder": 0.001, "decoder+tiny": 0.001, "picture": 0.002,
                "picture-2": 0.02}  # fmt: skip
     calls = {role: (lambda n, s=seconds: time.sleep(s)) for role, seconds in taken_s.items()}
-    monkeypatch.setattr("fewstep.runtime.calibrate.role_calls", lambda model: calls)
+    monkeypatch.setattr("fewstep.runtime.engines.calibrate.role_calls", lambda model: calls)
     monkeypatch.setattr(choice, "REPEATS", 3)
     roles = measure_costs(FakeEngine(), bundle)["roles"]
     assert set(roles) == {"text", "denoiser", "decoder", "decoder+tiny", "picture"}
@@ -194,4 +202,4 @@ def test_command_prints_the_choice(bundle, capsys):
 
 
 def test_an_unknown_package_is_found_missing():
-    assert engines.installed("torch") and not engines.installed("a_package_nobody_has")
+    assert registry.installed("torch") and not registry.installed("a_package_nobody_has")

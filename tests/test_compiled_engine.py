@@ -8,11 +8,11 @@ import torch
 
 from fewstep.export.graphs import random_feeds
 from fewstep.export.parity import relative_error
-from fewstep.runtime import compiled_engine
-from fewstep.runtime.compiled_engine import VARIANTS, Buckets, Rounded, capture_for, cpp_compiler, open_variant
-from fewstep.runtime.engines import KINDS, open_engine
+from fewstep.runtime.engines import compiled_engine
+from fewstep.runtime.engines.compiled_engine import VARIANTS, Buckets, Rounded, capture_for, cpp_compiler, open_variant
+from fewstep.runtime.engines.registry import KINDS, open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.torch_engine import TorchEngine
 
 
 @pytest.fixture(scope="module")

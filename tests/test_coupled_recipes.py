@@ -8,11 +8,11 @@ import torch
 
 from fewstep.models.bundle import load_bundle
 from fewstep.models.paths import VP
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Edit, GenerateRequest
-from fewstep.runtime.served import serve
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Edit, GenerateRequest
+from fewstep.runtime.sampling.served import serve
+from fewstep.runtime.sampling.text import Prompts
 from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.partners import encoder_of, picture_partner

@@ -8,7 +8,7 @@ import pytest
 from live import fake_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from fewstep.runtime.metrics import MIXES, STAGES
+from fewstep.runtime.service.metrics import MIXES, STAGES
 
 BOARD = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]

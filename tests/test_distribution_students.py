@@ -8,11 +8,11 @@ import pytest
 from live import serving
 
 from fewstep.runtime.commands import generate
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.manifest import read_manifest
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.manifest import read_manifest
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Runtime
 from fewstep.trainers.runs.distill import distill
 from tiny import make_tiny_bundle, through_onnx, tiny_latents
 

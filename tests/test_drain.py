@@ -13,15 +13,15 @@ import httpx
 import pytest
 import websocket
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.app import create_app
 from fewstep.server.commands import run_async, warmed
 
 SERVE = """
 import sys
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.app import create_app
 from fewstep.server.commands import listen, run, run_async
 from fewstep.server.settings import Settings

@@ -16,12 +16,12 @@ from PIL import Image
 
 from beside_diffusers import BOUND, PROMPT, quiet
 from fewstep.models.bundle import load_bundle, reseal
-from fewstep.runtime.edits import LUMINANCE, keep_coarse, keep_grey, latent_mask, picture_tensor, put_back
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import Edit, GenerateRequest, resolve
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.edits import LUMINANCE, keep_coarse, keep_grey, latent_mask, picture_tensor, put_back
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, resolve
 from tiny import copy_bundle
 
 rng = np.random.default_rng(0)

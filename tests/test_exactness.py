@@ -10,9 +10,9 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest
 
 PROMPT = "a red cat, a big dog"
 BOUND = 1 / 255

@@ -3,16 +3,16 @@
 import pytest
 from scheduling import FREE, PROMPT, job, measured
 
-from fewstep.runtime.config import RuntimeConfig
-from fewstep.runtime.costs import Costs
-from fewstep.runtime.events import Finished
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.first_come import FirstCome, open_policy
-from fewstep.runtime.jobs import Accepted, Ended, Lane, Rejected
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.scheduler import Scheduler
-from fewstep.runtime.simulation import simulate
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.sampling.events import Finished
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.schedule.costs import Costs
+from fewstep.runtime.schedule.first_come import FirstCome, open_policy
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Lane, Rejected
+from fewstep.runtime.schedule.scheduler import Scheduler
+from fewstep.runtime.schedule.simulation import simulate
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
 
 LANES = {"m": Lane(max_batch=8)}
 ALL_FREE = {"denoiser": FREE, "decoder": FREE, "text": FREE}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.runtime import preview
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
 from fewstep.runtime.errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidRequest
-from fewstep.runtime.events import Failed, Finished, Progress
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Edit, GenerateRequest, Helper
+from fewstep.runtime.sampling import preview
+from fewstep.runtime.sampling.events import Failed, Finished, Progress
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, Helper
+from fewstep.runtime.service.local import Runtime
 
 PATIENCE_S = 30.0
 REFINE = Helper(model="teacher", mode="refine", steps=4, strength=0.5, threshold=0.5)
@@ -177,8 +177,8 @@ def test_a_preview_that_fails_is_left_out(caplog):
 
 def test_rows_keep_their_estimate_unless_it_is_spoken_for():
     spec = fake_spec()
-    from fewstep.runtime.plan import compile_plan
-    from fewstep.runtime.request import resolve
+    from fewstep.runtime.sampling.plan import compile_plan
+    from fewstep.runtime.sampling.request import resolve
 
     plan = compile_plan(resolve(GenerateRequest(prompt="x", steps=4), spec), spec)
     rows = list(plan.rows)

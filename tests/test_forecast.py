@@ -7,11 +7,11 @@ import statistics
 import pytest
 from scheduling import PROMPT, job, measured, order_of_ends, poisson, recorded, run, simulate
 
-from fewstep.runtime.costs import Costs
-from fewstep.runtime.forecast import ARRIVALS, CAUTION_STEP, FEWEST, MISSES, MOST_DRIFT, Forecast
-from fewstep.runtime.jobs import Accepted, Ended, Lane, Rejected
-from fewstep.runtime.pricing import Pricing
-from fewstep.runtime.scheduler import CALLS, REQUESTS, STRETCH, Scheduler
+from fewstep.runtime.schedule.costs import Costs
+from fewstep.runtime.schedule.forecast import ARRIVALS, CAUTION_STEP, FEWEST, MISSES, MOST_DRIFT, Forecast
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Lane, Rejected
+from fewstep.runtime.schedule.pricing import Pricing
+from fewstep.runtime.schedule.scheduler import CALLS, REQUESTS, STRETCH, Scheduler
 
 H200 = {1: 0.0167, 2: 0.0183, 3: 0.0186, 4: 0.0240, 8: 0.0425}
 """Seconds of one step of Qwen-Image at 512 pixels by batch, as SGLang's #22183 has it, ten times quicker."""

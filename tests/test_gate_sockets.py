@@ -4,8 +4,8 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.app import create_app
 from fewstep.server.keys import make_key, write_keys
 from fewstep.server.settings import Settings

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from fewstep.runtime.commands import generate
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
-from fewstep.runtime.infotext import read_infotext
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.infotext import read_infotext
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest
 
 
 def test_it_writes_the_dull_loops_picture_and_says_what_it_did(tiny_lcm, tmp_path, capsys):

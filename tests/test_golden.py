@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.export.golden import TEACHER_STEPS, edge_picture, golden_steps, load_case, make_golden, run_case
 from fewstep.models.bundle import load_bundle
 from fewstep.models.errors import BundleError
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from tiny import copy_bundle
 
 

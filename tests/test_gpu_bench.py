@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.runtime import gpu_bench
+from fewstep.runtime.bench import gpu_bench
+from fewstep.runtime.bench.gpu_bench import STEPS, bench_gpu, command
+from fewstep.runtime.bench.gpu_plan import PLAN, SHAPES, TINY_PLAN, Case
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.gpu_bench import STEPS, bench_gpu, command
-from fewstep.runtime.gpu_plan import PLAN, SHAPES, TINY_PLAN, Case
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, SanaTransformer2DModel, UNet2DConditionModel
 
-from fewstep.runtime.gpu_shapes import (
+from fewstep.runtime.bench.gpu_shapes import (
     SANA_SPRINT,
     SD_TURBO,
     SDXL_TURBO,
@@ -14,7 +14,7 @@ from fewstep.runtime.gpu_shapes import (
     UNet,
     UNetShape,
 )
-from fewstep.runtime.operations import count_operations
+from fewstep.runtime.bench.operations import count_operations
 
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 

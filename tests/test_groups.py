@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from fewstep.models.paths import VP
 from fewstep.models.spec import Guidance
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
 from fewstep.runtime.errors import BundleError, InvalidRequest
-from fewstep.runtime.events import Finished
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.groups import Expert, Group, Student, read_group
-from fewstep.runtime.local import Runtime, summary
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, resolve
+from fewstep.runtime.sampling.events import Finished
+from fewstep.runtime.sampling.groups import Expert, Group, Student, read_group
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, resolve
+from fewstep.runtime.service.local import Runtime, summary
 
 WORDS = Group(name="msd", students=(Student(model="a", words=("cat", "dog")), Student(model="b", words=("red", "sky"))))
 PHASED = Group(name="phased", experts=(Expert(model="a", down_to=600.0), Expert(model="b")))

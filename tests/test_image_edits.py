@@ -13,8 +13,8 @@ from live import Live, fake_server
 from PIL import Image
 
 from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.events import Failed, Finished, Progress, Result, Timings
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished, Progress, Result, Timings
+from fewstep.runtime.service.ticket import Ticket
 from fewstep.server.routes_openai import partial_steps
 from fewstep.server.settings import Settings
 from fewstep.server.uploads import fitted, nearest_size

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.images import decode, encode
+from fewstep.runtime.sampling.images import decode, encode
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from fewstep.models.importing import import_checkpoint, import_folder, merged_an
 from fewstep.models.known import FAMILIES, KNOWN, Answers, known
 from fewstep.models.shapes import make_folder
 from fewstep.models.spec import Guidance
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
 
 PROMPT = "a red cat"
 CFG = Guidance(mode="cfg", default=5.0, range=(1.0, 9.0))

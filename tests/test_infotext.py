@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.runtime.images import FORMATS, encode, read_metadata
-from fewstep.runtime.infotext import infotext, read_infotext
+from fewstep.runtime.sampling.images import FORMATS, encode, read_metadata
+from fewstep.runtime.sampling.infotext import infotext, read_infotext
 
 SETTINGS = {"Steps": "4", "Sampler": "lcm", "CFG scale": "3", "Seed": "7", "Size": "64x64", "Model": "scenes-lcm"}
 LINE = "Steps: 4, Sampler: lcm, CFG scale: 3, Seed: 7, Size: 64x64, Model: scenes-lcm"

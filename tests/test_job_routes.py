@@ -8,7 +8,7 @@ import httpx
 import pytest
 from live import Live, fake_server, until
 
-from fewstep.runtime.fake_engine import Fault
+from fewstep.runtime.engines.fake_engine import Fault
 from fewstep.server.errors import Refused
 from fewstep.server.jobs import Entry, Jobs, Told
 from fewstep.server.settings import Settings

@@ -3,8 +3,8 @@
 import pytest
 from scheduling import FREE, PLAIN, PROMPT, STEERED, drain, job, make, measured, order_of_ends, run
 
-from fewstep.runtime.jobs import Accepted, Ended, Item, Lane, Paused, Prepare, RowCall, Stepped, mixed
-from fewstep.runtime.scheduler import Scheduler
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Item, Lane, Paused, Prepare, RowCall, Stepped, mixed
+from fewstep.runtime.schedule.scheduler import Scheduler
 
 ROWS_OF_BOTH = {"a": STEERED, "b": PLAIN, "c": STEERED, "d": PLAIN}
 

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from fewstep.models.bundle import load_bundle
-from fewstep.runtime import latency
-from fewstep.runtime.contestants import STAGES, bench_runtime, runtime_contestant
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.bench import latency
+from fewstep.runtime.bench.contestants import STAGES, bench_runtime, runtime_contestant
+from fewstep.runtime.bench.latency import bench_latency, command, ready_engines
+from fewstep.runtime.bench.latency_page import component_table, end_to_end_table
+from fewstep.runtime.bench.latency_report import table
+from fewstep.runtime.bench.peers import PEERS, Peer
+from fewstep.runtime.engines.registry import open_engine
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
-from fewstep.runtime.latency import bench_latency, command, ready_engines
-from fewstep.runtime.latency_page import component_table, end_to_end_table
-from fewstep.runtime.latency_report import table
-from fewstep.runtime.peers import PEERS, Peer
 from tiny import copy_bundle
 
 

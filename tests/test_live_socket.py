@@ -14,7 +14,7 @@ from live import Live, fake_server, until
 from PIL import Image
 from websocket import WebSocket, create_connection
 
-from fewstep.runtime.fake_engine import Call, Fault
+from fewstep.runtime.engines.fake_engine import Call, Fault
 from fewstep.server.live_frame import write_message
 from fewstep.server.settings import Settings
 

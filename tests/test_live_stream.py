@@ -5,14 +5,14 @@ import time
 import numpy as np
 import pytest
 
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle, fake_spec
 from fewstep.runtime.errors import InvalidRequest, Overloaded
-from fewstep.runtime.events import Failed, Finished
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle, fake_spec
-from fewstep.runtime.live import Counts, LiveStream, SimilarityFilter
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Edit, GenerateRequest
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Edit, GenerateRequest
+from fewstep.runtime.service.live import Counts, LiveStream, SimilarityFilter
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.ticket import Ticket
 
 draw = np.random.default_rng(0)
 

@@ -11,10 +11,10 @@ import pytest
 from live import fake_server
 
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
-from fewstep.runtime.request import Limits
+from fewstep.runtime.sampling.request import Limits
 from fewstep.server.load import MARKS, check_loopback, command, write_page
-from fewstep.server.load_compare import Plan, _capacity
-from fewstep.server.load_plan import MIXED, WORKLOADS, Kind, Numbers, in_shares, plan_arrivals, prompt
+from fewstep.server.load_compare import Plan, _capacity, _run
+from fewstep.server.load_plan import MIXED, STEADY, WORKLOADS, Kind, Numbers, in_shares, plan_arrivals, prompt
 from fewstep.server.load_report import FIRST_COME, OURS, claims, in_rounds, markdown, overhead_ms, summarise
 from fewstep.server.load_servers import Server, started
 from fewstep.server.load_traffic import Outcome, Target, send_alone, send_in_turn, send_traffic
@@ -36,9 +36,9 @@ def test_arrivals_are_a_poisson_process():
 
 
 def test_rows_add_up():
-    outcomes = [Outcome(1, "ok", k / 100) for k in range(1, 101)]
-    outcomes += [Outcome(4, "ok", 3.0), Outcome(4, "rejected", 0.01), Outcome(4, "failed", 60.0)]
-    one, four, both = summarise(outcomes, server="ours", rate_per_s=5.0, seconds=20.0, deadline_s=0.5)
+    outcomes = [Outcome(1, "ok", k / 100, deadline_s=0.5) for k in range(1, 101)]
+    outcomes += [Outcome(4, kind, s, deadline_s=0.5) for kind, s in (("ok", 3.0), ("rejected", 0.01), ("failed", 60.0))]
+    one, four, both = summarise(outcomes, server="ours", rate_per_s=5.0, seconds=20.0)
     assert set(one) == ROW
     assert (one["steps"], one["sent"], one["ok"]) == (1, 100, 100)
     assert [one["p50_ms"], one["p95_ms"], one["p99_ms"]] == pytest.approx([500.0, 950.0, 990.0])
@@ -48,7 +48,7 @@ def test_rows_add_up():
 
 
 def test_without_a_picture_there_is_no_percentile():
-    (row,) = summarise([Outcome(4, "failed", 1.0)], server="s", rate_per_s=1.0, seconds=1.0, deadline_s=1.0)
+    (row,) = summarise([Outcome(4, "failed", 1.0)], server="s", rate_per_s=1.0, seconds=1.0)
     assert row["p50_ms"] is None and row["goodput_per_s"] == 0.0
 
 
@@ -143,9 +143,7 @@ def test_a_server_is_told_what_is_left_of_the_deadline_and_late_answers_are_coun
     assert len(outcomes) == len(arrivals) and seen.finished - 1 == kinds["ok"]
     told = [o.timings for o in outcomes if o.kind == "ok"]
     assert all(timings["predicted_s"] > 0 for timings in told)
-    (row,) = [
-        r for r in summarise(outcomes, server="s", rate_per_s=60, seconds=0.7, deadline_s=0.4) if r["steps"] == "all"
-    ]
+    (row,) = [r for r in summarise(outcomes, server="s", rate_per_s=60, seconds=0.7) if r["steps"] == "all"]
     assert row["deadline_missed"] == kinds["late"] + sum(o.latency_s > 0.4 for o in outcomes if o.kind == "ok")
     assert row["prediction_error"] >= 0 and row["encode_ms"] > 0
 
@@ -234,18 +232,33 @@ def test_a_run_says_how_the_speed_of_the_machine_changed():
 def test_ratios_are_medians_over_rounds_so_that_one_bad_round_decides_nothing():
     """Theirs is 2, 3 and 0.1 times ours; pooled, the round with the long times would decide."""
     rounds = {
-        OURS: [(1.0, [Outcome(1, "ok", 1.0)]), (0.5, [Outcome(1, "ok", 2.0)]), (1.0, [Outcome(1, "ok", 100.0)])],
-        FIRST_COME: [(1.0, [Outcome(1, "ok", 2.0)]), (0.5, [Outcome(1, "ok", 6.0)]), (1.0, [Outcome(1, "ok", 10.0)])],
+        name: [(speed, [Outcome(1, "ok", s, deadline_s=50.0)]) for speed, s in zip((1.0, 0.5, 1.0), times, strict=True)]
+        for name, times in ((OURS, (1.0, 2.0, 100.0)), (FIRST_COME, (2.0, 6.0, 10.0)))
     }
     rows = []
     for server, told in rounds.items():
         for workload in ("mixed", "overload"):
-            found = in_rounds(told, server=server, rate_per_s=1.0, seconds=2.0, deadline_s=50.0)
+            found = in_rounds(told, server=server, rate_per_s=1.0, seconds=2.0)
             rows += [{"workload": workload, "seconds": 6.0, **row} for row in found]
     assert [r["speed"] for r in rows[0]["rounds"]] == [1.0, 0.5, 1.0] and rows[0]["sent"] == 3
     told = {claim["claim"]: claim["found"] for claim in claims(rows, {"overload": 0.5}, None)}
     assert told["mixed: mean latency, ours over first-come"] == pytest.approx(0.5)
     assert told["overload: goodput over capacity"] == pytest.approx(1.0)  # 1, then 2 at half speed, then none in time
+
+
+def test_rates_and_deadlines_follow_the_speed_of_the_machine(monkeypatch):
+    sent = []
+
+    async def traffic(target, arrivals, *, deadline_s, patience_s):
+        sent.append((len(arrivals), deadline_s, patience_s))
+        return [Outcome(1, "ok", 0.1, deadline_s=deadline_s)]
+
+    monkeypatch.setattr("fewstep.server.load_compare.send_traffic", traffic)
+    server, speeds = Server(OURS, Target("http://127.0.0.1:1", native=True), {}), iter((1.0, 0.5, 1.0, 0.25))
+    rows = _run(Plan(("fake",), seconds=50.0), STEADY, [server], {OURS: 10.0}, 0.2, lambda: next(speeds), Numbers())
+    assert [deadline for _, deadline, _ in sent] == pytest.approx([0.2, 0.4, 0.2, 0.8])
+    assert [count / 450 for count, _, _ in sent] == pytest.approx([1.0, 0.5, 1.0, 0.25], rel=0.15)
+    assert rows[0]["goodput_per_s"] == pytest.approx(4 / 200)
 
 
 def test_no_number_is_handed_out_twice():

@@ -6,14 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from fewstep.runtime.config import RuntimeConfig
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import BundleError, Closed, EngineFailed, EngineUnavailable, InvalidRequest
-from fewstep.runtime.events import Progress
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest, Helper
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.events import Progress
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest, Helper
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
 
 PATIENCE_S = 30.0
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from fewstep.models.spec import Guidance
-from fewstep.runtime.calibrate import in_turns, measure
-from fewstep.runtime.config import RuntimeConfig
 from fewstep.runtime.engine import DECODER, DENOISER, TEXT
+from fewstep.runtime.engines.calibrate import in_turns, measure
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
 from fewstep.runtime.errors import BundleError, Cancelled, Closed, EngineFailed, InvalidRequest, Overloaded
-from fewstep.runtime.events import Failed, Finished, Progress
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, GenerateRequest, Limits
-from fewstep.runtime.ticket import Ticket
+from fewstep.runtime.sampling.events import Failed, Finished, Progress
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest, Limits
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
+from fewstep.runtime.service.ticket import Ticket
 
 PATIENCE_S = 30.0
 

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
-from fewstep.runtime.fake_engine import Fault
+from fewstep.runtime.engines.fake_engine import Fault
 from fewstep.server import app as app_module
 from fewstep.server.logs import JsonLines, configure
 from fewstep.server.settings import BadSetting, Settings

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from fewstep.models.bundle import seal_bundle
 from fewstep.models.errors import BundleError
 from fewstep.models.lora import merge_loras
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
 
 PROMPT = "a red cat, a big dog"
 BOUND = 1 / 255

@@ -15,12 +15,12 @@ from fewstep.models.bundle import load_bundle
 from fewstep.models.errors import BundleError
 from fewstep.models.lora import merge_loras, register_lora
 from fewstep.models.shapes import make_folder
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, Lora
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, Lora
+from fewstep.runtime.service.local import Runtime
 
 TARGETS = {"ink": ["to_q", "to_k", "to_v", "to_out.0"], "oil": ["to_q", "conv1", "proj_in"]}
 

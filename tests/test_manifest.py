@@ -7,8 +7,7 @@ import pytest
 
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.manifest import (
     Graph,
     Manifest,
     Parity,
@@ -20,6 +19,7 @@ from fewstep.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
+from fewstep.runtime.errors import EngineUnavailable
 from tiny import copy_bundle
 
 

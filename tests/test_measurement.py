@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.runtime import measurement, peak
-from fewstep.runtime.components import Peaks, component_rows, precision_of
+from fewstep.runtime.bench import peak
+from fewstep.runtime.bench.components import Peaks, component_rows, precision_of
+from fewstep.runtime.bench.operations import count_operations
+from fewstep.runtime.bench.peak import copy_bandwidth, matrix_peak
 from fewstep.runtime.engine import Capabilities
-from fewstep.runtime.measurement import call_seconds, device_wait, machine_facts, percentiles, take_turns, timed
-from fewstep.runtime.operations import count_operations
-from fewstep.runtime.peak import copy_bandwidth, matrix_peak
+from fewstep.runtime.engines import measurement
+from fewstep.runtime.engines.measurement import call_seconds, device_wait, machine_facts, percentiles, take_turns, timed
 
 
 def test_contestants_take_turns_and_the_first_turns_do_not_count():
@@ -86,8 +87,8 @@ def test_openvinos_product_is_a_product():
 
 def test_a_network_alone_is_timed_until_its_device_is_done(monkeypatch):
     events = []
-    monkeypatch.setattr("fewstep.runtime.components.device_wait", lambda device: lambda: events.append(device))
-    monkeypatch.setattr("fewstep.runtime.components.matrix_peak", lambda dtype, device, repeats: 1e9)
+    monkeypatch.setattr("fewstep.runtime.bench.components.device_wait", lambda device: lambda: events.append(device))
+    monkeypatch.setattr("fewstep.runtime.bench.components.matrix_peak", lambda dtype, device, repeats: 1e9)
     able = Capabilities(roles=frozenset({"decoder"}), max_batch=4)
 
     def run(role, feeds):
@@ -106,7 +107,7 @@ def test_a_network_alone_is_timed_until_its_device_is_done(monkeypatch):
 def test_peaks_are_taken_for_the_precisions_that_the_engines_compute_in(monkeypatch):
     speeds, asked = iter([3e9, 5e9, 900e9, 2e9, 7e9, 800e9]), []
     monkeypatch.setattr(
-        "fewstep.runtime.components.matrix_peak",
+        "fewstep.runtime.bench.components.matrix_peak",
         lambda dtype, device, repeats: asked.append((dtype, device)) or next(speeds),
     )
     peaks = Peaks({"torch": "cpu", "openvino-bf16": "cpu", "openvino-int8": "cpu", "tensorrt-fp16": "cuda:0"})

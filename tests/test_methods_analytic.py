@@ -9,10 +9,10 @@ from pointwise import CFG, PATH, Knows, apart, clean, draws, exact, latents, ser
 
 from fewstep.models.predictions import estimates
 from fewstep.models.spec import Guidance, Spacing
-from fewstep.runtime.plan import Hooks, Row
-from fewstep.runtime.request import Edit, GenerateRequest, Helper
-from fewstep.runtime.rng import NoiseStream
-from fewstep.runtime.step import History, RowState, advance
+from fewstep.runtime.sampling.plan import Hooks, Row
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, Helper
+from fewstep.runtime.sampling.rng import NoiseStream
+from fewstep.runtime.sampling.step import History, RowState, advance
 
 TEACHER = spec_of("ddim", grids={}, spacing=Spacing(kind="trailing", max_steps=50))
 LCM = spec_of("lcm")

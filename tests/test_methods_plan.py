@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fewstep.models.spec import Guidance, Spacing
+from fewstep.runtime.engines.fake_engine import fake_spec
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.plan import Hooks, compile_plan, ramped
-from fewstep.runtime.request import Edit, GenerateRequest, Helper, resolve
-from fewstep.runtime.samplers import updates
+from fewstep.runtime.sampling.plan import Hooks, compile_plan, ramped
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, Helper, resolve
+from fewstep.runtime.sampling.samplers import updates
 
 CFG = Guidance(mode="cfg", default=4.0, range=(1.0, 9.0))
 LCM = fake_spec()

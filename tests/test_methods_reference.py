@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from fewstep.models.bundle import REFERENCE, load_bundle
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper
-from fewstep.runtime.served import serve
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Control, Edit, GenerateRequest, Helper
+from fewstep.runtime.sampling.served import serve
+from fewstep.runtime.sampling.text import Prompts
 
 PROMPT = "a large red circle on a blue background"
 

@@ -10,7 +10,7 @@ from live import Live, fake_server
 from PIL import Image
 
 from fewstep.models.spec import Guidance, Spacing
-from fewstep.runtime.fake_engine import Fault, fake_spec
+from fewstep.runtime.engines.fake_engine import Fault, fake_spec
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from fewstep.export.graphs import random_feeds, role_graph
 from fewstep.export.onnx import export_onnx, export_role
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.files import sha256_of
+from fewstep.runtime.engines.manifest import engine_folder, read_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest
 from tiny import copy_bundle
 
 ort = pytest.importorskip("onnxruntime")

@@ -11,8 +11,8 @@ from fewstep.export.graphs import RoleGraph
 from fewstep.export.onnx_half import TOLERANCE, InHalf, export_half, half_graphs, widen_bfloat16
 from fewstep.export.tensorrt import export_tensorrt
 from fewstep.models.bundle import load_bundle
+from fewstep.runtime.engines.manifest import engine_folder, exported_kinds, read_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, exported_kinds, read_manifest
 from tiny import copy_bundle
 
 onnx = pytest.importorskip("onnx")

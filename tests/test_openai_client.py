@@ -8,7 +8,7 @@ import pytest
 from live import fake_server, serving
 from PIL import Image
 
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.settings import Settings
 
 

@@ -7,13 +7,13 @@ from fewstep.export.graphs import random_feeds
 from fewstep.export.openvino import export_openvino
 from fewstep.export.parity import relative_error
 from fewstep.models.bundle import load_bundle
-from fewstep.runtime import openvino_engine
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines import openvino_engine
+from fewstep.runtime.engines.manifest import engine_folder, read_manifest
+from fewstep.runtime.engines.openvino_engine import OpenVINOEngine
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest
-from fewstep.runtime.openvino_engine import OpenVINOEngine
-from fewstep.runtime.step import run_batch
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.step import run_batch
 from tiny import copy_bundle
 
 openvino = pytest.importorskip("openvino")

@@ -8,7 +8,7 @@ openvino = pytest.importorskip("openvino")
 import torch  # noqa: E402
 from openvino import opset12, opset13  # noqa: E402
 
-from fewstep.runtime.openvino_graph import WAVE, keep_sums, norms_by_channel, split_head  # noqa: E402
+from fewstep.runtime.engines.openvino_graph import WAVE, keep_sums, norms_by_channel, split_head  # noqa: E402
 
 CORE = openvino.Core()
 needs_bf16 = pytest.mark.skipif(

@@ -22,8 +22,8 @@ from mutants_score import SCORE_MUTANTS
 from mutants_straight import STRAIGHT_MUTANTS
 
 from fewstep.models.denoiser import Denoiser, expand
-from fewstep.runtime import samplers
-from fewstep.runtime.samplers import Update
+from fewstep.runtime.sampling import samplers
+from fewstep.runtime.sampling.samplers import Update
 from fewstep.trainers.objectives import distillation, progressive, reflow
 from fewstep.trainers.objectives.reflow import Annealing
 from fewstep.trainers.oracle import distillation as oracle_distillation

@@ -9,11 +9,11 @@ import torch
 from fewstep.export.graphs import random_feeds
 from fewstep.export.parity import relative_error
 from fewstep.models.bundle import load_bundle, seal_bundle
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines.manifest import engine_folder, read_manifest, write_manifest
+from fewstep.runtime.engines.ort_engine import BoundCall, OrtEngine, provider_options, run_on_cpu, session_options
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest, write_manifest
-from fewstep.runtime.ort_engine import BoundCall, OrtEngine, provider_options, run_on_cpu, session_options
-from fewstep.runtime.torch_engine import TorchEngine
 from tiny import copy_bundle
 
 ort = pytest.importorskip("onnxruntime")
@@ -81,7 +81,9 @@ def test_bound_memory_gives_the_same_bits_at_every_run(engine, exported_lcm):
 
 def test_buffers_are_bound_once_for_a_role_and_shapes(engine, exported_lcm, monkeypatch):
     made = []
-    monkeypatch.setattr("fewstep.runtime.ort_engine.BoundCall", lambda *args: made.append(args) or BoundCall(*args))
+    monkeypatch.setattr(
+        "fewstep.runtime.engines.ort_engine.BoundCall", lambda *args: made.append(args) or BoundCall(*args)
+    )
     for batch in (1, 2, 1):
         (found,) = engine._run_bound("decoder", feeds_of(exported_lcm, "decoder", batch))
         assert torch.equal(found, engine.run("decoder", feeds_of(exported_lcm, "decoder", batch))[0])

@@ -9,8 +9,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from fewstep.models.spec import Guidance, Spacing
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.settings import Settings
 
 

@@ -4,8 +4,8 @@ import pytest
 from browser import all_of, at, chromium, drawn, open_page, pixels, say, stroke
 from live import serving, until
 
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.service.local import Runtime
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from live import serving, until
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 
 SEED = "3"
 EARLIER = (

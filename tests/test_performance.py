@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fewstep.runtime.bench.performance import NO_GPU, command, markdown, page
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.performance import NO_GPU, command, markdown, page
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"cpu": "Some CPU", "cores": 2, "threads": 1, "torch": "2.13", "date": "2026-01-02", "pillow": "13"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.runtime import picture_bench
-from fewstep.runtime.picture_bench import ENCODERS, KINDS, bench_pictures, command, sample_picture, table
+from fewstep.runtime.bench import picture_bench
+from fewstep.runtime.bench.picture_bench import ENCODERS, KINDS, bench_pictures, command, sample_picture, table
 
 
 def test_every_encoder_is_timed_on_every_picture():

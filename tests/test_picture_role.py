@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from fewstep.export.graphs import random_feeds, role_graph
-from fewstep.runtime.calibrate import saved_s
-from fewstep.runtime.config import RuntimeConfig
 from fewstep.runtime.engine import DECODER, DECODER_TINY, DENOISER, PICTURE, TEXT
+from fewstep.runtime.engines.calibrate import saved_s
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import admit, run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import fits_one_call
+from fewstep.runtime.sampling.loop import admit, run_request
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.work import fits_one_call
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
 
 
 class Offering:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from fewstep.models.spec import Guidance, Spacing
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import Control, GenerateRequest, resolve
-from fewstep.runtime.samplers import updates
+from fewstep.runtime.engines.fake_engine import fake_spec
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import Control, GenerateRequest, resolve
+from fewstep.runtime.sampling.samplers import updates
 
 CFG = Guidance(mode="cfg", default=4.0, range=(1.0, 9.0))
 EDGE = np.zeros((64, 64, 3), np.uint8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.runtime.png import write_png
+from fewstep.runtime.sampling.png import write_png
 
 
 def picture(height, width, seed=0):

@@ -16,7 +16,7 @@ from fewstep.models.known import known
 from fewstep.models.pipeline_folder import replace_weights
 from fewstep.models.shapes import make_folder
 from fewstep.runtime.commands import generate
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.service.local import Runtime
 from fewstep.trainers.bench.commands import distill as command
 from fewstep.trainers.errors import CheckpointError, RecipeError
 from fewstep.trainers.networks.surgery import Run

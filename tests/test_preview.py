@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.models.bundle import load_bundle, reseal
 from fewstep.runtime.engine import DECODER, Capabilities
 from fewstep.runtime.errors import BundleError, EngineFailed
-from fewstep.runtime.preview import fit_preview, preview, preview_of_decoder, read_preview
+from fewstep.runtime.sampling.preview import fit_preview, preview, preview_of_decoder, read_preview
 from tiny import copy_bundle
 
 TRUTH = torch.tensor([[0.3, -0.2, 0.1, 0.0, 0.05], [0.1, 0.2, -0.3, 0.1, -0.1], [-0.2, 0.0, 0.2, 0.3, 0.2]])

@@ -10,7 +10,7 @@ import pytest
 from live import fake_server
 from PIL import Image
 
-from fewstep.runtime.images import read_metadata
+from fewstep.runtime.sampling.images import read_metadata
 from fewstep.server.provenance import signatory
 from fewstep.server.settings import BadSetting, Settings
 

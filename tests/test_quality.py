@@ -9,11 +9,11 @@ import pytest
 
 from fewstep.models.bundle import load_bundle
 from fewstep.models.spec import QualityRow
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
 from fewstep.trainers.pictures import grids, quality, scenes
 from tiny import copy_bundle
 
@@ -152,7 +152,7 @@ def test_the_command_writes_figures_and_curve(tiny_teacher, tiny_lcm, tmp_path, 
 
 
 def test_an_engines_figures_go_into_its_manifest(tiny_dmd2, tmp_path, capsys, short_prompts, monkeypatch):
-    from fewstep.runtime.manifest import Manifest, Parity, read_manifest, write_manifest
+    from fewstep.runtime.engines.manifest import Manifest, Parity, read_manifest, write_manifest
 
     bundle = load_bundle(copy_bundle(tiny_dmd2, tmp_path / "dmd2"))
     passed = Parity(component="text", max_relative_error=0.0, tolerance=0.05, ok=True)

@@ -11,10 +11,10 @@ from fewstep.export.parity import Apart
 from fewstep.export.quantise import Trial, choose
 from fewstep.export.verify import verify
 from fewstep.models.bundle import load_bundle
-from fewstep.runtime.budget import Budget
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines.budget import Budget
+from fewstep.runtime.engines.manifest import engine_folder, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import open_engine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest, write_manifest
 from tiny import copy_bundle
 
 pytest.importorskip("onnxruntime")

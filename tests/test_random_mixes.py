@@ -24,15 +24,15 @@ from fewstep.models.bundle import seal_bundle
 from fewstep.models.lora import register_lora
 from fewstep.models.net_negative import Negative
 from fewstep.models.spec import Boundary
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.inflight import row_state
-from fewstep.runtime.loop import admit
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
-from fewstep.runtime.served import serve
-from fewstep.runtime.step import advance
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import encode_pictures, encode_prompts, encode_texts, step_rows
+from fewstep.runtime.sampling.inflight import row_state
+from fewstep.runtime.sampling.loop import admit
+from fewstep.runtime.sampling.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
+from fewstep.runtime.sampling.served import serve
+from fewstep.runtime.sampling.step import advance
+from fewstep.runtime.sampling.text import Prompts
+from fewstep.runtime.sampling.work import encode_pictures, encode_prompts, encode_texts, step_rows
 from tiny import two_times
 
 MIXES, POOL, BOUND = 60, 40, 5e-5

@@ -3,8 +3,8 @@
 import torch
 
 from fewstep.runtime.engine import DECODER, DENOISER
-from fewstep.runtime.fake_engine import FakeEngine
-from fewstep.runtime.recording import RecordingEngine
+from fewstep.runtime.engines.fake_engine import FakeEngine
+from fewstep.runtime.engines.recording import RecordingEngine
 
 
 def fed(k, batch=2):

@@ -72,8 +72,8 @@ def test_diffusers_loads_and_runs_the_folders():
 
 def test_the_controlnet_follows_edges():
     """With the edges of a scene and its caption, the drawn objects stand where the edges are."""
-    from fewstep.runtime.local import Runtime
-    from fewstep.runtime.request import Control, GenerateRequest
+    from fewstep.runtime.sampling.request import Control, GenerateRequest
+    from fewstep.runtime.service.local import Runtime
 
     rng = random.Random(5)
     near = []

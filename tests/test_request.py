@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fewstep.models.spec import Guidance, Spacing
+from fewstep.runtime.engines.fake_engine import fake_spec
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.request import MAX_SEED, Control, GenerateRequest, Limits, resolve
+from fewstep.runtime.sampling.request import MAX_SEED, Control, GenerateRequest, Limits, resolve
 
 SPEC = fake_spec()
 TEACHER = fake_spec(

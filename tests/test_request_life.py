@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.runtime.config import RuntimeConfig
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle
 from fewstep.runtime.errors import DeadlineExceeded, EngineFailed, FewstepError
-from fewstep.runtime.events import Failed, Finished, Progress
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_bundle
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest, Limits
+from fewstep.runtime.sampling.events import Failed, Finished, Progress
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest, Limits
+from fewstep.runtime.service.config import RuntimeConfig
+from fewstep.runtime.service.local import Runtime
 
 PATIENCE_S = 30.0
 FREE = {1: 0.01, 8: 0.0101}

@@ -10,10 +10,10 @@ import pytest
 
 from fewstep.models.roles import DECODER, DENOISER, DENOISERS, ENCODER, ROLES, TEXT
 from fewstep.models.spec import Guidance, Latent
+from fewstep.runtime.engines.fake_engine import fake_spec
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora, Offers, resolve
-from fewstep.runtime.request_methods import NEGATIVE_SCALES, PULL_WEIGHT, REFINE
+from fewstep.runtime.sampling.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora, Offers, resolve
+from fewstep.runtime.sampling.request_methods import NEGATIVE_SCALES, PULL_WEIGHT, REFINE
 
 CFG = Guidance(mode="cfg", default=4.0, range=(1.0, 9.0))
 LCM = fake_spec()

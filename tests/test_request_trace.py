@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.request import Edit, GenerateRequest, Helper
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.sampling.request import Edit, GenerateRequest, Helper
+from fewstep.runtime.service.local import Runtime
 
 ROOT = Path(__file__).parents[1]
-NOT_ENTERED = {"runtime/engine.py", "runtime/events.py", "runtime/images.py", "runtime/request.py"}
+NOT_ENTERED = {
+    "runtime/engine.py",
+    "runtime/sampling/events.py",
+    "runtime/sampling/images.py",
+    "runtime/sampling/request.py",
+}
 """A protocol, plain values, and what the server does (it makes the `GenerateRequest`): not entered on the way."""
 
 
@@ -22,7 +27,7 @@ def told():
     return [
         (int(line.split(".")[0]), name)
         for line in life.splitlines()
-        for name in re.findall(r"`(runtime/\w+\.py)`", line)
+        for name in re.findall(r"`(runtime/[\w/]+\.py)`", line)
         if name not in NOT_ENTERED
     ]
 
@@ -33,8 +38,8 @@ def entered():
 
     def look(frame, event, arg):
         path = Path(frame.f_code.co_filename)
-        if event == "call" and path.parent.name == "runtime" and path.is_relative_to(ROOT):
-            name = f"runtime/{path.name}"
+        if event == "call" and path.is_relative_to(ROOT / "runtime"):
+            name = path.relative_to(ROOT).as_posix()
             if name not in order:
                 order.append(name)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fewstep.runtime.engine import Capabilities
 from fewstep.runtime.errors import BundleError, EngineFailed
-from fewstep.runtime.residence import STAY, Residence, Resident, weight_bytes
+from fewstep.runtime.service.residence import STAY, Residence, Resident, weight_bytes
 
 
 class Engine:

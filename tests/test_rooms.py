@@ -23,18 +23,21 @@ ALLOWED = {
 MAX_LINES, MAX_FUNCTION = 400, 60
 WITHOUT_TORCH = [
     "fewstep.models.errors", "fewstep.models.paths", "fewstep.models.predictions", "fewstep.models.spec",
-    "fewstep.models.bundle", "fewstep.runtime.errors", "fewstep.runtime.request", "fewstep.runtime.samplers",
-    "fewstep.runtime.plan", "fewstep.runtime.scheduler", "fewstep.runtime.engine", "fewstep.runtime.cli",
-]  # fmt: skip
+    "fewstep.models.bundle", "fewstep.runtime.errors", "fewstep.runtime.sampling.request",
+    "fewstep.runtime.sampling.samplers", "fewstep.runtime.sampling.plan", "fewstep.runtime.schedule.scheduler",
+"fewstep.runtime.engine", "fewstep.runtime.cli", ]  # fmt: skip
 FILES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-PACKAGES = (
-    "parts", "pictures", "networks", "loop", "distribution", "objectives", "recipes", "plane", "oracle", "runs",
-    "bench",
-)  # fmt: skip
-"""Of the trainers: each may import those before it."""
+PACKAGES = {
+    "runtime": ("schedule", "sampling", "engines", "service", "bench"),
+    "trainers": (
+        "parts", "pictures", "networks", "loop", "distribution", "objectives", "recipes", "plane", "oracle", "runs",
+        "bench",
+    ),
+}  # fmt: skip
+"""Of rooms that have some: each may import those before it."""
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -70,12 +73,13 @@ def test_imports_go_down(room):
     assert [f for path in (ROOT / room).rglob("*.py") for f in faults(room, path)] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_packages_of_the_trainers_import_downwards(package):
-    found = [path.name for path in (ROOT / "trainers").iterdir() if (path / "__init__.py").is_file()]
-    assert sorted(found) == sorted(PACKAGES)
-    above = PACKAGES[PACKAGES.index(package) + 1 :]
-    for path in (ROOT / "trainers" / package).glob("*.py"):
+@pytest.mark.parametrize(("room", "package"), [(room, name) for room, names in PACKAGES.items() for name in names])
+def test_packages_of_a_room_import_downwards(room, package):
+    order = PACKAGES[room]
+    found = [path.name for path in (ROOT / room).iterdir() if (path / "__init__.py").is_file()]
+    assert sorted(found) == sorted(order)
+    above = order[order.index(package) + 1 :]
+    for path in (ROOT / room / package).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 2:
                 named = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
@@ -142,8 +146,8 @@ def test_light_modules_load_nothing_heavy():
 
 
 def test_the_runtime_is_a_library_without_the_server():
-    loaded = loaded_by("fewstep.runtime.local")
-    assert "fewstep.runtime.local" in loaded
+    loaded = loaded_by("fewstep.runtime.service.local")
+    assert "fewstep.runtime.service.local" in loaded
     upper = ("fewstep.server", "fewstep.export", "fewstep.trainers")
     assert [name for name in loaded if name.startswith(upper)] == []
     assert not {"fastapi", "uvicorn", "peft", "matplotlib", "onnx"} & loaded

@@ -6,8 +6,8 @@ import threading
 import pytest
 from live import serving, until
 
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.keys import make_key, write_keys
 from fewstep.server.settings import Settings
 

@@ -16,8 +16,8 @@ from diffusers import (
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.predictions import estimates
 from fewstep.models.spec import Boundary, Spacing
-from fewstep.runtime.fake_engine import fake_spec
-from fewstep.runtime.samplers import SAMPLERS, path_start, start_scale, time_pairs, updates
+from fewstep.runtime.engines.fake_engine import fake_spec
+from fewstep.runtime.sampling.samplers import SAMPLERS, path_start, start_scale, time_pairs, updates
 
 TABLE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TABLE |= {"clip_sample": False}

@@ -15,11 +15,11 @@ from fewstep.models.denoiser import expand
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.spec import Guidance, Spacing
 from fewstep.runtime.engine import DENOISER, Capabilities
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, resolve
-from fewstep.runtime.rng import NoiseStream
-from fewstep.runtime.samplers import time_pairs
-from fewstep.runtime.step import RowState, advance
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, resolve
+from fewstep.runtime.sampling.rng import NoiseStream
+from fewstep.runtime.sampling.samplers import time_pairs
+from fewstep.runtime.sampling.step import RowState, advance
 from fewstep.trainers.oracle.samplers import landings, plain_spec
 
 SHAPE = (1, 96, 96)

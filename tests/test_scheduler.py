@@ -4,9 +4,9 @@ import sys
 import pytest
 from scheduling import PAIR, PROMPT, drain, job, make, measured, order_of_ends, run
 
-from fewstep.runtime.costs import GUESS_S, Costs, best_batches
-from fewstep.runtime.jobs import Accepted, Ended, Item, Rejected, Stepped
-from fewstep.runtime.scheduler import STRETCH
+from fewstep.runtime.schedule.costs import GUESS_S, Costs, best_batches
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Item, Rejected, Stepped
+from fewstep.runtime.schedule.scheduler import STRETCH
 
 
 def test_a_request_is_text_then_rows_then_decode():
@@ -223,20 +223,20 @@ def test_best_batches_minimise_the_mean_finish(ready, per_call, expected):
 
 def test_pure_modules_load_no_torch():
     names = (
-        "scheduler",
-        "jobs",
-        "pricing",
-        "forecast",
-        "costs",
-        "request",
-        "plan",
-        "samplers",
+        "schedule.scheduler",
+        "schedule.jobs",
+        "schedule.pricing",
+        "schedule.forecast",
+        "schedule.costs",
+        "sampling.request",
+        "sampling.plan",
+        "sampling.samplers",
         "errors",
-        "events",
-        "metrics",
-        "text",
-        "config",
-        "ticket",
+        "sampling.events",
+        "service.metrics",
+        "sampling.text",
+        "service.config",
+        "service.ticket",
     )
     lines = "; ".join(f"import fewstep.runtime.{name}" for name in names)
     heavy = "torch", "diffusers", "transformers"

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fewstep.runtime.costs import Costs
-from fewstep.runtime.jobs import Accepted, Ended, Job, Lane, Paused, Prepare, Rejected, RowCall, Stepped, mixed
-from fewstep.runtime.scheduler import DEADLINE_STRETCH, STRETCH, Scheduler
+from fewstep.runtime.schedule.costs import Costs
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Job, Lane, Paused, Prepare, Rejected, RowCall, Stepped, mixed
+from fewstep.runtime.schedule.scheduler import DEADLINE_STRETCH, STRETCH, Scheduler
 
 MODELS = ("m", "n")
 STEERED = "denoiser+control"

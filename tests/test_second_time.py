@@ -22,12 +22,12 @@ from fewstep.models.paths import VP, RectifiedFlow, told_time
 from fewstep.models.second_time import SecondTime, TwoTimes, add_second_time
 from fewstep.models.shapes import make_folder
 from fewstep.models.spec import Guidance, SamplerSpec
-from fewstep.runtime.compiled_engine import Rounded
-from fewstep.runtime.fake_engine import FakeEngine, fake_spec
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, resolve
-from fewstep.runtime.samplers import updates
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.compiled_engine import Rounded
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_spec
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, resolve
+from fewstep.runtime.sampling.samplers import updates
 from fewstep.trainers.parts.tangent import Difference, Jvp
 from tiny import copy_bundle, two_times
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import fewstep.runtime.local
+import fewstep.runtime.service.local
 from fewstep.server import commands
 from fewstep.server.commands import named_function, serve
 from fewstep.server.settings import BadSetting
@@ -24,7 +24,7 @@ def opened(monkeypatch):
         seen.update(settings, bundles=bundles)
         raise Entered
 
-    monkeypatch.setattr(fewstep.runtime.local, "Runtime", runtime)
+    monkeypatch.setattr(fewstep.runtime.service.local, "Runtime", runtime)
     return seen
 
 

@@ -17,13 +17,13 @@ from fewstep.models.importing import Additions, import_folder
 from fewstep.models.known import known
 from fewstep.models.shapes import make_folder
 from fewstep.runtime.engine import DENOISER_CONTROL
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import admit, run_request
-from fewstep.runtime.request import Control, GenerateRequest
-from fewstep.runtime.served import Served
-from fewstep.runtime.text import Prompts
-from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import decode_rows, encode_texts, step_rows
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import admit, run_request
+from fewstep.runtime.sampling.request import Control, GenerateRequest
+from fewstep.runtime.sampling.served import Served
+from fewstep.runtime.sampling.text import Prompts
+from fewstep.runtime.sampling.work import decode_rows, encode_texts, step_rows
+from fewstep.runtime.service.local import Runtime
 
 PROMPT = "a red cat"
 

@@ -13,8 +13,8 @@ import pytest
 from live import Live, fake_server, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from fewstep.runtime.fake_engine import Fault
-from fewstep.runtime.request import Limits
+from fewstep.runtime.engines.fake_engine import Fault
+from fewstep.runtime.sampling.request import Limits
 from fewstep.server.errors import Refused
 from fewstep.server.pictures import Store
 from fewstep.server.settings import BadSetting, Settings
@@ -241,8 +241,8 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(tiny_lcm):
 
 SLOW = """
 import asyncio, sys
-from fewstep.runtime.fake_engine import FakeEngine, fake_bundle
-from fewstep.runtime.local import Runtime
+from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
+from fewstep.runtime.service.local import Runtime
 from fewstep.server.app import create_app
 from fewstep.server.commands import listen, run
 from fewstep.server.settings import Settings

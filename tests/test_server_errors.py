@@ -8,8 +8,8 @@ import pytest
 from live import Live, fake_server
 
 from fewstep.runtime import errors as runtime_errors
+from fewstep.runtime.engines.fake_engine import Fault
 from fewstep.runtime.errors import Cancelled, DeadlineExceeded, FewstepError, InvalidRequest, Overloaded
-from fewstep.runtime.fake_engine import Fault
 from fewstep.server.errors import TABLE, answer, row_of
 from fewstep.server.settings import Settings
 

@@ -18,7 +18,7 @@ from fewstep.models.spec import (
     SamplerSpec,
     Spacing,
 )
-from fewstep.runtime.samplers import SAMPLERS as RULES
+from fewstep.runtime.sampling.samplers import SAMPLERS as RULES
 from tiny import tiny_spec
 
 

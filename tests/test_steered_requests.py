@@ -15,12 +15,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from beside_diffusers import PROMPT, adopted, quiet
 from fewstep.models.adopting import adopt_ip_adapter, adopt_negative
 from fewstep.models.net_negative import Negative
-from fewstep.runtime.edits import clip_pixels
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest, ImagePrompt
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.edits import clip_pixels
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest, ImagePrompt
+from fewstep.runtime.service.local import Runtime
 
 PICTURE = (np.random.default_rng(0).random((40, 48, 3)) * 255).astype(np.uint8)
 

@@ -6,11 +6,11 @@ import torch
 from fewstep.models.predictions import estimates
 from fewstep.models.spec import Guidance
 from fewstep.runtime.engine import CONTROLNET, DENOISER, DENOISER_CONTROL
+from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_spec
 from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.fake_engine import FakeEngine, Fault, fake_spec
-from fewstep.runtime.plan import Hooks, Row
-from fewstep.runtime.rng import NoiseStream
-from fewstep.runtime.step import RowState, advance, run_batch
+from fewstep.runtime.sampling.plan import Hooks, Row
+from fewstep.runtime.sampling.rng import NoiseStream
+from fewstep.runtime.sampling.step import RowState, advance, run_batch
 
 SPEC = fake_spec()
 ROW = Row(index=1, t=499.0, s=259.0, a=0.9, b=-0.4, c=0.0, w=3.0, pair=False, control=0.0)

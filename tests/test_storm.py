@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewstep.runtime.bench.storm import MOST_BYTES, MOST_OBJECTS, Storm, StormyEngine, command, storm
 from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.storm import MOST_BYTES, MOST_OBJECTS, Storm, StormyEngine, command, storm
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_the_command_writes_its_counts_and_says_what_was_broken(found, tmp_path,
         asked.append((requests, settings))
         return found
 
-    monkeypatch.setattr("fewstep.runtime.storm.storm", blow)
+    monkeypatch.setattr("fewstep.runtime.bench.storm.storm", blow)
     file = tmp_path / "storm.json"
     assert command(["--requests", "40", "--seed", "3", "--json", str(file)]) == 0
     assert asked == [(40, {"seed": 3, "faults": 0.02, "cancels": 0.5})]
     counts = json.loads(file.read_text())
     assert counts["ok"] and counts["ends"] == found.ends and "every promise was kept" in capsys.readouterr().err
-    monkeypatch.setattr("fewstep.runtime.storm.storm", lambda *_, **__: replace(found, lost=1))
+    monkeypatch.setattr("fewstep.runtime.bench.storm.storm", lambda *_, **__: replace(found, lost=1))
     assert command([]) == 1
     assert "a promise was broken" in capsys.readouterr().err
     with pytest.raises(SystemExit):

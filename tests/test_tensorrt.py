@@ -16,16 +16,16 @@ from fewstep.export.tensorrt import export_tensorrt, key_of, parses_and_builds
 from fewstep.export.tensorrt_build import Settings, build_engine, profiles_of
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of, write_whole
-from fewstep.runtime.engines import open_engine
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.manifest import (
     checked_files,
     engine_folder,
     read_manifest,
     write_manifest,
 )  # fmt: skip
-from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.errors import EngineUnavailable
 from tiny import copy_bundle
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -6,12 +6,12 @@ import pytest
 
 from fewstep.export.graph_patches import mend
 from fewstep.export.tensorrt_build import Settings, build_engine, profiles_of, shape_of
-from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import (
+from fewstep.runtime.engines.manifest import (
     Graph,
     Port,
 )  # fmt: skip
-from fewstep.runtime.tensorrt_flavour import load_tensorrt
+from fewstep.runtime.engines.tensorrt_flavour import load_tensorrt
+from fewstep.runtime.errors import EngineUnavailable
 
 pytest.importorskip("tensorrt_rtx")
 

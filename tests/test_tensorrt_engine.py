@@ -10,12 +10,12 @@ import torch
 
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines.manifest import Graph, Manifest, Port, engine_folder, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.tensorrt_engine import TensorRTEngine
+from fewstep.runtime.engines.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt, said
+from fewstep.runtime.engines.tensorrt_profiles import served_batches
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.manifest import Graph, Manifest, Port, engine_folder, read_manifest, write_manifest
-from fewstep.runtime.tensorrt_engine import TensorRTEngine
-from fewstep.runtime.tensorrt_flavour import FLAVOURS, TensorRT, load_tensorrt, said
-from fewstep.runtime.tensorrt_profiles import served_batches
 from tiny import copy_bundle
 
 RTX = TensorRT(FLAVOURS["tensorrt-rtx"], fake_tensorrt)

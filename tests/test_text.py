@@ -4,9 +4,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from fewstep.models.spec import TextInput
+from fewstep.runtime.engines.fake_engine import FakeTokenizer, fake_bundle
 from fewstep.runtime.errors import BundleError, InvalidRequest
-from fewstep.runtime.fake_engine import FakeTokenizer, fake_bundle
-from fewstep.runtime.text import Bare, Cache, Prompts, known_words, tokenise
+from fewstep.runtime.sampling.text import Bare, Cache, Prompts, known_words, tokenise
 
 
 def word_tokenizer(extra=0):

@@ -10,10 +10,10 @@ from diffusers import AutoencoderTiny
 from fewstep.models.bundle import seal_bundle
 from fewstep.models.errors import BundleError
 from fewstep.runtime.engine import DECODER, DECODER_TINY
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.service.local import Runtime
 from tiny import copy_bundle
 
 

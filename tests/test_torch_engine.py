@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from fewstep.models.errors import BundleError
-from fewstep.runtime import engines
 from fewstep.runtime.engine import CONTROLNET, DECODER, DENOISER, DENOISER_CONTROL, ENCODER, TEXT
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines import registry
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed, EngineUnavailable
-from fewstep.runtime.torch_engine import TorchEngine
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_open_engine_chooses(tiny_teacher, monkeypatch):
     assert open_engine(tiny_teacher, "torch").name == "torch"
     with pytest.raises(EngineUnavailable, match=r"'cuda-graphs' is unknown; use one of auto, torch, .*onnx.*openvino"):
         open_engine(tiny_teacher, "cuda-graphs")
-    monkeypatch.setattr(engines, "installed", lambda package: False)
+    monkeypatch.setattr(registry, "installed", lambda package: False)
     with pytest.raises(EngineUnavailable, match="needs the package onnxruntime"):
         open_engine(tiny_teacher, "onnx")
 
@@ -94,19 +94,19 @@ def test_only_a_verified_export_of_the_same_weights_is_usable(tiny_dmd2, tmp_pat
     from dataclasses import replace
 
     from fewstep.models.bundle import load_bundle
-    from fewstep.runtime.manifest import Manifest, write_manifest
+    from fewstep.runtime.engines.manifest import Manifest, write_manifest
     from tiny import copy_bundle
 
     bundle = load_bundle(copy_bundle(tiny_dmd2, tmp_path / "copy"))
     digest = bundle.weights_digest
     manifest = Manifest(engine="onnx", precision="fp32", opset=21, roles={}, weights_digest=digest, producers={})
-    assert not engines.usable_export(bundle, "onnx")
+    assert not registry.usable_export(bundle, "onnx")
     stale = {"verified": True, "weights_digest": "0"}
     for changes, usable in (({"verified": True}, True), ({}, False), (stale, False)):
         path = write_manifest(bundle, replace(manifest, **changes))
-        assert engines.usable_export(bundle, "onnx") is usable
+        assert registry.usable_export(bundle, "onnx") is usable
     path.write_text("{")
-    assert not engines.usable_export(bundle, "onnx")
+    assert not registry.usable_export(bundle, "onnx")
 
 
 def test_a_bundle_without_a_controlnet_has_no_control(tmp_path):

@@ -18,12 +18,12 @@ from fewstep.models.known import known
 from fewstep.models.net_sana import GemmaText, SprintNet
 from fewstep.models.sana_attention import FLOOR
 from fewstep.models.shapes import make_folder
-from fewstep.runtime.diffusers_pipeline import call_settings, can_sample
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.text import Bare, Prompts
-from fewstep.runtime.torch_engine import TorchEngine
-from fewstep.runtime.work import embed
+from fewstep.runtime.bench.diffusers_pipeline import call_settings, can_sample
+from fewstep.runtime.engines.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.text import Bare, Prompts
+from fewstep.runtime.sampling.work import embed
 
 PROMPT, NEGATIVE = "A red cat, a big dog.", "ugly blue"
 LONG = "a red cat and a big dog on a blue hill in the rain"  # over the 24 tokens of the small CLIPs

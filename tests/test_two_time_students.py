@@ -14,13 +14,13 @@ from fewstep.export import commands as exporting
 from fewstep.export.graphs import random_feeds
 from fewstep.models.spec import Guidance
 from fewstep.runtime.commands import generate
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines.manifest import read_manifest
+from fewstep.runtime.engines.registry import open_engine
+from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineFailed
-from fewstep.runtime.local import Runtime
-from fewstep.runtime.loop import run_request
-from fewstep.runtime.manifest import read_manifest
-from fewstep.runtime.request import Edit, GenerateRequest
-from fewstep.runtime.torch_engine import TorchEngine
+from fewstep.runtime.sampling.loop import run_request
+from fewstep.runtime.sampling.request import Edit, GenerateRequest
+from fewstep.runtime.service.local import Runtime
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.student import Student, build_student
 from fewstep.trainers.recipes.registry import RECIPES

@@ -12,9 +12,9 @@ from fewstep.export.parity import LOST, SAME, apart, peak_error, relative_error
 from fewstep.export.verify import verify
 from fewstep.models.bundle import load_bundle
 from fewstep.models.files import sha256_of
-from fewstep.runtime.engines import open_engine
+from fewstep.runtime.engines.manifest import engine_folder, read_manifest, write_manifest
+from fewstep.runtime.engines.registry import open_engine
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import engine_folder, read_manifest, write_manifest
 from tiny import copy_bundle
 
 pytest.importorskip("onnxruntime")

@@ -14,7 +14,7 @@ from typing import Any
 
 ROOMS = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "evidence_files"
-SOURCES = {"models": ("analytic", "denoiser", "paths", "predictions", "spec"), "runtime": ("samplers",)}
+SOURCES = {"models": ("analytic", "denoiser", "paths", "predictions", "spec"), "runtime/sampling": ("samplers",)}
 PACKAGES = ("parts", "networks", "loop", "distribution", "objectives", "recipes", "oracle")
 """Of the trainers, what decides what a recipe computes, and what checks it."""
 

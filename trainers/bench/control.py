@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.networks import ControlNet, DenoiserNet, as_network
-from fewstep.runtime.measurement import machine_facts
+from fewstep.runtime.engines.measurement import machine_facts
 
 from ..pictures import scenes
 from ..pictures.compliance import check

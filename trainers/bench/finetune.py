@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.models.bundle import Bundle
-from fewstep.runtime.measurement import machine_facts
+from fewstep.runtime.engines.measurement import machine_facts
 
 from ..pictures.cutouts import write_folder
 from ..recipes.recipe import configure

@@ -22,7 +22,7 @@ from typing import Any
 from fewstep.models.arguments import read_count
 from fewstep.models.errors import FewstepError
 from fewstep.models.files import write_whole
-from fewstep.runtime.measurement import machine_facts
+from fewstep.runtime.engines.measurement import machine_facts
 
 from ..plane.run import PlaneBudget
 from ..recipes.recipe import Recipe, configure, describe

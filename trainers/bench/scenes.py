@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.models.arguments import read_count, read_output
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.files import write_whole
-from fewstep.runtime.measurement import machine_facts
+from fewstep.runtime.engines.measurement import machine_facts
 
 from ..errors import RecipeError
 from ..pictures import quality

@@ -6,8 +6,8 @@ import torch
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.negative_adapter import add_negative
-from fewstep.runtime.loop import negative_text
-from fewstep.runtime.request import GenerateRequest
+from fewstep.runtime.sampling.loop import negative_text
+from fewstep.runtime.sampling.request import GenerateRequest
 
 from ..pictures.data import read_texts
 

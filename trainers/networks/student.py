@@ -18,7 +18,7 @@ from fewstep.models.linear_attention import FIELD, linearise
 from fewstep.models.networks import guidance_embedding
 from fewstep.models.paths import Path as NoisePath
 from fewstep.models.second_time import SecondTime, add_second_time
-from fewstep.runtime.plan import span
+from fewstep.runtime.sampling.plan import span
 
 from ..errors import RecipeError
 from .avoided import with_negative

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.models.analytic import exact, gaussian
 from fewstep.models.denoiser import Condition
 from fewstep.models.paths import VP
-from fewstep.runtime.groups import Group, Student
+from fewstep.runtime.sampling.groups import Group, Student
 
 from ..distribution.adaptation import TaughtBy
 from ..distribution.adversarial import TeacherAim

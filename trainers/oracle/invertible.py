@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.paths import VP, Path
-from fewstep.runtime.plan_methods import inverse_rows
+from fewstep.runtime.sampling.plan_methods import inverse_rows
 
 from ..objectives.invertible import Invertible, RisingPairs, UpperEdges
 from ..parts.distances import Squared

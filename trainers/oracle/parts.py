@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, times
 from fewstep.models.paths import VP
 from fewstep.models.spec import SamplerSpec
-from fewstep.runtime.samplers import path_start, updates
+from fewstep.runtime.sampling.samplers import path_start, updates
 
 from ..parts.jumps import LcmJump, TwoTimeJump
 from ..parts.objective import Turn

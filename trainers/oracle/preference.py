@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from fewstep.models.analytic import exact, gaussian
 from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import VP
-from fewstep.runtime.samplers import path_start, updates
+from fewstep.runtime.sampling.samplers import path_start, updates
 
 from ..distribution import faithful, preference
 from ..distribution.distribution import DistributionMatching

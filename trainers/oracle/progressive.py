@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.models.analytic import Landing
 from fewstep.models.denoiser import Condition, Denoiser, times
 from fewstep.models.paths import VP, Path
-from fewstep.runtime.samplers import time_pairs, updates
+from fewstep.runtime.sampling.samplers import time_pairs, updates
 
 from ..objectives.progressive import ProgressiveHalving, halving_target
 from ..parts.objective import Cast, Turn

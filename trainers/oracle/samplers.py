@@ -16,7 +16,7 @@ from fewstep.models.analytic import Landing, gaussian
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.paths import EDM, VP, Path, RectifiedFlow, TrigFlow
 from fewstep.models.spec import SAMPLERS, STOCHASTIC, Guidance, Latent, SamplerSpec
-from fewstep.runtime.samplers import path_start, time_pairs, updates
+from fewstep.runtime.sampling.samplers import path_start, time_pairs, updates
 
 from ..recipes.recipe import Recipe
 from .world import SHIFT, Check, World, below, between, holds, recipe_spec

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.models.analytic import exact, gaussian, mixture
 from fewstep.models.denoiser import Denoiser, times
 from fewstep.models.paths import VP, RectifiedFlow
-from fewstep.runtime.samplers import path_start, updates
+from fewstep.runtime.sampling.samplers import path_start, updates
 
 from ..distribution import subinterval
 from ..distribution.anchor import Regress

@@ -59,12 +59,12 @@ class NoisedData:
 
 
 def pure_noise(path: Path, noise: Tensor) -> Tensor:
-    """What a sampler starts from (`fewstep.runtime.samplers.path_start`)."""
+    """What a sampler starts from (`fewstep.runtime.sampling.samplers.path_start`)."""
     return noise * _start_scale(path)
 
 
 def _start_scale(path: Path) -> float:
-    from fewstep.runtime.samplers import path_start
+    from fewstep.runtime.sampling.samplers import path_start
 
     return path_start(path)
 

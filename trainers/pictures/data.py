@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.spec import SamplerSpec
-from fewstep.runtime.loop import negative_text, size_conditions
-from fewstep.runtime.request import GenerateRequest
-from fewstep.runtime.text import tokenise
+from fewstep.runtime.sampling.loop import negative_text, size_conditions
+from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.text import tokenise
 
 from ..errors import DataError
 from ..parts.objective import WHOLE, Batch, Part, derive

@@ -8,9 +8,9 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.spec import QualityRow
-from fewstep.runtime.budget import breaches, with_quality
+from fewstep.runtime.engines.budget import breaches, with_quality
+from fewstep.runtime.engines.manifest import read_manifest, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
-from fewstep.runtime.manifest import read_manifest, write_manifest
 
 
 def changes(found: Sequence[QualityRow], reference: Sequence[QualityRow]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Conditions in disjoint parts, one student each (MSD, Song et al. 2024), by the router that serves them.
 
-A prompt belongs to the nearest of K centroids of text embeddings (`fewstep.runtime.groups`), so the parts are disjoint
-and no prompt is left out.
+A prompt belongs to the nearest of K centroids of text embeddings (`fewstep.runtime.sampling.groups`), so the parts are
+disjoint and no prompt is left out.
 """
 
 import json
@@ -44,7 +44,7 @@ def embeddings(source: LatentSource) -> Tensor:
 
 
 def summary(cond: Condition) -> Tensor:
-    """[B, D], as `fewstep.runtime.local.summary` has it of one text: the pooled vector, or the mean of the tokens."""
+    """[B, D], as `fewstep.runtime.service.local.summary` has it of one text: its pooled vector or mean over tokens."""
     return cond["pooled"] if "pooled" in cond else cond["ctx"].mean(dim=1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.models.denoiser import Condition, Network, guide, times
 from fewstep.models.paths import told_time
 from fewstep.models.spec import SamplerSpec
-from fewstep.runtime.samplers import start_scale, updates
+from fewstep.runtime.sampling.samplers import start_scale, updates
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from fewstep.models.bundle import Bundle, load_bundle, reseal
 from fewstep.models.spec import QualityRow
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.plan import compile_plan
-from fewstep.runtime.request import GenerateRequest, resolve
+from fewstep.runtime.sampling.plan import compile_plan
+from fewstep.runtime.sampling.request import GenerateRequest, resolve
 
 from . import scenes
 from .engine_quality import keep_quality
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.runtime.engine import Engine
-    from fewstep.runtime.served import Served
+    from fewstep.runtime.sampling.served import Served
 
 Pictures = NDArray[np.uint8]
 
@@ -91,9 +91,9 @@ def sample_pictures(
         raise ValueError(f"{len(captions)} captions have {len(seeds)} seeds; give each its own")
     from tqdm import tqdm
 
-    from fewstep.runtime.engines import open_engine
-    from fewstep.runtime.served import Served
-    from fewstep.runtime.text import Prompts
+    from fewstep.runtime.engines.registry import open_engine
+    from fewstep.runtime.sampling.served import Served
+    from fewstep.runtime.sampling.text import Prompts
 
     requests = [
         GenerateRequest(prompt=text, seed=seed, steps=steps, guidance=guidance)
@@ -111,8 +111,8 @@ def sample_pictures(
 
 def _sample_batch(model: "Served", requests: Sequence[GenerateRequest]) -> Pictures:
     """Requests of one picture and one step count each, all at the same step of their plans."""
-    from fewstep.runtime.loop import admit
-    from fewstep.runtime.work import decode_rows, encode_texts, step_rows
+    from fewstep.runtime.sampling.loop import admit
+    from fewstep.runtime.sampling.work import decode_rows, encode_texts, step_rows
 
     lives = [admit(model, request) for request in requests]
     encode_texts(model, lives)
@@ -247,7 +247,7 @@ def evaluate(
 def _measure_steps(
     bundle: Bundle, steps: Sequence[int], prompt_set: PromptSet, guidance: float | None, engine: str, progress: bool
 ) -> list[Measured]:
-    from fewstep.runtime.engines import open_engine
+    from fewstep.runtime.engines.registry import open_engine
 
     with closing(open_engine(bundle, engine)) as opened:
         return [

@@ -20,7 +20,7 @@ from fewstep.models.denoiser import Condition, guide, times
 from fewstep.models.paths import VP
 from fewstep.models.paths import Path as NoisePath
 from fewstep.models.spec import Guidance, Latent, SamplerSpec
-from fewstep.runtime.samplers import start_scale, updates
+from fewstep.runtime.sampling.samplers import start_scale, updates
 
 from ..distribution.adaptation import ADAPTED
 from ..distribution.control_terms import CONTROL

@@ -1,0 +1,1 @@
+"""What is measured of engines and pictures: latency per step count, peers, GPUs, storms."""

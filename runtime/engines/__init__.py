@@ -1,0 +1,1 @@
+"""Whatever runs the networks: one module for each kind, their manifests, and which of them to take."""

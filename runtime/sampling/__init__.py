@@ -1,0 +1,1 @@
+"""A request becomes rows, and rows pictures: plans, steps, edits, texts, picture files."""
