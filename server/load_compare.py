@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from fewstep.runtime.errors import EngineUnavailable
+
 from .load_plan import MIXED, OVERLOAD, STEADY, WORKLOADS, Kind, Numbers, Workload, in_shares, plan_arrivals
 from .load_report import DIFFUSERS, FIRST_COME, OURS, claims, in_rounds, overhead_ms
 from .load_servers import Server, started
@@ -23,6 +25,8 @@ AT_ONCE = 24
 DEADLINE_FACTOR = 10.0
 """The deadline is so many times what the longest student request takes alone."""
 ROUNDS = 4
+IDLE_FACTOR, IDLE_TRIES = 5.0, 200
+"""A server is idle again when a request takes at most so many times what it takes alone."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def compare(plan: Plan) -> dict[str, Any]:
             module = "fewstep.server.load_diffusers"
             server = started(DIFFUSERS, module, [plan.bundles[0]], threads=plan.threads, native=False)
             usual.append(running.enter_context(server))
+        quickest = {server.name: _quickest(server, numbers) for server in (ours, plain, *usual)}
         said, rows, speeds = ours.said, [], []
 
         def speed() -> float:
@@ -74,7 +79,7 @@ def compare(plan: Plan) -> dict[str, Any]:
 
         for workload in plan.workloads:
             servers = [ours, *usual] if workload is STEADY else [ours, plain]
-            rows += _run(plan, workload, servers, capacity[workload.name], deadline_s, speed, numbers)
+            rows += _run(plan, workload, servers, capacity[workload.name], deadline_s, speed, numbers, quickest)
     mine = {name: found[OURS] for name, found in capacity.items()}
     return {
         "kind": "load",
@@ -127,7 +132,7 @@ def _capacity(plan: Plan, workload: Workload, server: Server, numbers: Numbers) 
 
 def _run(
     plan: Plan, workload: Workload, servers: Sequence[Server], capacity: Mapping[str, float], deadline_s: float,
-    speed: Callable[[], float], numbers: Numbers,
+    speed: Callable[[], float], numbers: Numbers, quickest: Mapping[str, float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one workload: every server gets the same arrivals, in rounds that alternate.
 
@@ -149,11 +154,27 @@ def _run(
             patience = None if limit is None else 2 * limit
             sent = send_traffic(server.target, arrivals, deadline_s=limit, patience_s=patience)
             found[server.name].append((now, asyncio.run(sent)))
+            _until_idle(server, quickest[server.name], numbers)
     rows = []
     for name, rounds in found.items():
         for row in in_rounds(rounds, server=name, rate_per_s=mean(rates), seconds=seconds):
             rows.append({"workload": workload.name, "seconds": ROUNDS * seconds, **row})
     return rows
+
+
+def _quickest(server: Server, numbers: Numbers) -> float:
+    """The least seconds of a few requests alone."""
+    return min(o.latency_s for o in send_alone(server.target, MIXED.kinds[:1] * 5, first=numbers.take(5)))
+
+
+def _until_idle(server: Server, quickest_s: float, numbers: Numbers) -> None:
+    """Wait until a server has done what its callers gave up on: plain diffusers goes on with all of it, and whoever is
+    measured next on the same machine would have what it leaves."""
+    for _ in range(IDLE_TRIES):
+        (outcome,) = send_alone(server.target, MIXED.kinds[:1], first=numbers.take(1))
+        if outcome.latency_s <= IDLE_FACTOR * quickest_s:
+            return
+    raise EngineUnavailable(f"the {server.name} server did not become idle; run it on a machine that is not busy")
 
 
 def _say(text: str) -> None:

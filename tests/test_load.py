@@ -13,7 +13,7 @@ from live import fake_server
 from fewstep.runtime.errors import EngineUnavailable, InvalidRequest
 from fewstep.runtime.sampling.request import Limits
 from fewstep.server.load import MARKS, check_loopback, command, write_page
-from fewstep.server.load_compare import Plan, _capacity, _run
+from fewstep.server.load_compare import Plan, _capacity, _run, _until_idle
 from fewstep.server.load_plan import MIXED, STEADY, WORKLOADS, Kind, Numbers, in_shares, plan_arrivals, prompt
 from fewstep.server.load_report import FIRST_COME, OURS, claims, in_rounds, markdown, overhead_ms, summarise
 from fewstep.server.load_servers import Server, started
@@ -254,11 +254,31 @@ def test_rates_and_deadlines_follow_the_speed_of_the_machine(monkeypatch):
         return [Outcome(1, "ok", 0.1, deadline_s=deadline_s)]
 
     monkeypatch.setattr("fewstep.server.load_compare.send_traffic", traffic)
+    monkeypatch.setattr("fewstep.server.load_compare._until_idle", lambda *_: None)
     server, speeds = Server(OURS, Target("http://127.0.0.1:1", native=True), {}), iter((1.0, 0.5, 1.0, 0.25))
-    rows = _run(Plan(("fake",), seconds=50.0), STEADY, [server], {OURS: 10.0}, 0.2, lambda: next(speeds), Numbers())
+    rows = _run(
+        Plan(("fake",), seconds=50.0), STEADY, [server], {OURS: 10.0}, 0.2, lambda: next(speeds), Numbers(), {OURS: 0.1}
+    )
     assert [deadline for _, deadline, _ in sent] == pytest.approx([0.2, 0.4, 0.2, 0.8])
     assert [count / 450 for count, _, _ in sent] == pytest.approx([1.0, 0.5, 1.0, 0.25], rel=0.15)
     assert rows[0]["goodput_per_s"] == pytest.approx(4 / 200)
+
+
+def test_the_next_round_waits_until_a_server_has_done_what_was_given_up(monkeypatch):
+    """Plain diffusers has no way to stop; half of the steady rounds were measured beside its backlog."""
+    taken, latencies = [], iter([9.0, 0.7, 0.45, 0.1])
+
+    def alone(target, kinds, *, first):
+        taken.append(first)
+        return [Outcome(1, "ok", next(latencies))]
+
+    monkeypatch.setattr("fewstep.server.load_compare.send_alone", alone)
+    server, numbers = Server("slow", Target("http://127.0.0.1:1"), {}), Numbers()
+    _until_idle(server, 0.1, numbers)
+    assert taken == [0, 1, 2] and numbers.used == 3
+    monkeypatch.setattr("fewstep.server.load_compare.send_alone", lambda *_, **__: [Outcome(1, "ok", 1.0)])
+    with pytest.raises(EngineUnavailable, match="the slow server did not become idle"):
+        _until_idle(server, 0.1, numbers)
 
 
 def test_no_number_is_handed_out_twice():
