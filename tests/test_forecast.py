@@ -123,6 +123,18 @@ def test_running_ahead_changes_nothing_of_the_schedule():
     assert sorted(order_of_ends(scheduler)) != sorted("012345"), "the text that is out ends for none of them"
 
 
+def test_a_refusal_that_is_clear_is_cheap(monkeypatch):
+    costs = measured(denoiser={1: 0.01}, decoder={1: 0.01}, text={1: 0.01})
+    scheduler = Scheduler({"m": Lane(max_batch=8)}, costs, max_queue=1000)
+    for number in range(10):
+        scheduler.submit(job(str(number), 1, deadline_s=99.0), 0.0)
+    monkeypatch.setattr("fewstep.runtime.schedule.scheduler.rehearse", lambda *_: pytest.fail("it was run ahead"))
+    found = scheduler.submit(job("late", 1, deadline_s=0.1), 0.0)
+    assert isinstance(found, Rejected) and found.reason == "deadline" and found.predicted_s == pytest.approx(0.22)
+    monkeypatch.setattr("fewstep.runtime.schedule.scheduler.rehearse", lambda *_: 0.15)
+    assert isinstance(scheduler.submit(job("soon", 1, deadline_s=0.2), 0.0), Accepted)
+
+
 def test_far_from_the_end_what_is_in_front_counts_at_the_pace_of_late():
     """With more requests here than are run ahead, and after as many calls as are."""
     costs = measured(denoiser={1: 0.01}, decoder={1: 0.01}, text={1: 0.01})

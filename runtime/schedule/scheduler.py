@@ -30,6 +30,8 @@ they end, so few may pass: with 10 predictions were a third farther off, with 1 
 
 CALLS, REQUESTS = 16, 32
 """How far the schedule is run ahead to keep a deadline: so many calls, and only where no more requests are here."""
+CLEARLY = 0.2
+"""What is in front being too late by this share alone, nothing is run ahead: refusals must be cheap at overload."""
 
 Change = Stepped | Paused | Ended
 
@@ -313,15 +315,15 @@ class Scheduler:
 
     def _undisturbed_s(self, job: Job, price: Price, due_s: float, place: int, ahead_s: float, now_s: float) -> float:
         """Seconds until a request would end that enters now, if no other came; with a deadline, by the schedule itself.
-
-        ahead_s: what all that is due before it still costs.
-        """
+        ahead_s: what all that is due before it still costs."""
         alone_s = self.forecast.pace * price.total_s
         if not self._live:
             return alone_s
-        if job.deadline_s is None or not self._calls or len(self._live) >= REQUESTS:
-            running_s, counted_s = self._running_s(due_s, now_s)
-            return running_s + max(alone_s, (ahead_s - counted_s + price.total_s) / self.forecast.speed)
+        running_s, counted_s = self._running_s(due_s, now_s)
+        by_order_s = running_s + max(alone_s, (ahead_s - counted_s + price.total_s) / self.forecast.speed)
+        late = job.deadline_s is not None and now_s + (1.0 - CLEARLY) * by_order_s > job.deadline_s
+        if job.deadline_s is None or late or not self._calls or len(self._live) >= REQUESTS:
+            return by_order_s
         ahead = self.copy()
         ahead._enter(job, price, due_s, place)
         return rehearse(ahead, job, now_s, self._calls)
