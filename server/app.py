@@ -48,11 +48,11 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
     meters = Meters(runtime, health)
     store = Store(settings.stored_bytes, settings.stored_s)
     callers = Callers(KeyRing(settings.api_keys, Path(settings.key_file) if settings.key_file else None))
-    door = Door(runtime, callers, settings.max_queue, meters.decided)
     version = importlib.metadata.version("fewstep")
     signer = signatory(settings, version)
     jobs = Jobs(settings.stored_bytes, settings.stored_s)
     account = Account(meters, Traces() if settings.traces == "otlp" else None)
+    door = Door(runtime, callers, settings.max_queue, meters.decided, lambda: account.reply_s)
     service = Service(
         runtime=runtime,
         settings=settings,

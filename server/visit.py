@@ -73,11 +73,20 @@ class Door:
     """Requests into the runtime, within what the caller's key allows.
 
     count: told (key name, decision) of each: "accepted", or the `code` of the error it was refused with; and how each
-    accepted one ended: "finished", or the `code` of its error.
+    accepted one ended: "finished", or the `code` of its error. reply_s: says what callers of late needed beside the
+    runtime.
     """
 
-    def __init__(self, runtime: Runtime, callers: Callers, max_queue: int, count: Callable[[str, str], None]) -> None:
-        self._runtime, self._callers, self._max_queue, self._count = runtime, callers, max_queue, count
+    def __init__(
+        self,
+        runtime: Runtime,
+        callers: Callers,
+        max_queue: int,
+        count: Callable[[str, str], None],
+        reply_s: Callable[[], float],
+    ) -> None:
+        self._runtime, self._callers, self._max_queue = runtime, callers, max_queue
+        self._count, self._reply_s = count, reply_s
 
     def submit(self, request: GenerateRequest, model: str | None) -> Ticket:
         """As `Runtime.submit`.
@@ -108,11 +117,11 @@ class Door:
         if caller is None and not self._callers.open:
             raise Refused(401, "invalid_api_key", "this server needs an API key, and this request came without one")
         if caller is None:
-            return self._runtime.submit(request, model)
+            return self._runtime.submit(request, model, reply_s=self._reply_s())
         visit.pay()
         caller.hold(self._max_queue)
         try:
-            ticket = self._runtime.submit(request, model)
+            ticket = self._runtime.submit(request, model, reply_s=self._reply_s())
         except BaseException:
             caller.release()
             raise

@@ -191,7 +191,7 @@ def test_partial_pictures_are_spread_over_the_steps():
 def told(live: Live, monkeypatch: pytest.MonkeyPatch, last: object) -> None:
     """Let the runtime tell four steps of two pictures with previews, and then `last`."""
 
-    def submit(request, model):
+    def submit(request, model, *, reply_s=0.0):
         ticket = Ticket("told")
         for step in range(1, 5):
             for number in range(2):

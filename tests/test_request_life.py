@@ -224,3 +224,12 @@ def test_a_call_costs_what_passes_until_the_next_can_begin():
             ticket.result(PATIENCE_S)
         (size, seconds), *_ = runtime.costs()["fake", "decoder"]
         assert size == 1 and seconds >= 0.04
+
+
+@pytest.mark.parametrize(("reply_s", "left_s"), [(0.0, 8.0), (2.0, 6.0), (50.0, 4.0)])
+def test_a_deadline_leaves_its_caller_time_for_the_reply(reply_s, left_s):
+    with serve(FakeEngine(delay_s=0.2)) as runtime:
+        began = time.monotonic()
+        ticket = runtime.submit(ask(deadline_s=8.0), reply_s=reply_s)
+        assert runtime._serving.scheduler.next_deadline_s - began == pytest.approx(left_s, abs=0.3)
+        ticket.result(PATIENCE_S)

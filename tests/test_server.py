@@ -210,6 +210,18 @@ def test_a_caller_who_hangs_up_leaves_the_queue_within_one_step(accept: str):
         assert live.generate(steps=1).status_code == 200
 
 
+def test_promises_leave_time_for_what_replies_took_of_late(monkeypatch):
+    with fake_server() as live:
+        account, asked, submit = live.app.state.service.account, [], live.runtime.submit
+        assert account.reply_s == 0.0
+        monkeypatch.setattr(live.runtime, "submit", lambda *a, reply_s: (asked.append(reply_s), submit(*a))[1])
+        for _ in range(3):
+            assert live.generate(steps=1).status_code == 200
+        assert asked[0] == 0.0 and 0.0 < asked[2] < 1.0 and account.reply_s > 0.0
+        assert live.generate(steps=99).status_code == 400
+        until(lambda: len(account._beside) == 3)
+
+
 def test_sigterm_finishes_what_runs_and_exits_with_0(tiny_lcm):
     code = "import sys; from fewstep.server.commands import serve; sys.exit(serve(sys.argv[1:]))"
     arguments = [str(tiny_lcm.root), "--port", "0", "--engine", "torch"]

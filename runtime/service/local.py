@@ -106,13 +106,17 @@ class Runtime:
             raise
         self._serving.thread.start()
 
-    def submit(self, request: GenerateRequest, model: str | None = None) -> Ticket:
+    def submit(self, request: GenerateRequest, model: str | None = None, *, reply_s: float = 0.0) -> Ticket:
         """Accept a request; it runs from here on. `model` may be left out where there is one.
+
+        reply_s: what its caller needs beside; a deadline leaves that time, up to half of it.
 
         Errors: `InvalidRequest`, `Overloaded`, `Closed`.
         """
         begun, serving = time.monotonic(), self._serving
         visit, job = self._open(self._pick(model), request, begun)
+        if reply_s and request.deadline_s is not None:
+            job = replace(job, deadline_s=begun + request.deadline_s - min(reply_s, request.deadline_s / 2))
         with serving.changed:
             if serving.closing:
                 raise Closed("the runtime is shutting down; send the request to another one")
