@@ -15,12 +15,12 @@ LATEST = 64
 
 
 class Account:
-    """One server's books. reply_s: of 100 of the latest calls, 95 took no longer beside the runtime; reading, encoding
-    and sending, which a promised deadline has to leave time for."""
+    """One server's books. reply_s: of 100 of the latest calls, 95 took no longer from the runtime's end to the reply's
+    beginning, which a promised deadline has to leave time for."""
 
     def __init__(self, meters: Meters, traces: Traces | None) -> None:
         self._meters, self._traces = meters, traces
-        self._beside: deque[float] = deque(maxlen=LATEST)
+        self._after: deque[float] = deque(maxlen=LATEST)
         self.reply_s = 0.0
 
     def begin(self, visit: Visit, headers: Mapping[str, str]) -> None:
@@ -42,14 +42,15 @@ class Account:
 
     def answered(self, visit: Visit) -> None:
         """The reply begins."""
+        if visit.made is not None:
+            took_s = time.monotonic() - visit.submitted_s - visit.made.timings.total_s
+            self._after.append(max(0.0, took_s))
+            self.reply_s = sorted(self._after)[len(self._after) * 95 // 100]
         self._meters.response(visit.route, visit.status)
 
     def end(self, visit: Visit) -> None:
         seconds = time.monotonic() - visit.begun_s
         self._meters.visited(visit, seconds)
-        if visit.made is not None and visit.method != "WEBSOCKET":
-            self._beside.append(max(0.0, seconds - visit.inner_s + visit.encode_s))
-            self.reply_s = sorted(self._beside)[len(self._beside) * 95 // 100]
         log_visit(visit, seconds)
         if self._traces is not None:
             self._traces.end(visit, seconds)

@@ -24,8 +24,9 @@ from .quota import Caller, Callers
 class Visit:
     """id: the request id, which the reply, logs and traces carry. begun_s: on `time.monotonic`.
 
-    inner_s: seconds that the runtime and the encoding of pictures took of it. ticket, made: the last request handed in
-    and the last result; of a socket there are many. span: of the trace, where one is kept.
+    submitted_s: when it last handed a request in. inner_s: seconds that the runtime and the encoding of pictures took of
+    it. ticket, made: the last request handed in and the last result; of a socket there are many. span: of the trace,
+    where one is kept.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Visit:
     paid: bool = False
     status: int = 0
     route: str = "none"
+    submitted_s: float = 0.0
     ticket: str | None = None
     made: Result | None = None
     encode_s: float = 0.0
@@ -73,8 +75,8 @@ class Door:
     """Requests into the runtime, within what the caller's key allows.
 
     count: told (key name, decision) of each: "accepted", or the `code` of the error it was refused with; and how each
-    accepted one ended: "finished", or the `code` of its error. reply_s: says what callers of late needed beside the
-    runtime.
+    accepted one ended: "finished", or the `code` of its error. reply_s: says how long replies took of late once
+    the runtime had ended.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Door:
         Errors: those of it; `Refused` 401 without a key where one is needed, 429 where its rate or share is used up.
         """
         visit = current.get() or Visit("", "", "")
+        visit.submitted_s = time.monotonic()
         try:
             ticket = self._held(visit, request, model)
         except Refused as error:

@@ -219,7 +219,7 @@ def test_promises_leave_time_for_what_replies_took_of_late(monkeypatch):
             assert live.generate(steps=1).status_code == 200
         assert asked[0] == 0.0 and 0.0 < asked[2] < 1.0 and account.reply_s > 0.0
         assert live.generate(steps=99).status_code == 400
-        until(lambda: len(account._beside) == 3)
+        until(lambda: len(account._after) == 3)
 
 
 def test_sigterm_finishes_what_runs_and_exits_with_0(tiny_lcm):

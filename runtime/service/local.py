@@ -109,7 +109,7 @@ class Runtime:
     def submit(self, request: GenerateRequest, model: str | None = None, *, reply_s: float = 0.0) -> Ticket:
         """Accept a request; it runs from here on. `model` may be left out where there is one.
 
-        reply_s: what its caller needs beside; a deadline leaves that time, up to half of it.
+        reply_s: what its caller needs once it has ended; a deadline leaves that time, up to half of it.
 
         Errors: `InvalidRequest`, `Overloaded`, `Closed`.
         """
