@@ -24,8 +24,8 @@ from .quota import Caller, Callers
 class Visit:
     """id: the request id, which the reply, logs and traces carry. begun_s: on `time.monotonic`.
 
-    submitted_s: when it last handed a request in. inner_s: seconds that the runtime and the encoding of pictures took of
-    it. ticket, made: the last request handed in and the last result; of a socket there are many. span: of the trace,
+    submitted_s: when it last handed a request in. inner_s: seconds that the runtime and the encoding of pictures took.
+    ticket, made: the last request handed in and the last result; of a socket there are many. span: of the trace,
     where one is kept.
     """
 
