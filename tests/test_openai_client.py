@@ -111,11 +111,11 @@ def test_the_clients_own_retry_outlasts_an_overload():
     with fake_server() as live, openai.OpenAI(base_url=live.url + "/v1", api_key="any", max_retries=1) as client:
         accept, asked = live.runtime.submit, []
 
-        def busy_once(*arguments):
+        def busy_once(*arguments, **beside):
             asked.append(1)
             if len(asked) == 1:
                 raise Overloaded("full", retry_after_s=0.2)
-            return accept(*arguments)
+            return accept(*arguments, **beside)
 
         live.runtime.submit = busy_once
         assert len(client.images.generate(prompt="a").data) == 1

@@ -232,7 +232,7 @@ def test_an_engine_error_fails_its_own_request_and_the_next_one_succeeds():
 
 
 def test_an_unforeseen_error_is_500_without_its_details(live: Live, monkeypatch: pytest.MonkeyPatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(live.runtime, "submit", broken)
@@ -243,7 +243,7 @@ def test_an_unforeseen_error_is_500_without_its_details(live: Live, monkeypatch:
 
 
 def test_overload_is_429_with_retry_after(live: Live, monkeypatch: pytest.MonkeyPatch):
-    def full(*_):
+    def full(*_, **__):
         raise Overloaded("the queue is full", retry_after_s=2.3)
 
     monkeypatch.setattr(live.runtime, "submit", full)
