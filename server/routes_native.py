@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.background import BackgroundTask
 
 from fewstep.runtime.engine import DENOISER_IMAGE_PROMPT, ENCODER, IMAGE_PROMPT
@@ -18,12 +18,13 @@ from fewstep.runtime.service.ticket import Ticket
 
 from . import errors, streaming
 from .jobs import Entry, Told
+from .json_routes import JSONReply, JSONRoute
 from .pictures import Encoded, account, preview_file
 from .service import Service, caller_of, service_of
 from .wire import Job
 from .wire_native import GenerateBody, generate_job
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 LastEventId = Annotated[str | None, Header()]
 
@@ -77,13 +78,13 @@ async def generate(body: GenerateBody, request: Request, idempotency_key: Idempo
         if streamed:
             return _stream(_frames(entry, -1), headers=headers)
         told = await entry.outcome()
-        return JSONResponse(told.data, told.status, {**told.headers, **headers})
+        return JSONReply(told.data, told.status, {**told.headers, **headers})
     if streamed:
         ticket = service.submit(job)
         forget = BackgroundTask(service.runtime.cancel, ticket.id)  # where the caller left before the first event
         return _stream(_told_frames(service, job, ticket), background=forget)
     result, files = await service.make(job, request)
-    return JSONResponse(_reply(result, files, job))
+    return JSONReply(_reply(result, files, job))
 
 
 @router.post("/v1/jobs", status_code=202)
@@ -91,7 +92,7 @@ async def begin_job(body: GenerateBody, request: Request, idempotency_key: Idemp
     """Begin a job and return at once: its id, under which it can be looked up, followed and cancelled."""
     service = service_of(request)
     entry, headers = _begin(service, await _read(service, body), body, request, idempotency_key)
-    return JSONResponse(entry.status(), 202, {**headers, "Location": f"/v1/jobs/{entry.id}"})
+    return JSONReply(entry.status(), 202, {**headers, "Location": f"/v1/jobs/{entry.id}"})
 
 
 @router.get("/v1/jobs/{job_id}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.datastructures import FormData, UploadFile
@@ -18,12 +18,13 @@ from fewstep.runtime.service.ticket import Ticket
 
 from . import streaming
 from .errors import Refused, answer
+from .json_routes import JSONReply, JSONRoute
 from .pictures import account, preview_file
 from .service import Service, service_of
 from .wire import Job, find_model
 from .wire_openai import EditsBody, ImagesBody, Upload, edits_job, images_job, named_quality
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 64, 2**20
 USAGE = {
     "input_tokens": 0,
@@ -122,7 +123,7 @@ async def _answer(service: Service, job: Job, body: ImagesBody, request: Request
         **_about(result, job, body),
         **account(result, files),
     }
-    return JSONResponse(reply, headers={"x-fewstep-seed": str(result.seeds[0])})
+    return JSONReply(reply, headers={"x-fewstep-seed": str(result.seeds[0])})
 
 
 def _about(result: Result, job: Job, body: ImagesBody) -> dict[str, Any]:

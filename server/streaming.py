@@ -44,7 +44,7 @@ async def result(runtime: Runtime, ticket: Ticket, request: Request) -> Result:
     Errors: the ticket's own; `Cancelled` where the caller hung up, which cancels the ticket too.
     """
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Finished | Failed] = loop.create_future()
+    done: asyncio.Future[Finished | Failed | None] = loop.create_future()
 
     def publish(event: Finished | Failed) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone, nobody waits
@@ -52,20 +52,20 @@ async def result(runtime: Runtime, ticket: Ticket, request: Request) -> Result:
 
     ticket.at_end(publish)
     gone = asyncio.create_task(_gone(request))
+    gone.add_done_callback(lambda _: _settle(done, None))
+    event = None
     try:
-        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        event = await done
+        if event is None:
             raise Cancelled("the caller closed the connection")
-        return outcome(done.result())
+        return outcome(event)
     finally:
-        gone.cancel()
-        if not done.done():
-            done.cancel()
+        gone.cancel()  # not waited for: the reply is
+        if event is None:
             runtime.cancel(ticket.id)
-        await asyncio.gather(gone, return_exceptions=True)
 
 
-def _settle(done: "asyncio.Future[Finished | Failed]", event: Finished | Failed) -> None:
+def _settle(done: "asyncio.Future[Finished | Failed | None]", event: Finished | Failed | None) -> None:
     if not done.done():
         done.set_result(event)
 

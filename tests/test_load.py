@@ -266,16 +266,16 @@ def test_rates_and_deadlines_follow_the_speed_of_the_machine(monkeypatch):
 
 def test_the_next_round_waits_until_a_server_has_done_what_was_given_up(monkeypatch):
     """Plain diffusers has no way to stop; half of the steady rounds were measured beside its backlog."""
-    taken, latencies = [], iter([9.0, 0.7, 0.45, 0.1])
+    taken, latencies = [], iter([("ok", 9.0), ("ok", 0.7), ("failed", 0.01), ("ok", 0.45), ("ok", 0.1)])
 
     def alone(target, kinds, *, first):
         taken.append(first)
-        return [Outcome(1, "ok", next(latencies))]
+        return [Outcome(1, *next(latencies))]
 
     monkeypatch.setattr("fewstep.server.load_compare.send_alone", alone)
     server, numbers = Server("slow", Target("http://127.0.0.1:1"), {}), Numbers()
     _until_idle(server, 0.1, numbers)
-    assert taken == [0, 1, 2] and numbers.used == 3
+    assert taken == [0, 1, 2, 3] and numbers.used == 4, "a quick failure is no sign of an idle server"
     monkeypatch.setattr("fewstep.server.load_compare.send_alone", lambda *_, **__: [Outcome(1, "ok", 1.0)])
     with pytest.raises(EngineUnavailable, match="the slow server did not become idle"):
         _until_idle(server, 0.1, numbers)

@@ -58,7 +58,8 @@ def admit(
     for i in range(request.n):
         noise = NoiseStream(request.seed + i)
         start = noise.draw(shape).to(device)
-        canvases.append(Canvas(request.seed + i, noise, start * plan.start_scale, start=start))
+        x = start if plan.start_scale == 1.0 else start * plan.start_scale
+        canvases.append(Canvas(request.seed + i, noise, x, start=start))
     return Live(model, request, plan, parts, tuple(dict.fromkeys(notes)), edge, source, canvases, begun_s)
 
 
