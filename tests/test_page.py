@@ -6,7 +6,9 @@ import pytest
 from browser import all_of, at, chromium, drawn, open_page, pixels, prefer, say, size
 from live import fake_server, serving, until
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from fewstep.models.spec import Guidance, Spacing
 from fewstep.runtime.engines.fake_engine import FakeEngine, Fault, fake_bundle, fake_spec
@@ -157,6 +159,23 @@ def test_controls_follow_the_model(browser):
         at(browser, "negative").send_keys("blue")
         say(browser, "a red circle")
         assert "16 NFE" in about(browser)
+
+
+def test_a_model_that_cannot_follow_lines_does_not_end_the_choice_of_them(browser):
+    engines = {name: FakeEngine(fake_spec(), control=name == "both") for name in ("edits", "both")}
+    bundles = [fake_bundle(name) for name in engines]
+    with Runtime(bundles, engines=engines) as runtime, serving(runtime) as live:
+        open_page(browser, live.url)
+        model = Select(at(browser, "model"))
+        at(browser, "draw").click()
+        until(lambda: at(browser, "strength").is_displayed() and not at(browser, "steer").is_displayed())
+        model.select_by_value("both")
+        until(lambda: at(browser, "scale").is_displayed() and at(browser, "steer").is_displayed())
+        browser.find_element(By.CSS_SELECTOR, "#steer label:last-child").click()
+        until(lambda: at(browser, "strength").is_displayed())
+        for name in ("edits", "both"):
+            model.select_by_value(name)
+        until(lambda: at(browser, "strength").is_displayed() and at(browser, "steer").is_displayed())
 
 
 def test_a_key_is_asked_for_and_used(browser):

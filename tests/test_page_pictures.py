@@ -1,4 +1,4 @@
-"""Screenshots of the page, as the documents show them. With real models:
+"""Screenshots of the page, as the documents show them. With real models, of which the last is drawn with:
 
 PAGE_BUNDLES=scenes-lcm,scenes-teacher PAGE_PICTURES=docs/pictures pytest tests/test_page_pictures.py
 """
@@ -14,6 +14,7 @@ from browser import all_of, at, chromium, drawn, open_page, prefer, say, size, s
 from live import serving, until
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
 from fewstep.runtime.service.local import Runtime
@@ -76,6 +77,8 @@ def test_words(page, folder, scheme: str):
 def test_drawing(page, folder):
     size(page, 1280, 800)
     prefer(page, prefers_color_scheme="light")
+    models = Select(at(page, "model"))
+    models.select_by_index(len(models.options) - 1)
     say(page, DRAWN)
     at(page, "draw").click()
     for line in (CIRCLE, SQUARE):

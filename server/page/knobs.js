@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const LIVE_STEPS = 8; // a teacher's usual 25 steps are too many to follow a hand
-let models = [];
+let models = [], chosen = "control";
 let counts = [];
 
 export const model = () => models.find((one) => one.name === $("model").value);
@@ -14,6 +14,9 @@ export function offer(found) {
   $("model").replaceChildren(...models.map((one) => new Option(one.name, one.name)));
   showModel();
 }
+
+// What drawings are taken for from here on, by models that can do both; one that cannot leaves the choice as it is.
+export function choose(way) { chosen = way; }
 
 // A model that follows drawings: the chosen one where it does, else the first; undefined where none does.
 export function steerableModel() {
@@ -30,7 +33,8 @@ export function showModel() {
   $("guidance-field").hidden = spec.guidance.mode === "none";
   $("negative-field").hidden = spec.guidance.mode !== "cfg";
   for (const [way, able] of [["control", control], ["edit", edit]]) document.querySelector(`#steer [value=${way}]`).disabled = !able;
-  if (document.querySelector("#steer input:checked").disabled) document.querySelector(`#steer [value=${control ? "control" : "edit"}]`).checked = true;
+  const way = { control, edit }[chosen] ? chosen : control ? "control" : "edit";
+  document.querySelector(`#steer [value=${way}]`).checked = true;
   $("steer").hidden = !(control && edit);
   showValues();
 }
@@ -69,7 +73,7 @@ export function write(asked) {
   if (asked.guidance !== undefined) $("guidance").value = asked.guidance;
   if (asked.control) $("scale").value = asked.control.scale;
   if (asked.edit) $("strength").value = asked.edit.strength;
-  for (const way of ["control", "edit"]) if (asked[way]) document.querySelector(`#steer [value=${way}]`).checked = true;
+  for (const way of ["control", "edit"]) if (asked[way]) { chosen = way; document.querySelector(`#steer [value=${way}]`).checked = true; }
   showValues();
 }
 

@@ -1,6 +1,6 @@
 // Type or draw, and the picture follows. No build: these modules are what the browser runs.
 
-import { dice, model, moveSteps, offer, read, showModel, showValues, steer, steerable, steerableModel, write } from "./knobs.js";
+import { choose, dice, model, moveSteps, offer, read, showModel, showValues, steer, steerable, steerableModel, write } from "./knobs.js";
 import { ms, showQueue, showTimes } from "./meter.js";
 import { Pad } from "./pad.js";
 import { Past } from "./past.js";
@@ -214,7 +214,7 @@ $("seed").addEventListener("input", () => { setLock(true); changed(); });
 $("dice").addEventListener("click", () => { dice(); changed(); });
 $("lock").addEventListener("click", () => setLock(!pressed("lock")));
 $("draw").addEventListener("click", () => { setDrawing(!pressed("draw")); if (pressed("draw")) $("pad").focus(); if (!pad.empty) changed(); });
-$("steer").addEventListener("change", () => { showSteer(); changed(); });
+$("steer").addEventListener("change", () => { choose(steer()); showSteer(); changed(); });
 $("brush").addEventListener("input", () => { pad.width = Number($("brush").value); });
 $("rubber").addEventListener("click", () => setRubber(!pressed("rubber")));
 $("undo").addEventListener("click", () => pad.undo());
