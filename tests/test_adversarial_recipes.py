@@ -16,7 +16,7 @@ from fewstep.runtime.sampling.groups import read_group
 from fewstep.runtime.sampling.request import GenerateRequest
 from fewstep.runtime.service.local import Runtime
 from fewstep.trainers.bench.recipes import Setup, on_plane
-from fewstep.trainers.distribution.discriminator import Adversary, Deceive, Judge
+from fewstep.trainers.distribution.discriminator import Adversary, Deceive, Judge, apart
 from fewstep.trainers.distribution.distribution import DistributionMatching
 from fewstep.trainers.errors import DataError, RecipeError
 from fewstep.trainers.networks.critics import CriticPlan, FakeWithCritic, blocks_of, picture_critic, taps
@@ -185,6 +185,13 @@ def test_dino_on_decoded_pictures(tiny_teacher, pictures, tmp_path):
     assert load_bundle(student.root).spec.recipe == "add"
     with pytest.raises(RecipeError, match=r"holds no config\.json of a Dinov2Model"):
         distill("add", tiny_teacher, tmp_path / "no", FAST | {"vision": str(tmp_path)}, data=pictures, device="cpu")
+
+
+def test_neighbours_differ_in_what_they_show_and_not_in_the_time_they_are_told():
+    """Misaligned pairs beside a student whose fake is told a time: its `s` is one number a row."""
+    cond = {"ctx": torch.tensor([1.0, 1.0, 2.0])[:, None, None].expand(3, 4, 5), "s": torch.tensor([0.0, 500.0, 500.0])}
+    assert apart(cond).tolist() == [True, False, True]
+    assert apart({"w": torch.tensor([1.0, 1.0, 2.0])}).tolist() == [True, False, True]
 
 
 def test_the_weight_of_0_leaves_scm(start):

@@ -168,6 +168,20 @@ def test_an_exploding_loss_stops_the_run_too(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 31, "not 62, when a loss had exploded already"
 
 
+class Late(Toy):
+    """Nothing is asked of the fake before step 60, and next to nothing then, as of DisBack's student."""
+
+    def loss(self, player, batch, turn):
+        value, told = super().loss(player, batch, turn)
+        asked = player != "fake" or turn.step >= 60
+        return value * (0.0 if not asked else 1e-6 if turn.step == 60 else 1.0), told
+
+
+def test_a_player_of_whom_nothing_was_asked_has_no_usual_loss(tmp_path):
+    _, outcome = run(tmp_path, 150, Late(fake=PlayerSettings(lr=1e-3)), max_bad_steps=4)
+    assert outcome.skipped == 0
+
+
 def test_a_term_that_is_not_finite_is_named(tmp_path):
     toy = Toy()
     loss = toy.loss

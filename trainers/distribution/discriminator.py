@@ -138,7 +138,7 @@ class Judge:
         logits = critic(seen, t, cond)
         real, fake = logits[: len(data)], logits[len(data) : 2 * len(data)]
         if own.misaligned:
-            fake = torch.cat([fake, logits[2 * len(data) :][apart({name: told[name] for name in batch.cond})]])
+            fake = torch.cat([fake, logits[2 * len(data) :][apart(told)]])
         gan = own.loss.critic(real, fake)
         right = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         metrics = {"gan_critic": float(gan.detach()), "critic_right": float(right)}
@@ -152,8 +152,9 @@ class Judge:
 
 
 def apart(cond: Condition) -> Tensor:
-    """[B]: whether a row's condition differs from that of the row before it."""
-    return torch.stack([(value != value.roll(1, 0)).flatten(1).any(1) for value in cond.values()]).any(0)
+    """[B]: whether a row's condition differs from that of the row before it, whatever second time each is told."""
+    rows = (value.reshape(len(value), -1) for name, value in cond.items() if name != "s")
+    return torch.stack([(row != row.roll(1, 0)).any(1) for row in rows]).any(0)
 
 
 def critic_of(cast: Cast) -> Critic:

@@ -35,6 +35,8 @@ class Health:
             return Health(self.bad + 1, harmless, self.first or wrong, self.usual)
         usual = dict(self.usual)
         for row in rows:
+            if row["loss"] == 0.0:  # nothing was asked of it yet, which says nothing of its usual loss
+                continue
             size, count = usual.get(row["player"], (0.0, 0))
             usual[row["player"]] = (size + (abs(row["loss"]) - size) / min(count + 1, 500), count + 1)
         return Health(usual=usual)
