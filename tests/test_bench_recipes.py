@@ -120,3 +120,20 @@ def test_a_panel_shows_points_where_they_are():
     marked = (picture != 250).any(2)
     assert marked[SIDE // 2 - 2 : SIDE // 2 + 2, SIDE // 2].any() and marked[: SIDE // 4, -SIDE // 4 :].any()
     assert marked.sum() < 20
+
+
+def test_the_seed_is_that_of_training_and_of_measuring(monkeypatch, tmp_path):
+    class Asked(Exception):
+        """Holds the setup."""
+
+    def stop(names, setup, folder, *, jobs):
+        raise Asked(setup)
+
+    monkeypatch.setattr(bench_recipes, "compare", stop)
+    found = {}
+    for seed in ("0", "3"):
+        with pytest.raises(Asked) as told:
+            command(["dmd2", "--quick", "--seed", seed, "--out", str(tmp_path)])
+        found[seed] = told.value.args[0]
+    assert found["0"] == QUICK and (found["3"].seed, found["3"].budget.seed) == (3, 3)
+    assert key_of("dmd2", found["3"]) != key_of("dmd2", QUICK)

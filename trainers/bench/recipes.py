@@ -354,6 +354,7 @@ def command(argv: list[str]) -> int:
         action="store_true",
         help="a small budget, and only a few recipes where none are named; fails where one is worse than its teacher",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of networks, draws and samples (%(default)s)")
     parser.add_argument("--jobs", type=read_count, default=1, help="recipes trained at a time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     args = parser.parse_args(argv)
@@ -363,8 +364,8 @@ def command(argv: list[str]) -> int:
     from .recipes_report import draw_samples, markdown
 
     setup = QUICK if args.quick else FULL
-    if args.budget is not None:
-        setup = replace(setup, budget=replace(setup.budget, steps=args.budget))
+    steps = setup.budget.steps if args.budget is None else args.budget
+    setup = replace(setup, seed=args.seed, budget=replace(setup.budget, steps=steps, seed=args.seed))
     folder = Path(args.out)
     report = compare(args.names or (FEW if args.quick else ()), setup, folder, jobs=args.jobs)
     draw_samples(report, folder / "recipes.png")
