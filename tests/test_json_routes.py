@@ -1,11 +1,14 @@
 """The short way of JSON bodies: the same answers as FastAPI's own way, which takes every call that it does not."""
 
+import asyncio
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import fastapi.routing
 import pytest
-from fastapi import APIRouter, FastAPI, Header, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Header, Request, Response
+from fastapi import Body as InBody
 from fastapi.testclient import TestClient
 from live import Live, fake_server
 from pydantic import BaseModel
@@ -87,6 +90,18 @@ def app() -> TestClient:
     async def in_path(body: Body, name: str) -> Response:
         return JSONReply({"name": name})
 
+    @router.post("/embedded")
+    async def embedded(body: Annotated[Body, InBody(embed=True)]) -> Response:
+        return JSONReply({"number": body.number})
+
+    @router.post("/answers-itself")
+    async def answers_itself(body: Body, response: Response, later: BackgroundTasks) -> Response:
+        return JSONReply({"given": [type(given).__name__ for given in (response, later)]})
+
+    @router.post("/guarded", dependencies=[Depends(lambda: None)])
+    async def guarded(body: Body) -> Response:
+        return JSONReply({"number": body.number})
+
     @router.post("/value")
     async def value(body: Body) -> dict[str, int]:
         return {"number": body.number}
@@ -109,6 +124,9 @@ def test_a_plain_call_goes_the_short_way(usual: list[str]):
         ("/needs-header", {"mark": "x"}, 200, {"mark": "x"}),
         ("/needs-header", {}, 422, None),
         ("/in-path/a", {}, 200, {"name": "a"}),
+        ("/embedded", {}, 422, None),
+        ("/answers-itself", {}, 200, {"given": ["Response", "BackgroundTasks"]}),
+        ("/guarded", {}, 200, {"number": 3}),
         ("/value", {}, 200, {"number": 3}),
     ],
 )
@@ -123,6 +141,23 @@ def test_what_asks_for_more_goes_fastapis_way(
 def test_a_body_that_is_not_valid_gets_fastapis_error(usual: list[str]):
     reply = app().post("/short", json={"number": "three"})
     assert reply.status_code == 422 and reply.json()["detail"][0]["loc"] == ["body", "number"] and usual == ["/short"]
+
+
+@pytest.mark.parametrize("kind", [PLAIN, LONGER])
+def test_a_caller_who_leaves_in_the_middle_of_a_body_is_no_fault_of_the_servers(kind: str):
+    messages: Iterator[Any] = iter(({"type": "http.request", "body": b'{"num', "more_body": True},))
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", kind.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/short", "headers": headers, "query_string": b""}
+    asyncio.run(app().app(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 def test_a_reply_is_json_as_python_writes_it():
