@@ -53,6 +53,10 @@ class Target:
     def route(self) -> str:
         return "/v1/generate" if self.native else "/v1/images/generations"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
     def body(self, arrival: Arrival, left_s: float | None) -> dict[str, Any]:
         steps = "steps" if self.native else "num_inference_steps"
         body = {"prompt": prompt(arrival.number), steps: arrival.kind.steps, "seed": arrival.number}
@@ -118,9 +122,7 @@ def send_alone(target: Target, kinds: Sequence[Kind], *, first: int) -> list[Out
 
     first: as in `send_in_turn`.
     """
-    headers = {"Content-Type": "application/json"}
-    if target.key:
-        headers["Authorization"] = f"Bearer {target.key}"
+    headers = {"Content-Type": "application/json", **target.headers}
     connection = HTTPConnection(urlsplit(target.url).netloc, timeout=target.timeout_s)
     found = []
     try:
@@ -149,7 +151,7 @@ async def _client(target: Target) -> AsyncIterator["aiohttp.ClientSession"]:
     async with aiohttp.ClientSession(
         target.url,
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=target.timeout_s),
-        headers={"Authorization": f"Bearer {target.key}"} if target.key else {},
+        headers=target.headers,
         timeout=aiohttp.ClientTimeout(target.timeout_s),
     ) as client:
         yield client

@@ -167,15 +167,19 @@ def test_a_model_that_cannot_follow_lines_does_not_end_the_choice_of_them(browse
     with Runtime(bundles, engines=engines) as runtime, serving(runtime) as live:
         open_page(browser, live.url)
         model = Select(at(browser, "model"))
-        at(browser, "draw").click()
-        until(lambda: at(browser, "strength").is_displayed() and not at(browser, "steer").is_displayed())
-        model.select_by_value("both")
-        until(lambda: at(browser, "scale").is_displayed() and at(browser, "steer").is_displayed())
-        browser.find_element(By.CSS_SELECTOR, "#steer label:last-child").click()
-        until(lambda: at(browser, "strength").is_displayed())
-        for name in ("edits", "both"):
+
+        def follows(name: str) -> tuple[str, bool]:
+            """Whether the page shows the setting of lines or of colours, and whether one may choose, with a model."""
             model.select_by_value(name)
-        until(lambda: at(browser, "strength").is_displayed() and at(browser, "steer").is_displayed())
+            until(lambda: at(browser, "scale").is_displayed() != at(browser, "strength").is_displayed())
+            return "lines" if at(browser, "scale").is_displayed() else "colours", at(browser, "steer").is_displayed()
+
+        at(browser, "draw").click()
+        assert follows("edits") == ("colours", False)
+        assert follows("both") == ("lines", True)
+        browser.find_element(By.CSS_SELECTOR, "#steer label:last-child").click()
+        assert follows("edits") == ("colours", False)
+        assert follows("both") == ("colours", True), "it was chosen"
 
 
 def test_a_key_is_asked_for_and_used(browser):
