@@ -39,13 +39,15 @@ FEW = ("lcm", "progressive", "sid", "w-embedding")
 SETTINGS = {
     "order": 2, "points": 24, "pair_steps": 200, "pairs": 16384, "start_steps": 64, "difference": 0.005,
     "guidance_high": 2.0, "gap_mean": -1.0, "adaptive": 0.0, "told": True,
+    "normalised": False,
 }  # fmt: skip
 """What two dimensions need and pictures can do without. Solvers are of second order or of many steps, since 50 of first
 order leave as much error by themselves as is allowed, and this teacher costs little. So a grid does with fewer points,
 and a student has fewer links to carry its end through. Derivatives are by differences, as a forward derivative of so
 small a network costs ten of its evaluations. Scores are compared at lower levels, as these modes are a tenth of the
 data wide. No adaptive weight: the length of an error tells here which datum was drawn, as it does not among the many
-numbers of a picture, and the weighted mean over data is another than the mean. Few-step SiD's fake is told the step."""
+numbers of a picture, and the weighted mean over data is another than the mean; nor is a score identity divided by the
+mean of two numbers. Few-step SiD's fake is told the step."""
 
 
 @dataclass(frozen=True, kw_only=True)

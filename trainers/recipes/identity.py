@@ -68,19 +68,22 @@ def plain_fake(times: Law = FAKE_TIMES, guidance: float = 1.0, nulled: float = 0
 def sid(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, alpha: float = 1.0, guidance: float = 3.0,
     fake_guidance: float = 1.0, start: float = 0.625, sida: bool = False, gan_student: float = 1e-4,
-    gan_critic: float = 1e-2, gap_mean: float | None = None, gap_std: float = 1.2,
+    gan_critic: float = 1e-2, gap_mean: float | None = None, gap_std: float = 1.2, normalised: bool = True,
 ) -> Recipe:  # fmt: skip
     """SiD, Zhou et al. 2024 (arXiv 2404.04057); with long and short guidance 2406.01561; `sida` 2410.14919.
 
     `(mu_real - mu_fake) . ((mu_real - x) - alpha (mu_real - mu_fake)) / |x - mu_real|`, gradients through x, x_t and
-    both networks. fake_guidance: the scale at which the fake is trained and asked. sida: a GAN on the channel mean of
-    the fake's encoder, which needs data. The paper: alpha 1.2 (1.0 with guidance, with sida), one update of each, Adam
-    without momentum at 1e-5 (1e-6 with guidance), batch 256 to 8192, sampled from 625 of 1000.
+    both networks. normalised: whether it is divided so; of few numbers the length is near 0 by chance. fake_guidance:
+    the scale at which the fake is trained and asked. sida: a GAN on the channel mean of the fake's encoder, which needs
+    data. The paper: alpha 1.2 (1.0 with guidance, with sida), one update of each, Adam without momentum at 1e-5 (1e-6
+    with guidance), batch 256 to 8192, sampled from 625 of 1000.
     """
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=GAP_TIMES, same_noise=True)
     scale = UniformScale(guidance, guidance)
     times, fake_times = gap_times(gap_mean, gap_std)
-    identity = ScoreIdentity(times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=fake_guidance)
+    identity = ScoreIdentity(
+        times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=fake_guidance, normalised=normalised
+    )
     fooled, judged = ((Deceive(adversary),), (Judge(adversary),)) if sida else ((), ())
     return from_noise(
         "sid", "Zhou et al. 2024, Score identity Distillation, arXiv:2404.04057",
@@ -92,7 +95,7 @@ def sid(
 def sid_few_step(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 2e-4, alpha: float = 1.0, mode: str = "long-short",
     guidance: float = 3.0, anti: float = -1.0, start: float = 0.625, grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0),
-    told: bool = False, gap_mean: float | None = None, gap_std: float = 1.2,
+    told: bool = False, gap_mean: float | None = None, gap_std: float = 1.2, normalised: bool = True,
 ) -> Recipe:  # fmt: skip
     """Few-step SiD, Zhou et al. 2025 (arXiv 2505.12674): one fake score, told no step, for the samples of all steps.
 
@@ -110,7 +113,9 @@ def sid_few_step(
     teacher, trained, evaluated = asked[mode]
     scale = UniformScale(teacher, teacher)
     times, fake_times = gap_times(gap_mean, gap_std)
-    identity = ScoreIdentity(times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=evaluated)
+    identity = ScoreIdentity(
+        times=times, guidance=scale, cfg=True, alpha=alpha, fake_guidance=evaluated, normalised=normalised
+    )
     fake = plain_fake(fake_times, trained, 0.1 if mode == "anti-cfg" else 0.0)
     return from_noise(
         "sid-few-step", "Zhou, Gu & Wang 2025, Few-Step Diffusion via Score identity Distillation, arXiv:2505.12674",
@@ -147,7 +152,7 @@ def sim(
 def uni_instruct(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, divergence: str = "kl", alpha: float = 0.5,
     released: bool = False, gan_student: float = 1e-4, gan_critic: float = 1e-2, guidance: float = 3.0,
-    start: float = 0.625, gap_mean: float | None = None, gap_std: float = 1.2,
+    start: float = 0.625, gap_mean: float | None = None, gap_std: float = 1.2, normalised: bool = True,
 ) -> Recipe:  # fmt: skip
     """Uni-Instruct, Wang et al. 2025 (arXiv 2505.20755): the score identity weighted for an f-divergence.
 
@@ -161,7 +166,7 @@ def uni_instruct(
     times, fake_times = gap_times(gap_mean, gap_std)
     identity = ScoreIdentity(
         times=times, guidance=UniformScale(guidance, guidance), cfg=True, alpha=alpha,
-        weight=RatioWeight(divergence, released=released),
+        normalised=normalised, weight=RatioWeight(divergence, released=released),
     )  # fmt: skip
     return from_noise(
         "uni-instruct", "Wang et al. 2025, Uni-Instruct: unified diffusion divergence instruction, arXiv:2505.20755",
@@ -172,7 +177,7 @@ def uni_instruct(
 
 def sfd(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, alpha: float = 1.0, guidance: float = 3.0,
-    start: float = 0.44, forget: str = "red", override: str = "blue", weight: float = 0.01,
+    start: float = 0.44, forget: str = "red", override: str = "blue", weight: float = 0.01, normalised: bool = True,
 ) -> Recipe:  # fmt: skip
     """Score forgetting distillation, Chen et al. 2024 (arXiv 2409.11219): SiD that forgets a concept on the way.
 
@@ -185,8 +190,9 @@ def sfd(
             f"weight is {weight}; with none the concept is not forgotten but left unlearned: give it some"
         )
     identity = ScoreIdentity(
-        times=UniformTimes(0.038, 0.712), guidance=UniformScale(guidance, guidance), cfg=True, alpha=alpha
-    )
+        times=UniformTimes(0.038, 0.712), guidance=UniformScale(guidance, guidance), cfg=True, alpha=alpha,
+        normalised=normalised,
+    )  # fmt: skip
     return from_noise(
         "sfd", "Chen et al. 2024, Score Forgetting Distillation, arXiv:2409.11219",
         (Forgetting(identity, weight),), (Forgetting(plain_fake(), weight),), (lr, fake_lr), steps, start=start,
