@@ -120,7 +120,7 @@ def test_another_contract_is_refused(tiny_teacher, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [
-        (lambda: rocm(reward="nicer"), "reward is 'nicer'; it must be one of colourful, typical, or a folder"),
+        (lambda: rocm(reward="nicer"), "reward is 'nicer'; it must be one of colourful, typical, objects, or a folder"),
         (lambda: rocm(divergence="tv"), "divergence is 'tv'; it must be one of kl, hellinger, fisher, js"),
         (lambda: rocm(warm=0), "name one by init=DIR"),
         (lambda: pso(counts=(1, 4)), "each must be at least 2, since one step has no noisy one"),

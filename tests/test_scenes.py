@@ -1,6 +1,7 @@
 """The scenes data set: what a caption says is true of its picture, and there is enough to say."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -126,6 +127,33 @@ def test_a_hundred_thousand_captions_drawn_directly():
         seen.add(scenes.describe(said, relation, rng.choice((None, *BACKGROUNDS)), rng))
         draws += 1
         assert draws < 200_000, "captions repeat too often"
+
+
+def test_crowds_repeat_themselves_and_stay_apart():
+    rng = random.Random(3)
+    crowds = [scenes.crowd(rng).objects for _ in range(400)]
+    assert {len(objects) for objects in crowds} == set(range(6))
+    mixed = [
+        objects for objects in crowds if 1 < len({(o.shape, o.colour) for o in objects}) < len(objects)
+    ]  # fmt: skip
+    assert len(mixed) > 40, "twice the same beside another kind, which no caption speaks of"
+    for objects in crowds:
+        for a, b in itertools.combinations(objects, 2):
+            assert math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
+        assert all(min(o.x, o.y, SIZE - o.x, SIZE - o.y) > o.radius for o in objects)
+
+
+def test_a_caption_can_be_read_back():
+    rng = random.Random(11)
+    for caption in (scenes.sample(rng).caption for _ in range(3_000)):
+        assert scenes.read_caption(caption.text) == caption
+
+
+def test_words_of_something_else_are_passed_over():
+    said = scenes.read_caption("A photo of my cat beside Two Small Red rings, over a mint wall")
+    assert said.objects == (ObjectClaim("ring", "red", "small"),) * 2
+    assert said.relation is None and said.background == "mint"
+    assert not scenes.read_caption("a cat").objects
 
 
 def test_captions_use_known_words_in_many_ways(samples):

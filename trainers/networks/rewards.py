@@ -2,12 +2,12 @@
 
 A `Reward` maps (samples [B, C, ...] as the denoiser sees them, condition) to [B]; more is better. It never trains: the
 one that does is its proxy (`trainers.networks.proxy`). A recipe names its reward: one of `PICTURE_REWARDS`, which look
-at decoded pictures, or the folder of a CLIP-like preference model (`trainers.networks.preference_model`). The plane
-has its own.
+at decoded pictures, `objects`, which holds them against their captions (`trainers.networks.shown`), or the folder of a
+CLIP-like preference model (`trainers.networks.preference_model`). The plane has its own.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from fewstep.models.denoiser import Condition
 
 from ..errors import RecipeError
 from ..parts.objective import Cast, Reward
+from ..pictures.data import PROMPT, Latents
 from ..pictures.features import load_features
+from ..pictures.finder import load_finder
+from .preference_model import load_preference, with_prompts
+from .shown import ShowsObjects
 
-DEFAULT = "colourful"
+DEFAULT, OBJECTS = "colourful", "objects"
 
 
 def colourfulness(pictures: Tensor) -> Tensor:
@@ -52,7 +56,8 @@ PICTURE_REWARDS: Mapping[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "colourful": lambda: colourfulness,
     "typical": lambda: Typical(load_features()),
 }
-"""Built-in rewards by name: what makes a function of pictures [B, 3, H, W] in [-1, 1]."""
+"""Built-in rewards by name that look at pictures alone: what makes a function of them, [B, 3, H, W] in [-1, 1]."""
+BUILT_IN = (*PICTURE_REWARDS, OBJECTS)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ def picture_reward(name: str, teacher: Bundle, device: torch.device | str = "cpu
     """The reward of this name, through the teacher's decoder. Errors: `RecipeError` for one that is not there."""
     check_reward(name)
     decoder = teacher.decoder().requires_grad_(False).to(device)
+    if name == OBJECTS:
+        return ShowsObjects(decoder, load_finder().to(device), teacher.tokenizer)
     if name not in PICTURE_REWARDS:
-        from .preference_model import load_preference
-
         return load_preference(Path(name), decoder, device)
     judge = PICTURE_REWARDS[name]()
     return Decoded(decoder, Typical(judge.eye.to(device)) if isinstance(judge, Typical) else judge)
@@ -80,12 +85,25 @@ def picture_reward(name: str, teacher: Bundle, device: torch.device | str = "cpu
 
 def check_reward(name: str) -> str:
     """The name, where it is one. Errors: `RecipeError` listing what there is."""
-    if name in PICTURE_REWARDS or (Path(name) / "config.json").is_file():
+    if name in BUILT_IN or (Path(name) / "config.json").is_file():
         return name
     raise RecipeError(
-        f"reward is {name!r}; it must be one of {', '.join(PICTURE_REWARDS)}, or a folder with a CLIPModel's "
+        f"reward is {name!r}; it must be one of {', '.join(BUILT_IN)}, or a folder with a CLIPModel's "
         "config.json, weights and tokenizer, as PickScore's"
     )
+
+
+def with_prompts_for(reward: str | None, data: Latents, teacher: Bundle) -> Latents:
+    """The data as a recipe of this reward needs it: with prompts beside its samples, where the reward reads them.
+
+    Errors: `RecipeError` for a name that is not there, or a preference model without a tokenizer.
+    """
+    if reward is None or check_reward(reward) in PICTURE_REWARDS:
+        return data
+    if reward == OBJECTS:
+        feeds, empty = {**data.feeds, PROMPT: data.ids}, {**data.empty, PROMPT: data.empty["ids"]}
+        return replace(data, feeds=feeds, empty=empty)
+    return with_prompts(data, teacher, Path(reward))
 
 
 def reward_of(cast: Cast, name: str) -> Reward:

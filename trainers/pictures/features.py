@@ -26,7 +26,7 @@ FEATURES = 64
 WEIGHTS = Path(__file__).parent / "reference_features.safetensors"
 _PLACES = 4
 """Places are read on a grid of 4x4 cells."""
-_MAX_NOISE = 24.0
+MAX_NOISE = 24.0
 """Strongest noise of the training pictures, standard deviation in units of 1/255."""
 
 
@@ -94,10 +94,10 @@ def train_features(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         chosen = torch.randint(len(pictures), (batch,))
-        worn, wear = _wear(as_input(pictures[chosen]))
+        worn, amounts = wear(as_input(pictures[chosen]))
         said = head(net(worn))
         loss = functional.binary_cross_entropy_with_logits(said[:, :-2], answers[chosen]) * 10
-        loss = loss + functional.mse_loss(said[:, -2:], wear)
+        loss = loss + functional.mse_loss(said[:, -2:], amounts)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -138,15 +138,18 @@ def _draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return pictures.permute(0, 3, 1, 2).contiguous(), torch.stack([scene_answers(scene) for scene in drawn])
 
 
-def _wear(clean: Tensor) -> tuple[Tensor, Tensor]:
-    """Blur and noise half of the pictures, each by its own amount. Returns them and the amounts [B, 2] in 0..1."""
+def wear(clean: Tensor, strongest: float = MAX_NOISE) -> tuple[Tensor, Tensor]:
+    """Blur and noise half of the pictures, each by its own amount. Returns them and the amounts [B, 2] in 0..1.
+
+    strongest: the noise of amount 1, standard deviation in units of 1/255.
+    """
     amounts = torch.rand(len(clean), 2) * (torch.rand(len(clean), 2) < 0.5)
     blur, noise = amounts[:, 0, None, None, None], amounts[:, 1, None, None, None]
     line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     kernel = (line[:, None] * line).expand(3, 1, 5, 5)
     soft = functional.conv2d(functional.pad(clean, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     worn = clean + blur * (soft - clean)
-    return worn + noise * (_MAX_NOISE / 127.5) * torch.randn_like(clean), amounts
+    return worn + noise * (strongest / 127.5) * torch.randn_like(clean), amounts
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
@@ -49,6 +50,14 @@ _RELATION_WORDS = {
     "row": ("in a row from left to right", "side by side from left to right"),
     "column": ("in a column from top to bottom", "stacked from top to bottom"),
 }
+_MEANT: dict[str, dict[str, Any]] = {
+    "size": {word: size for size, group in _SIZE_WORDS.items() for word in group},
+    "number": {word: number for number, group in _NUMBER_WORDS.items() for word in group},
+    "shape": {form: shape for shape in SHAPES for form in (shape, f"{shape}s", f"{shape}es")},
+    "beside": {"left": "left", "right": "right", "above": "above", "over": "above", "below": "below", "under": "below"},
+    "lined": {"row": "row", "side": "row", "column": "column", "stacked": "column"},
+}
+"""What single words mean; each relation has one word of its own."""
 _OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "an image of ", "we see ")
 _GROUNDS = ("on a {} background", "on {}", "over a {} background", "with a {} background")
 
@@ -127,6 +136,25 @@ def sample_like(caption: Caption, rng: random.Random) -> Scene:
     return Scene(objects, caption.background or rng.choice(tuple(BACKGROUNDS)), jitter)
 
 
+def crowd(rng: random.Random) -> Scene:
+    """A scene that no caption speaks of: up to five objects anywhere, often of one kind, colour or shape."""
+    objects: list[SceneObject] = []
+    for _ in range(rng.randint(0, 5)):
+        shape, colour, size = rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(RADII))
+        if objects and rng.random() < 0.6:
+            other = rng.choice(objects)
+            shape, colour = rng.choice(((other.shape, other.colour), (other.shape, colour), (shape, other.colour)))
+        radius = rng.uniform(*RADII[size])
+        margin = radius * 1.1 + 1.5
+        for _ in range(20):
+            x, y = rng.uniform(margin, SIZE - margin), rng.uniform(margin, SIZE - margin)
+            trial = [*objects, SceneObject(shape, colour, size, x, y, radius)]
+            if _apart(trial):
+                objects = trial
+                break
+    return Scene(tuple(objects), rng.choice(tuple(BACKGROUNDS)), _jitter(len(objects) + 1, rng))
+
+
 def caption(scene: Scene, relation: str | None, rng: random.Random) -> Caption:
     """Say something of a scene: sizes and background may go unsaid, the phrasing is drawn afresh."""
     objects = tuple(ObjectClaim(o.shape, o.colour, o.size) for o in scene.objects)
@@ -136,7 +164,7 @@ def caption(scene: Scene, relation: str | None, rng: random.Random) -> Caption:
 
 
 def describe(objects: tuple[ObjectClaim, ...], relation: str | None, background: str | None, rng: random.Random) -> str:
-    """Phrase the claims in words; the inverse is not needed, since `Caption` carries the claims."""
+    """Phrase the claims in words; `read_caption` is the inverse."""
     if len(objects) > 1 and len(set(objects)) == 1:
         body = _noun(objects[0], rng, rng.choice(_NUMBER_WORDS[len(objects)]))
         if relation is not None:
@@ -157,6 +185,28 @@ def describe(objects: tuple[ObjectClaim, ...], relation: str | None, background:
     if rng.random() < 0.15:
         return f"{background} background , {body}".replace(" ,", ",")
     return f"{opening}{body} {rng.choice(_GROUNDS).format(background)}"
+
+
+def read_caption(text: str) -> Caption:
+    """The claims of a text as `describe` phrases them; words that it does not know are passed over."""
+    objects: list[ObjectClaim] = []
+    said = text.replace(",", " , ").lower().split()
+    number, size, colour, relation, background = 1, None, None, None, None
+    for k, word in enumerate(said):
+        size = _MEANT["size"].get(word, size)
+        number = _MEANT["number"].get(word, number)
+        colour = word if word in COLOURS else colour
+        background = word if word in BACKGROUNDS else background
+        shape = _MEANT["shape"].get(word)
+        if shape is not None and colour is not None:
+            objects += [ObjectClaim(shape, colour, size)] * number
+            number, size, colour = 1, None, None
+        # "over" says where an object is, and in "over a pink background" nothing
+        elif len(objects) == 1 and word in _MEANT["beside"] and not set(said[k + 1 : k + 4]) & set(BACKGROUNDS):
+            relation = _MEANT["beside"][word]
+        elif len(objects) > 1 and word in _MEANT["lined"]:
+            relation = _MEANT["lined"][word]
+    return Caption(text, tuple(objects), relation, background)
 
 
 def words() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition
 
 from ..errors import RecipeError
-from ..networks.rewards import PICTURE_REWARDS
+from ..networks.rewards import BUILT_IN
 from .plane import CLASSES, Plane
 
 
@@ -28,7 +28,7 @@ class NearMode:
 
 def plane_reward(name: str, data: Plane) -> NearMode:
     """The plane's own reward, whichever built-in one is named. Errors: `RecipeError` for a model of pictures."""
-    if name not in PICTURE_REWARDS:
+    if name not in BUILT_IN:
         raise RecipeError(f"reward is {name!r}, a model that judges pictures, and the plane has none; leave it out")
     heaviest = [torch.where(data.owner == c, data.data.weights, 0.0).argmax() for c in range(CLASSES)]
     return NearMode(data.data.means[torch.stack(heaviest)])

@@ -9,8 +9,7 @@ import torch
 from fewstep.models.bundle import Bundle, load_bundle
 
 from ..loop.memory import Memory, memory_of
-from ..networks.preference_model import with_prompts
-from ..networks.rewards import PICTURE_REWARDS
+from ..networks.rewards import with_prompts_for
 from ..networks.student import build_student, load_denoiser, merged
 from ..pictures.data import LatentSource
 from ..recipes.recipe import Recipe, Stage
@@ -65,8 +64,7 @@ def memory_before(recipe: Recipe, stage: Stage, teacher: Bundle, method: Any, fr
     run = recipe.run
     text = teacher.text_encoder()
     data = training_data(replace(recipe, run=replace(run, latents=None)), teacher, first=FEW)
-    if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
-        data = with_prompts(data, teacher, Path(recipe.reward))
+    data = with_prompts_for(recipe.reward, data, teacher)
     source = LatentSource(data, text, FEW, seed=run.seed, bf16=run.bf16, device=device, spec=teacher.spec)
     batch = source.batch(0)
     batch = replace(batch, noise=torch.randn_like(batch.x0)) if stage.pairs is not None else batch

@@ -28,8 +28,7 @@ from ..loop.method import Assembled
 from ..loop.player import Player
 from ..loop.ranks import ALONE, Ranks, join, leave, save_network
 from ..networks.bank import plain
-from ..networks.preference_model import with_prompts
-from ..networks.rewards import PICTURE_REWARDS, check_reward
+from ..networks.rewards import check_reward, with_prompts_for
 from ..networks.student import Student, again, build_student, load_denoiser, merged, unlearned
 from ..networks.watch import Twin, lead, stage_pairs, watch_both
 from ..objectives.distillation import KnowledgeDistillation
@@ -94,12 +93,11 @@ def _distill(
     check_contract(recipe, teacher)
     ranks.once(lambda: _open_run(run, recipe, resume=resume))
     if recipe.reward is not None:
-        check_reward(recipe.reward)
+        check_reward(recipe.reward)  # before anything is encoded
     if data is None:
         read = partial(training_data, recipe, teacher)
         data = ranks.first_then_all(read) if recipe.run.latents else read()
-    if recipe.reward is not None and recipe.reward not in PICTURE_REWARDS:
-        data = with_prompts(data, teacher, Path(recipe.reward))
+    data = with_prompts_for(recipe.reward, data, teacher)
     given, unsettled = data, recipe
     recipe = ranks.first_then_all(lambda: settled(unsettled, teacher, given, run / "runs.json", ranks.device))
     run_of = recipe.run
