@@ -1,6 +1,7 @@
 """What finds a scene's objects, and the reward that looks through it."""
 
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
@@ -14,8 +15,9 @@ from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.rewards import picture_reward, with_prompts_for
 from fewstep.trainers.networks.shown import ShowsObjects, counts_named, placed
 from fewstep.trainers.pictures import finder, scenes
-from fewstep.trainers.pictures.data import PROMPT, tokenize
+from fewstep.trainers.pictures.data import PROMPT, encode_scenes, tokenize
 from fewstep.trainers.pictures.features import as_input
+from fewstep.trainers.runs.distill import distill
 from tiny import tiny_latents
 
 
@@ -172,3 +174,11 @@ def test_the_data_bring_their_prompts(tiny_teacher):
     assert with_prompts_for("typical", data, tiny_teacher) is with_prompts_for(None, data, tiny_teacher) is data
     prompted = with_prompts_for("objects", data, tiny_teacher)
     assert prompted.feeds[PROMPT] is data.ids and prompted.empty[PROMPT] is data.empty["ids"]
+
+
+def test_a_student_is_distilled_beside_it(teacher, tmp_path):
+    settings = {"batch": 2, "steps": 2, "every": 1, "picture_every": 0, "checkpoint_every": 0, "bf16": False}
+    asked = settings | {"reward": "objects", "reward_scale": 0.03, "misaligned": True}
+    distill("dmd2", teacher, tmp_path / "out", asked, data=encode_scenes(teacher, 4), device="cpu")
+    rows = [json.loads(line) for line in (tmp_path / "out.run" / "dmd2" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["player"] for row in rows if "reward" in row] == ["student"] * 2
