@@ -18,7 +18,7 @@ from fewstep.models.denoiser import Condition
 from ..errors import RecipeError
 from ..pictures.data import PROMPT
 from ..pictures.finder import KINDS, MOST, Found, ObjectFinder
-from ..pictures.scenes import Caption, read_caption
+from ..pictures.scenes import WAYS, Caption, read_caption
 
 PLACES = 3.0
 """What a relation weighs beside the objects, whose gradient is the greater."""
@@ -26,8 +26,6 @@ SLACK = 6.0
 """Pixels by which a relation may be missed before it counts as such."""
 LEAST = 2.5e-3
 """Added to the probability of each kind's count: beyond it more of the same is hardly worse."""
-_STEP = {"left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1), "row": (0, 1), "column": (1, 1)}
-"""(axis, sign) of the way from each object to the next, as `scenes.holds` has it."""
 
 
 @dataclass(frozen=True)
@@ -91,4 +89,4 @@ def steps_named(caption: Caption) -> list[tuple[int, int, int, int, int]]:
     kinds = [KINDS.index((claim.colour, claim.shape)) for claim in caption.objects]
     if caption.relation is None or len(set(kinds)) < len(kinds):
         return []
-    return [(*pair, *_STEP[caption.relation], len(kinds) - 1) for pair in itertools.pairwise(kinds)]
+    return [(*pair, *WAYS[caption.relation], len(kinds) - 1) for pair in itertools.pairwise(kinds)]

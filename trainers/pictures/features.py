@@ -10,7 +10,7 @@ Shapes: pictures [B, 3, H, W] uint8; features [B, 64], each with mean 0 and vari
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +134,13 @@ def _draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """(pictures [N, 3, 64, 64] uint8, answers [N, A]) of fresh scenes."""
     rng = random.Random(seed)
     drawn = [scenes.sample(rng).scene for _ in range(count)]
+    return rendered(drawn), torch.stack([scene_answers(scene) for scene in drawn])
+
+
+def rendered(drawn: Sequence[scenes.Scene]) -> Tensor:
+    """The pictures of scenes, [N, 3, 64, 64] uint8."""
     pictures = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in drawn]))
-    return pictures.permute(0, 3, 1, 2).contiguous(), torch.stack([scene_answers(scene) for scene in drawn])
+    return pictures.permute(0, 3, 1, 2).contiguous()
 
 
 def wear(clean: Tensor, strongest: float = MAX_NOISE) -> tuple[Tensor, Tensor]:

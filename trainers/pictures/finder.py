@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch.nn import functional
 from fewstep.models.bundle import Bundle, load_bundle
 
 from . import scenes
-from .features import as_input, wear
+from .features import as_input, rendered, wear
 
 WEIGHTS = Path(__file__).parent / "reference_finder.safetensors"
 KINDS = tuple((colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES)
@@ -184,8 +183,7 @@ def answers(scene: scenes.Scene) -> tuple[Tensor, Tensor]:
 def _draw(count: int, seed: int, teacher: Bundle) -> _Scenes:
     rng = random.Random(seed)
     drawn = [scenes.crowd(rng) if k % 4 > 1 else scenes.sample(rng).scene for k in range(count)]
-    pictures = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in drawn])).permute(0, 3, 1, 2)
-    pictures = pictures.contiguous()
+    pictures = rendered(drawn)
     encoder, decoder = teacher.encoder(), teacher.decoder()
     for start in range(0, count, 128):
         some = pictures[start : start + 128 : 2]

@@ -39,6 +39,8 @@ RADII = {"small": (6.5, 7.5), "large": (10.5, 12.0)}
 """Radius range in pixels of each size word; the gap between the ranges keeps the two apart."""
 RELATIONS = ("left", "right", "above", "below", "row", "column")
 """Said of two objects: where the first is, seen from the second. Said of three: listed left to right, or top down."""
+WAYS = {"left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1), "row": (0, 1), "column": (1, 1)}
+"""(axis, sign) of the way from each object named to the next: x or y, growing or falling."""
 
 _SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big")}
 _NUMBER_WORDS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
@@ -363,9 +365,7 @@ def holds(relation: str | None, centres: list[tuple[float, float]]) -> bool:
     """Whether centres, in the order named, stand in the relation. No relation always holds."""
     if relation is None:
         return True
-    axis, sign = {
-        "left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1), "row": (0, 1), "column": (1, 1),
-    }[relation]  # fmt: skip
+    axis, sign = WAYS[relation]
     steps = [((b[0] - a[0]), (b[1] - a[1])) for a, b in itertools.pairwise(centres)]
     return all(sign * step[axis] > abs(step[1 - axis]) for step in steps)
 
