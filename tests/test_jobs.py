@@ -3,7 +3,7 @@
 import pytest
 from scheduling import FREE, PLAIN, PROMPT, STEERED, drain, job, make, measured, order_of_ends, run
 
-from fewstep.runtime.schedule.jobs import Accepted, Ended, Item, Lane, Paused, Prepare, RowCall, Stepped, mixed
+from fewstep.runtime.schedule.jobs import Accepted, Ended, Lane, Paused, Prepare, RowCall, mixed
 from fewstep.runtime.schedule.scheduler import Scheduler
 
 ROWS_OF_BOTH = {"a": STEERED, "b": PLAIN, "c": STEERED, "d": PLAIN}
@@ -93,19 +93,6 @@ def test_admission_prices_all_of_it():
     before = (PROMPT, Prepare("text", "n", "text"), Prepare("encode", "m", "encoder"))
     asked = job("a", before=before, rows=(PLAIN, RowCall("n")), watch="decoder", then_s=0.5)
     assert two_models().submit(asked, 0.0) == Accepted(pytest.approx(0.04 + 0.02 + 0.03 + 0.01 + 0.5))
-
-
-def test_coupled_pictures_stay_in_one_call_whatever_would_pay():
-    costs = measured(denoiser={1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08})
-    scheduler = make(costs)
-    scheduler.submit(job("pair", 2, pictures=3, coupled=True), 0.0)
-    scheduler.submit(job("other"), 0.0)
-    first, second = scheduler.next(), scheduler.next()
-    group = next(work for work in (first, second) if work.items[0].id == "pair")
-    assert (group.items, group.size) == ((Item("pair", 0, 0, 3),), 3)
-    assert run(scheduler, group) == [Stepped("pair", number, 1) for number in range(3)]
-    run(scheduler, scheduler.next())
-    assert [len(ids) for kind, ids in drain(scheduler) if ids == ["pair"] and kind == "decode"] == [1, 1, 1]
 
 
 def test_a_paused_request_goes_on_in_its_old_place_or_ends():

@@ -25,9 +25,8 @@ WORK = st.tuples(
     st.lists(ROW, min_size=1, max_size=5).map(tuple),
     st.sampled_from(["decoder", "decoder", None]),
     st.integers(1, 3),
-    st.booleans(),
 )
-"""(model, before, rows, finish, pictures, coupled)."""
+"""(model, before, rows, finish, pictures)."""
 
 
 def tables(seconds):
@@ -86,9 +85,9 @@ class Machine(RuleBasedStateMachine):
     )
     def submit(self, asked, priority, deadline_s, then_s):
         name = str(len(self.done))
-        model, before, rows, finish, pictures, coupled = asked
+        model, before, rows, finish, pictures = asked
         job = Job(
-            id=name, model=model, before=before, rows=rows, finish=finish, pictures=pictures, coupled=coupled,
+            id=name, model=model, before=before, rows=rows, finish=finish, pictures=pictures,
             priority=priority, deadline_s=None if deadline_s is None else self.now_s + deadline_s, then_s=then_s,
         )  # fmt: skip
         decision = self.scheduler.submit(job, self.now_s)
@@ -128,13 +127,12 @@ class Machine(RuleBasedStateMachine):
         assert item.step == done.steps[item.picture], "a step skipped or repeated"
         if work.kind == "decode":
             assert item.step == len(job.rows) and item.picture not in done.decoded
-            assert (work.model, work.role, item.pictures) == (job.model, job.finish, 1)
+            assert (work.model, work.role) == (job.model, job.finish)
             return 1
         row = job.rows[item.step]
         assert row.model == work.model
         assert row.role == work.role or (row.role == "denoiser" and work.priced == mixed(work.role))
-        assert item.pictures == (job.pictures if job.coupled else 1), "a group is never split"
-        return row.evaluations * item.pictures
+        return row.evaluations
 
     @precondition(lambda self: self.out)
     @rule(data=st.data())
@@ -149,7 +147,7 @@ class Machine(RuleBasedStateMachine):
             if fault is not None:
                 continue
             if work.kind == "denoise":
-                done.steps.update(range(item.picture, item.picture + item.pictures))
+                done.steps[item.picture] += 1
             elif work.kind == "decode":
                 done.decoded.add(item.picture)
             else:
@@ -167,10 +165,10 @@ class Machine(RuleBasedStateMachine):
         if not more:
             self.see(self.scheduler.conclude(name, self.now_s))
             return
-        model, before, rows, finish, pictures, coupled = asked
+        model, before, rows, finish, pictures = asked
         job = replace(
             self.done[name].job, model=model, before=before, rows=rows, finish=finish, pictures=pictures,
-            coupled=coupled, then_s=None,
+            then_s=None,
         )  # fmt: skip
         self.done[name] = Done(job)
         self.scheduler.extend(job)
@@ -265,9 +263,9 @@ def test_the_most_urgent_ready_work_is_in_every_call(asked, seconds):
     lane = Lane(max_batch=4)
     scheduler = Scheduler(dict.fromkeys(MODELS, lane), tables(seconds), max_queue=50)
     due = {}
-    for number, ((model, before, rows, finish, pictures, coupled), priority, deadline_s) in enumerate(asked):
+    for number, ((model, before, rows, finish, pictures), priority, deadline_s) in enumerate(asked):
         job = Job(
-            id=str(number), model=model, before=before, rows=rows, finish=finish, pictures=pictures, coupled=coupled,
+            id=str(number), model=model, before=before, rows=rows, finish=finish, pictures=pictures,
             priority=priority, deadline_s=deadline_s,
         )  # fmt: skip
         if isinstance(scheduler.submit(job, 0.0), Accepted):

@@ -149,4 +149,4 @@ class FirstCome:
 
 def _shape(job: Job) -> tuple[object, ...]:
     """What must be equal for requests to share their calls from end to end."""
-    return job.model, job.rows, job.finish, job.pictures, job.coupled, job.watch
+    return job.model, job.rows, job.finish, job.pictures, job.watch

@@ -46,11 +46,10 @@ class RowCall(NamedTuple):
 class Job:
     """What the scheduler knows of a request. `rows` holds one `RowCall` per step, the same for each of its pictures.
 
-    coupled: the rows of all pictures at one step are one group, which no call may split. finish: the role of `model`
-    that ends each picture, None where nothing is decoded; where that role does all the work, there are neither
-    preparations nor rows. watch: a role of `model` that is run after each row (a preview), "" for none.
-    deadline_s: absolute, on the clock of `now_s`. then_s: not None where more may follow once this work is done
-    (`Scheduler.extend`), as seconds of it to be expected.
+    finish: the role of `model` that ends each picture, None where nothing is decoded; where that role does all the
+    work, there are neither preparations nor rows. watch: a role of `model` that is run after each row (a preview), ""
+    for none. deadline_s: absolute, on the clock of `now_s`. then_s: not None where more may follow once this work is
+    done (`Scheduler.extend`), as seconds of it to be expected.
     """
 
     id: str
@@ -59,7 +58,6 @@ class Job:
     before: tuple[Prepare, ...] = ()
     finish: str | None = DECODER
     pictures: int = 1
-    coupled: bool = False
     watch: str = ""
     priority: int = 0
     deadline_s: float | None = None
@@ -98,13 +96,12 @@ class Rejected:
 
 
 class Item(NamedTuple):
-    """A share of a call: step `step` of `pictures` pictures of a request from number `picture` on, of more than one
-    only where they are coupled. Of a preparation, `step` is its place in `Job.before`."""
+    """A share of a call: step `step` of a request's picture `picture`. Of a preparation, `step` is its place in
+    `Job.before`."""
 
     id: str
     picture: int = 0
     step: int = 0
-    pictures: int = 1
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from .jobs import Job, Lane
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Seconds of a job's parts, each alone in its call: each preparation, each row of one unit (one picture, or all
-    coupled ones), the end of one picture, and all of it together."""
+    """Seconds of a job's parts, each alone in its call: each preparation, each row of one picture, its end, and all
+    of it together."""
 
     before_s: tuple[float, ...]
     row_s: tuple[float, ...]
@@ -41,13 +41,12 @@ class Pricing:
 
     def job(self, job: Job) -> Price:
         """What a job costs if it shares no call."""
-        unit = job.pictures if job.coupled else 1
-        watched = self.call_s(job.model, job.watch, unit) if job.watch else 0.0
-        calls = {row: watched + self.call_s(row.model, row.role, row.evaluations * unit) for row in set(job.rows)}
+        watched = self.call_s(job.model, job.watch, 1) if job.watch else 0.0
+        calls = {row: watched + self.call_s(row.model, row.role, row.evaluations) for row in set(job.rows)}
         rows = tuple([calls[row] for row in job.rows])
         before = tuple([self.call_s(part.model, part.role, part.size) for part in job.before])
         finish = 0.0 if job.finish is None else self.call_s(job.model, job.finish, 1)
-        total = sum(before) + job.pictures // unit * sum(rows) + job.pictures * finish + (job.then_s or 0.0)
+        total = sum(before) + job.pictures * (sum(rows) + finish) + (job.then_s or 0.0)
         return Price(before, rows, finish, total)
 
     def measured(self, job: Job) -> bool:

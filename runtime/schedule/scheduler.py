@@ -37,18 +37,10 @@ Change = Stepped | Paused | Ended
 
 
 @dataclass(slots=True)
-class _Unit:
-    """Pictures of a request that step together: one, or all of a coupled request."""
-
-    number: int
-    count: int
-    step: int = 0
-
-
-@dataclass(slots=True)
 class _Live:
-    """`left_s`: what is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued: (rank,
-    number) of what waits -> its queue. foreseen: its slack, and when it was predicted to end."""
+    """`left_s`: what is still to do costs alone. `preparing`, `pictures`: counts of those not done. steps: rows done of
+    each picture. queued: (rank, number) of what waits -> its queue. foreseen: its slack, and when it was predicted to
+    end."""
 
     job: Job
     price: Price
@@ -58,13 +50,12 @@ class _Live:
     preparing: int
     pictures: int
     models: frozenset[str]
-    units: dict[int, _Unit] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
     queued: dict[tuple[int, int], Key] = field(default_factory=dict)
     foreseen: tuple[float, float] = (0.0, 0.0)
 
     def copy(self) -> "_Live":
-        units = {number: _Unit(unit.number, unit.count, unit.step) for number, unit in self.units.items()}
-        return replace(self, units=units, queued=dict(self.queued))
+        return replace(self, steps=list(self.steps), queued=dict(self.queued))
 
 
 class Scheduler:
@@ -237,11 +228,10 @@ class Scheduler:
             if not live.preparing:
                 self._begin_rows(live)
             return []
-        unit = live.units[item.picture]
-        self._spend(live, live.price.row_s[unit.step])
-        unit.step += 1
-        self._queue_row(live, unit)
-        return [Stepped(item.id, number, unit.step) for number in range(unit.number, unit.number + unit.count)]
+        self._spend(live, live.price.row_s[item.step])
+        live.steps[item.picture] += 1
+        self._queue_row(live, item.picture)
+        return [Stepped(item.id, item.picture, live.steps[item.picture])]
 
     def _enter(self, job: Job, price: Price, due_s: float, place: int) -> None:
         own, models = price.total_s, job.models
@@ -266,24 +256,21 @@ class Scheduler:
             self._begin_rows(live)
 
     def _begin_rows(self, live: _Live) -> None:
-        job = live.job
-        units = [_Unit(0, job.pictures)] if job.coupled else [_Unit(k, 1) for k in range(live.pictures)]
-        live.units = {unit.number: unit for unit in units}
-        for unit in units:
-            self._queue_row(live, unit)
+        live.steps = [0] * live.pictures
+        for picture in range(live.pictures):
+            self._queue_row(live, picture)
 
-    def _queue_row(self, live: _Live, unit: _Unit) -> None:
-        """Queue a unit's next row, or its pictures' decodes where all rows are done."""
-        job, step = live.job, unit.step
+    def _queue_row(self, live: _Live, picture: int) -> None:
+        """Queue a picture's next row, or its decode where all rows are done."""
+        job, step = live.job, live.steps[picture]
+        item = Item(job.id, picture, step)
         if step < len(job.rows):
             row = job.rows[step]
-            item, size = Item(job.id, unit.number, step, unit.count), row.evaluations * unit.count
-            self._push(live, (row.model, DENOISE, row.role), 1, item, size, live.price.row_s[step])
+            self._push(live, (row.model, DENOISE, row.role), 1, item, row.evaluations, live.price.row_s[step])
         elif job.finish is None:
-            live.pictures -= unit.count
+            live.pictures -= 1
         else:
-            for number in range(unit.number, unit.number + unit.count):
-                self._push(live, (job.model, DECODE, job.finish), 0, Item(job.id, number, step), 1, live.price.finish_s)
+            self._push(live, (job.model, DECODE, job.finish), 0, item, 1, live.price.finish_s)
 
     def _push(self, live: _Live, key: Key, rank: int, item: Item, size: int, alone_s: float) -> None:
         number = item.step if key[1] in KINDS[:2] else item.picture

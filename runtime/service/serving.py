@@ -243,14 +243,13 @@ class Serving:
         for item, visit, error in zip(work.items, visits, errors, strict=True):
             if error is not None or visit.again or not visit.shown or not visit.shown[item.step]:
                 continue
-            for number in range(item.picture, item.picture + item.pictures):
-                try:
-                    picture = show(visit.live, visit.live.canvases[number], visit.map)
-                except Exception as problem:  # a preview is not worth a request
-                    _log.warning("a preview of %s failed: %r", visit.name, problem)
-                    continue
-                if picture is not None:
-                    found[item.id, number] = picture
+            try:
+                picture = show(visit.live, visit.live.canvases[item.picture], visit.map)
+            except Exception as problem:  # a preview is not worth a request
+                _log.warning("a preview of %s failed: %r", visit.name, problem)
+                continue
+            if picture is not None:
+                found[item.id, item.picture] = picture
         return found
 
     def _follow(self, visit: Visit) -> None:

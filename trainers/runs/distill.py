@@ -175,7 +175,7 @@ def _run_stage(
     show = _painter(recipe, teacher, kept, source, folder, ranks)
     batches = _batches(stage, method, teacher, source, folder, ranks)
     shelf = KeptFiles(folder / "saved")
-    watch = Watch(bands_of(recipe.name) if ranks.first and len(recipe.stages) == 1 else {})
+    watch = Watch(bands_of(recipe.name) if ranks.first and _alike(recipe) else {})
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
     train(
@@ -200,6 +200,12 @@ def _run_stage(
     if ranks.count == 1:
         return kept
     return _run_stage(recipe, stage, teacher, previous, source, folder, True, None, ranks)
+
+
+def _alike(recipe: Recipe) -> bool:
+    """Whether its stages do one thing, each for a part of the conditions, so that the same bands hold for all."""
+    first = recipe.stages[0]
+    return all(replace(stage, name=first.name, cell=first.cell) == first for stage in recipe.stages)
 
 
 def _settings(recipe: Recipe, stage: Stage, max_seconds: float | None) -> LoopSettings:
