@@ -56,6 +56,18 @@ def test_wrong_settings_are_named(settings, message):
         configure(RECIPES["lcm"], settings)
 
 
+@pytest.mark.parametrize("weights", [[1, 1], [0, 0, 0], [1, -1, 1]])
+def test_weights_that_do_not_fit_the_step_counts_are_refused(weights):
+    with pytest.raises(RecipeError, match=r"grid_weights is .* each of the step counts \[1, 2, 4\]"):
+        configure(RECIPES["dmd2"], {"grid_weights": weights})
+
+
+def test_a_student_of_one_step_count_and_more_layers():
+    recipe = configure(RECIPES["dmd2"], {"counts": [1], "extra_layers": [0, 2]})
+    assert recipe.student.extra_layers == (0, 2) and recipe.fake is not None and not recipe.fake.extra_layers
+    assert recipe.objective.rollout.grids.counts == recipe.sampling.grids.counts == (1,)
+
+
 def test_a_stage_without_steps_is_refused():
     with pytest.raises(RecipeError, match="'segments-8' of hyper-sd has 0 steps; set steps to 4 or more"):
         configure(RECIPES["hyper-sd"], {"steps": 3})

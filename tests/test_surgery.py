@@ -6,7 +6,15 @@ from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, SD3Trans
 
 from fewstep.models.linear_attention import linearise
 from fewstep.trainers.errors import RecipeError
-from fewstep.trainers.networks.surgery import Cut, cut_unet, keep_layers, kept_pairs, layers_after, narrow_unet
+from fewstep.trainers.networks.surgery import (
+    Cut,
+    cut_unet,
+    deepen_unet,
+    keep_layers,
+    kept_pairs,
+    layers_after,
+    narrow_unet,
+)
 
 X, T, CTX = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 10.0]), torch.randn(2, 5, 16)
 
@@ -94,6 +102,31 @@ def test_a_narrow_unet_has_the_corners_of_the_wide_one():
     for width in (0.0, 1.0, 0.99):
         with pytest.raises(RecipeError, match=f"width is {width}"):
             narrow_unet(whole, width)
+
+
+@pytest.mark.parametrize("extra", [(1, 0, 0), (0, 2, 0), (0, 0, 3), (1, 1, 1)])
+def test_a_deeper_unet_answers_as_it_did_and_its_new_layers_learn(extra, tmp_path):
+    whole = unet()
+    torch.manual_seed(1)
+    deeper = deepen_unet(whole, extra)
+    assert torch.equal(runs(deeper.eval()), runs(whole))
+    new = {k for k in deeper.state_dict() if k not in whole.state_dict()}
+    parts = {".".join(k.split(".")[: k.split(".").index("transformer_blocks") + 2]) for k in new}
+    # two pairs of the encoder and three of the decoder in a stage with attention; the middle's one goes with the last
+    assert len(parts) == 5 * extra[0] + 5 * extra[1] + extra[2]
+    deeper(X, T, CTX).sample.square().mean().backward()
+    last = [p.grad for n, p in deeper.named_parameters() if n in new and ".attn1.to_out.0.weight" in n]
+    assert len(last) == len(parts) and any(grad.abs().max() > 0 for grad in last)
+    deeper.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, local_files_only=True)
+    assert torch.equal(runs(again), runs(deeper))
+    assert torch.equal(runs(deepen_unet(deeper, (0, 1, 0)).eval()), runs(whole)), "and once more"
+
+
+@pytest.mark.parametrize("extra", [(1, 1), (0, 0, 0), (1, -1, 0), ()])
+def test_extra_layers_that_say_nothing_are_refused(extra):
+    with pytest.raises(RecipeError, match=r"extra_layers is .* give each 0 or more"):
+        deepen_unet(unet(), extra)
 
 
 def test_linear_attention_survives_a_cut():

@@ -102,12 +102,7 @@ def test_a_bundle_can_be_drawn_with_it(distilled, tiny_lcm, tmp_path):
         with_tiny_decoder(tiny_lcm, tmp_path / "none")
 
 
-def test_nothing_else_is_overwritten(tiny_lcm, tmp_path):
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(RecipeError, match=r"holds no bundle\.json"):
-        distill_decoder(tiny_lcm, tmp_path / "mine")
-    with pytest.raises(RecipeError, match="is the bundle itself"):
-        distill_decoder(tiny_lcm, tiny_lcm.root)
+def test_settings_that_are_not_there_are_refused(tiny_lcm, tmp_path):
     with pytest.raises(RecipeError, match="has no setting 'widht'; it has batch, "):
         distil_command(["--teacher", str(tiny_lcm.root), "--out", str(tmp_path / "a"), "--set", "widht=3"])
 

@@ -27,6 +27,7 @@ from ..pictures import quality
 from ..pictures.quality import STUDENT_STEPS, TEACHER_STEPS, PromptSet, measure_bundle, measure_data, table
 from ..recipes.recipe import Recipe, Stage, configure, describe
 from ..recipes.registry import find_recipe
+from ..runs.folders import run_folder
 
 if TYPE_CHECKING:
     from ..pictures.data import Latents
@@ -110,7 +111,7 @@ def trained(
         rows: list[dict[str, Any]] = json.loads(kept.read_text())
         return rows
     root = out / f"{name}-{key[:12]}"
-    run, begun_s = root.with_name(root.name + ".run"), time.perf_counter()
+    run, begun_s = run_folder(root), time.perf_counter()
     whole = not (root.exists() or run.exists())  # else part of its time was spent before
     student = load_bundle(root) if (root / "bundle.json").is_file() else distill(
         recipe, teacher, root, resume=run.is_dir(), device=device, data=data()

@@ -217,7 +217,7 @@ class Player:
                     kept = "nothing" if value is None else f"a tensor of shape {tuple(value.shape)}"
                     raise CheckpointError(
                         f"the checkpoint has {kept} for {self.name}'s {name}, which is of shape {tuple(own.shape)}; "
-                        "start anew without --resume"
+                        "leave it out to start anew"
                     )
                 put(own, value)
         self.own_steps = own_steps

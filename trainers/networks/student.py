@@ -24,7 +24,7 @@ from ..errors import RecipeError
 from .avoided import with_negative
 from .probing import Probe
 from .pruning import ranked_cut
-from .surgery import Cut, Run, cut_unet, layer_twins, narrow_unet, rebuilt, replace_runs
+from .surgery import Cut, Run, cut_unet, deepen_unet, layer_twins, narrow_unet, rebuilt, replace_runs
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -41,12 +41,13 @@ class Student:
     a jump lands, as `s` of its condition. adapter_width: size of guidance adapters beside a frozen network
     (`models.guidance_adapter`), None for none. negative: whether it reads a prompt to avoid by adapters of its own,
     beside a frozen network (`models.negative_adapter`). cut: blocks it keeps (`trainers.networks.surgery`).
-    remove: how many parts to take out, those that change the start's output least (`trainers.networks.pruning`).
-    width: channels as a fraction of the start's. attention: "softmax" or "linear" self-attention. runs: of a
-    transformer's layers, each replaced by one, which alone trains; probe: how they are found where none are named
-    (`trainers.networks.probing`). frozen: words; weights of blocks with one of them in their name stay as they are
-    (GDD-I: convolutions, projections). control: whether it follows a control, by a ControlNet beside it
-    (`trainers.runs.control`).
+    extra_layers: transformer layers by which the attention of each stage is deeper, fine to coarse, and the middle's
+    with the last. remove: how many parts to take out, those that change the start's output least
+    (`trainers.networks.pruning`). width: channels as a fraction of the start's. attention: "softmax" or "linear"
+    self-attention. runs: of a transformer's layers, each replaced by one, which alone trains; probe: how they are found
+    where none are named (`trainers.networks.probing`). frozen: words; weights of blocks with one of them in their name
+    stay as they are (GDD-I: convolutions, projections). control: whether it follows a control, by a ControlNet beside
+    it (`trainers.runs.control`).
     """
 
     guidance_width: int | None = None
@@ -55,6 +56,7 @@ class Student:
     negative: bool = False
     lora_rank: int | None = None
     cut: Cut | None = None
+    extra_layers: tuple[int, ...] = ()
     remove: int | None = None
     width: float | None = None
     attention: str = "softmax"
@@ -67,7 +69,8 @@ class Student:
     def unet_only(self) -> bool:
         """Whether it asks for what is done to U-Nets alone."""
         changes = (self.guidance_width, self.adapter_width, self.cut, self.remove, self.width)
-        return any(change is not None for change in changes) or self.attention != "softmax" or self.negative
+        further = self.attention != "softmax" or self.negative or bool(self.extra_layers)
+        return further or any(change is not None for change in changes)
 
 
 PLAIN = Student()
@@ -86,7 +89,7 @@ def build_student(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
         _refuse_unet_surgery(start, plan)
         network = load_denoiser(start)
     else:
-        network = shrunk(with_guidance(start, plan, fold_scale=fold_scale), plan)
+        network = reshaped(with_guidance(start, plan, fold_scale=fold_scale), plan)
     if plan.second_time and not start.spec.second_time:
         network = add_second_time(network, 1000.0 / span(start.spec.path))
     return again(network, plan)
@@ -156,8 +159,8 @@ def with_guidance(start: Bundle, plan: Student, *, fold_scale: float) -> Any:
     return unet
 
 
-def shrunk(unet: Any, plan: Student) -> Any:
-    """The U-Net with fewer blocks, fewer channels or linear attention, as the plan says.
+def reshaped(unet: Any, plan: Student) -> Any:
+    """The U-Net with fewer blocks, fewer channels, linear attention or more layers, as the plan says.
 
     Errors: `RecipeError` for a plan that this U-Net cannot follow.
     """
@@ -171,6 +174,8 @@ def shrunk(unet: Any, plan: Student) -> Any:
         unet = narrow_unet(unet, plan.width)
     if plan.attention == "linear" and FIELD not in unet.config:
         unet = linearise(deepcopy(unet))
+    if plan.extra_layers:
+        unet = deepen_unet(unet, plan.extra_layers)
     return unet
 
 

@@ -1,4 +1,4 @@
-"""Smaller networks out of larger ones: U-Net blocks cut, channels narrowed, transformer layers dropped.
+"""Networks of another shape: U-Net blocks cut, channels narrowed, transformer layers dropped or added.
 
 What comes out is of diffusers' own class with a config that says all of it, so it loads wherever diffusers does. A
 shape that the class has no config for is refused.
@@ -84,6 +84,51 @@ def narrow_unet(unet: Any, width: float) -> Any:
             "nothing or leaves nothing: choose another between 0 and 1"
         )
     return rebuilt(unet, {"block_out_channels": channels}, lambda name: name, corner=True)
+
+
+SILENT = ("attn1.to_out.0.", "attn2.to_out.0.", "ff.net.2.")
+"""The last weights of a transformer layer's three branches: where these are zero it gives back what it got."""
+
+
+def deepen_unet(unet: Any, extra: Sequence[int]) -> Any:
+    """A U-Net with so many more transformer layers in each attention of a stage, fine to coarse; of the last, also in
+    the middle block's. It answers as it did: each new layer is the one before it, silenced.
+
+    Errors: `RecipeError` where the stages are not as many, or nothing is added.
+    """
+    depth = len(unet.config.down_block_types)
+    had = _per_stage(unet.config.transformer_layers_per_block, depth)
+    if len(extra) != depth or min(extra) < 0 or not any(extra):
+        raise RecipeError(
+            f"extra_layers is {list(extra)}; this U-Net has {depth} stages: give each 0 or more, the finest first"
+        )
+    if unet.config.reverse_transformer_layers_per_block is not None or not all(isinstance(n, int) for n in had):
+        raise RecipeError(
+            "extra_layers adds to stages whose encoder and decoder have as many transformer layers; this U-Net has "
+            "others: leave it out"
+        )
+
+    def place(key: str) -> tuple[str, int, str] | None:
+        """(up to its number, layers its attention had, the rest) of a weight of a new layer."""
+        head, _, rest = key.partition(".transformer_blocks.")
+        if not rest:
+            return None
+        side, stage = head.split(".")[:2]
+        level = int(stage) if side == "down_blocks" else depth - 1 - (int(stage) if side == "up_blocks" else 0)
+        number, _, tail = rest.partition(".")
+        return (f"{head}.transformer_blocks.", had[level], tail) if int(number) >= had[level] else None
+
+    def before(key: str) -> str:
+        new = place(key)
+        return key if new is None else f"{new[0]}{new[1] - 1}.{new[2]}"
+
+    out = rebuilt(unet, {"transformer_layers_per_block": tuple(map(sum, zip(had, extra, strict=True)))}, before)
+    with torch.no_grad():
+        for key, weight in out.named_parameters():
+            new = place(key)
+            if new is not None and new[2].startswith(SILENT):
+                weight.zero_()
+    return out
 
 
 STACKS: Mapping[str, Mapping[str, str]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, renoise, times
 from fewstep.models.paths import Path
 
+from ..errors import RecipeError
 from .jumps import Jump
 from .objective import Batch, Turn
 from .times import Grids
@@ -51,12 +52,22 @@ class BackwardSimulation:
     One student serves every step count of `grids`, drawn with `weights` (evenly where empty). Between steps x0 is
     noised afresh, as the multistep consistency sampler does, or where `chained` goes on along the student's own noise
     estimate, as the deterministic chain does; the student must be sampled so. A batch shares its exit.
+
+    Errors: `RecipeError` for weights that are not one for each step count.
     """
 
     grids: Grids
     weights: tuple[float, ...]
     jump: Jump
     chained: bool = False
+
+    def __post_init__(self) -> None:
+        counts = self.grids.counts
+        if self.weights and (len(self.weights) != len(counts) or min(self.weights) < 0.0 or not any(self.weights)):
+            raise RecipeError(
+                f"grid_weights is {list(self.weights)}; it must weigh each of the step counts {list(counts)}, 0 or "
+                "more, or be empty"
+            )
 
     def exit(self, path: Path, turn: Turn) -> tuple[float, ...]:
         """The times walked, the last being the one that is taken with gradient."""

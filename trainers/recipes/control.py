@@ -90,7 +90,7 @@ def _controlled(
             sampler="lcm", grids=LcmGrids(COUNTS, points), stochastic=True, boundary=Boundary(),
             guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),
         ),
-        run=Run(batch=16),
+        run=Run(batch=16, scenes=2048),
     )  # fmt: skip
 
 

@@ -33,20 +33,23 @@ def follower(lr: float) -> PlayerSettings:
 def dmd2(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
     gan_student: float = 3e-3, gan_critic: float = 1e-2, gan_share: float = 0.5, gap_mean: float = 0.5,
-    gap_std: float = 1.2, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0), misaligned: bool = False,
+    gap_std: float = 1.2, counts: tuple[int, ...] = (1, 2, 4), grid_weights: tuple[float, ...] = (),
+    misaligned: bool = False, extra_layers: tuple[int, ...] = (),
 ) -> Recipe:  # fmt: skip
     """DMD2, Yin et al. 2024 (arXiv 2405.14867): distribution matching, two time scales, GAN, backward simulation.
 
     Student: `carry(x, (mu_fake - mu_real) / |x - mu_real|) + gan_student softplus(-l(x_t))` every `every` steps. Fake:
     denoising of fresh student samples `+ gan_critic (softplus(l(x_t)) + softplus(-l(data_t)))` every step. One student
-    serves 1, 2 and 4 steps, so the fake is told from where a sample's step began; the teacher's guidance is taken in.
-    ln level of both scores ~ N(gap_mean, gap_std^2), as EDM does (there -0.5, 1.2): even times of Stable Diffusion's
-    path look at fine detail too rarely. The finer what the data tell apart, the lower gap_mean; too low costs pictures
-    their layout. misaligned: data under a neighbour's caption are further fakes, so that the critic reads captions (as
-    SANA-Sprint). The paper: a student for each step count, ratio 5 to 10, lr 5e-7 to 1e-5, even times.
+    serves all `counts`, drawn by grid_weights, so the fake is told from where a sample's step began; the teacher's
+    guidance is taken in. ln level of both scores ~ N(gap_mean, gap_std^2), as EDM does (there -0.5, 1.2): even times of
+    Stable Diffusion's path look at fine detail too rarely. The finer what the data tell apart, the lower gap_mean; too
+    low costs pictures their layout. misaligned: data under a neighbour's caption are further fakes, so that the critic
+    reads captions (as SANA-Sprint). extra_layers: transformer layers that the student has besides, by stage of a U-Net,
+    which begin as the identity; teacher and fake stay as they are. The paper: a student for each step count, ratio 5 to
+    10, lr 5e-7 to 1e-5, even times.
     """
     objective = DistributionMatching(
-        rollout=BackwardSimulation(LcmGrids((1, 2, 4)), grid_weights, LcmJump()),
+        rollout=BackwardSimulation(LcmGrids(counts), grid_weights, LcmJump()),
         terms=dmd2_terms(
             ScoreGap(times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True),
             Adversary(
@@ -65,9 +68,9 @@ def dmd2(
         family="distribution",
         paper="Yin et al. 2024, Improved Distribution Matching Distillation, arXiv:2405.14867",
         needs=Needs(critic=True),
-        student=Student(),
+        student=Student(extra_layers=extra_layers),
         stages=(stage,),
-        sampling=renoised((1, 2, 4)),
+        sampling=renoised(counts),
         fake=TOLD,
     )
 

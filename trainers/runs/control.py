@@ -4,6 +4,7 @@ The U-Net stays as it is and only the ControlNet learns, from the student's own 
 encoder. The student's bundle is written again with it, so everything that serves a ControlNet serves this one.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,19 +21,20 @@ from fewstep.models.second_time import with_second_time
 
 from ..distribution.control_terms import CONTROL
 from ..errors import RecipeError
+from ..loop.checkpoint import has_checkpoint
 from ..loop.method import Assembled
 from ..loop.player import Player
+from ..loop.ranks import ALONE
 from ..networks.critics import CriticPlan
 from ..networks.student import fake_of, is_unet, load_denoiser
 from ..parts.objective import Batch, Reward
 from ..pictures.data import LatentSource
 from ..pictures.edges import EdgeLikelihood, detect
 from ..recipes.casting import assemble_stage
-from ..recipes.recipe import Recipe, Stage
+from ..recipes.recipe import Recipe, Run, Stage
+from .folders import check_out, open_run, run_folder
+from .sharing import check_shares
 from .teacher_parts import EdgeSource
-
-SCENES = 2048
-"""Built-in scenes that are drawn where no pictures are given."""
 
 
 class SteeredFake(nn.Module):
@@ -183,7 +185,7 @@ def control_source(recipe: Recipe, teacher: Bundle, device: torch.device) -> Any
     """A user's pictures with detected edges, or scenes with the drawn ones."""
     run = recipe.run
     if run.data is None:
-        source: Any = EdgeSource(teacher, min(run.scenes, SCENES), run.batch, run.seed, str(device))
+        source: Any = EdgeSource(teacher, run.scenes, run.batch, run.seed, str(device))
     else:
         from .settling import training_data
 
@@ -214,38 +216,56 @@ def train_control(
 ) -> Bundle:  # fmt: skip
     """Train the recipe's ControlNet on the student `run.init` and write that student with it.
 
-    Errors: `RecipeError` for a recipe with no student named; `TrainingDiverged`.
+    Errors: `RecipeError` for a recipe with no student named, or settings that a ControlNet's run has no use for;
+    `CheckpointError` for a resume of nothing; `TrainingDiverged`.
     """
-    from ..loop.loop import LoopSettings, train
+    from ..loop.loop import LoopSettings, take_partners, train
 
     if recipe.run.init is None:
         raise RecipeError(f"{recipe.name} trains a ControlNet on a few-step student; name it with --set init=DIR")
+    _refuse_unused(recipe)
+    check_shares(recipe, ALONE)
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     student, stage, run = load_bundle(recipe.run.init), recipe.stages[-1], recipe.run
+    check_out(out, teacher, student)
+    open_run(run_folder(out), recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = out.with_name(out.name + ".run") / stage.name
+    folder = run_folder(out) / stage.name
+    resume = resume and has_checkpoint(folder)
     torch.manual_seed(run.seed)
     method = assemble_control(recipe, stage, student, teacher, control_start(student, teacher, "carried"), where)
     settings = LoopSettings(
         steps=stage.steps, seed=run.seed, bf16=run.bf16, max_seconds=max_seconds,
-        checkpoint_every=run.checkpoint_every, max_bad_steps=run.max_bad_steps,
+        checkpoint_every=run.checkpoint_every, max_bad_steps=run.max_bad_steps, accumulate=run.accumulate,
     )  # fmt: skip
+    if run.partners is not None and not resume:
+        take_partners(method.players, Path(run.partners) / stage.name)
     source = control_source(recipe, teacher, where)
-    train(
-        method, source, settings, folder, resume=resume and (folder / "checkpoint.pt").is_file(), label=stage.name,
-        device=where,
-    )  # fmt: skip
+    train(method, source, settings, folder, resume=resume, label=stage.name, device=where)
     learner = method.players[0]
     kept = learner.module if stage.average is None else learner.averages[stage.average]
-    return write_controlled(student, kept, out)
+    return write_controlled(student, kept, out, half=run.fp16_weights)
 
 
-def write_controlled(student: Bundle, control: Any, out: Path) -> Bundle:
+def _refuse_unused(recipe: Recipe) -> None:
+    run = recipe.run
+    if run.parallel != "ddp" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(f"{recipe.name} trains a ControlNet in one process; leave out parallel and torchrun")
+    if run.picture_every not in (0, Run().picture_every):
+        raise RecipeError(
+            f"picture_every is {run.picture_every}, and {recipe.name} draws no pictures on its way; leave it out"
+        )
+    if run.latents is not None and run.data is None:
+        raise RecipeError(f"latents is {run.latents!r}, and {recipe.name} draws scenes with their edges; leave it out")
+
+
+def write_controlled(student: Bundle, control: Any, out: Path, *, half: bool = True) -> Bundle:
     """The student with this ControlNet; engines and golden cases were of another and are left out."""
     beside = out.with_name(out.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(student.root, beside, ignore=shutil.ignore_patterns("engines", "golden", "controlnet"))
-    control.eval().to(device="cpu", memory_format=torch.contiguous_format).half().save_pretrained(beside / "controlnet")
+    control = control.eval().to(device="cpu", memory_format=torch.contiguous_format)
+    (control.half() if half else control.float()).save_pretrained(beside / "controlnet")
     sealed = seal_bundle(beside, out.name, replace(student.spec, golden=(), control_kinds=()))
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)

@@ -5,7 +5,6 @@ curves and sample grids. A stage that ended leaves its student there, so `resume
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -19,11 +18,11 @@ from torch import nn
 from fewstep.models.bundle import Bundle, load_bundle
 from fewstep.models.networks import as_network
 
-from ..errors import CheckpointError, RecipeError
+from ..errors import RecipeError
 from ..loop.bands import Watch, bands_of
 from ..loop.checkpoint import has_checkpoint
 from ..loop.checkpoint_search import Elsewhere, KeptFiles, Saving, settle, weights_of
-from ..loop.loop import LoopSettings, train
+from ..loop.loop import LoopSettings, take_partners, train
 from ..loop.method import Assembled
 from ..loop.player import Player
 from ..loop.ranks import ALONE, Ranks, join, leave, save_network
@@ -39,8 +38,9 @@ from ..pictures.data import Latents, LatentSource
 from ..pictures.parting import CellSource
 from ..pictures.preview import sample, save_grid
 from ..recipes.casting import assemble_stage
-from ..recipes.recipe import Recipe, Stage, configure, describe
+from ..recipes.recipe import Recipe, Stage, configure
 from ..recipes.registry import find_recipe
+from .folders import check_out, open_run, run_folder
 from .forgetting_data import ForgettingSource
 from .picture_networks import PictureNetworks
 from .picture_score import picture_score
@@ -86,12 +86,12 @@ def _distill(
 ) -> Bundle:  # fmt: skip
     check_shares(recipe, ranks)
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
-    run = out.with_name(out.name + ".run")
+    run = run_folder(out)
     further = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
     for place in (out, *(beside_of(out, name) for name in (*recipe.beside, *further))):
-        _check_out(place, run, teacher)
+        check_out(place, teacher)
     check_contract(recipe, teacher)
-    ranks.once(lambda: _open_run(run, recipe, resume=resume))
+    ranks.once(lambda: open_run(run, recipe, resume=resume))
     if recipe.reward is not None:
         check_reward(recipe.reward)  # before anything is encoded
     if data is None:
@@ -170,6 +170,9 @@ def _run_stage(
     frozen, start = (network.to(device=ranks.device, memory_format=layout) for network in (frozen, start))
     method = assemble(recipe, stage, teacher, frozen, start, ranks)
     del frozen, start  # where weights are shared these may be copies that nobody needs
+    resume = resume and ranks.once(lambda: has_checkpoint(folder))
+    if recipe.run.partners is not None and not resume:
+        take_partners(method.players, Path(recipe.run.partners) / stage.name)
     settings = _settings(recipe, stage, max_seconds)
     kept = _kept(method.players[0], stage)
     show = _painter(recipe, teacher, kept, source, folder, ranks)
@@ -179,8 +182,8 @@ def _run_stage(
     keeper = shelf if ranks.first else Elsewhere()
     saving = method if stage.search is None else Saving(method, stage.search, stage.average, keeper)
     train(
-        saving, batches, settings, folder, resume=resume and ranks.once(lambda: has_checkpoint(folder)),
-        label=stage.name, device=ranks.device, on_picture=show, on_row=watch.see, ranks=ranks,
+        saving, batches, settings, folder, resume=resume, label=stage.name, device=ranks.device, on_picture=show,
+        on_row=watch.see, ranks=ranks,
     )  # fmt: skip
     if watch.outside:
         (folder / "outside.json").write_text(json.dumps(watch.outside, indent=1) + "\n")
@@ -301,30 +304,3 @@ def _painter(
             save_grid([*rows, batch.x0[: shape[0]]], decoder, folder / "samples" / f"step_{step:06d}.png")
 
     return paint
-
-
-def _check_out(out: Path, run: Path, teacher: Bundle) -> None:
-    """Nothing but an earlier student and its run is ever replaced.
-
-    Errors: `RecipeError` naming the folder that holds something else.
-    """
-    if out.resolve() == teacher.root.resolve():
-        raise RecipeError(f"{out} is the teacher itself; give the student another folder")
-    for folder, mark in ((out, "bundle.json"), (run, "config.json")):
-        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
-
-
-def _open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
-    """A fresh run folder, or one whose configuration is the same."""
-    wanted = json.dumps(describe(recipe), indent=1) + "\n"
-    config = run / "config.json"
-    if resume:
-        if not config.is_file():
-            raise CheckpointError(f"{run} holds no run; leave out --resume to start anew")
-        if config.read_text() != wanted:
-            raise CheckpointError(f"{config} differs from this configuration; repeat its settings, or start anew")
-        return
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
-    config.write_text(wanted)

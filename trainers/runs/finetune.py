@@ -28,6 +28,7 @@ from ..recipes.recipe import configure, parse_setting
 from ..recipes.registry import RECIPES, find_recipe
 from .distill import distill
 from .finetune_gate import Limits, judge, report_rows, shown, table
+from .folders import check_out, run_folder
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -61,6 +62,7 @@ def by_carrying(
     Errors: those of `distill`; `RecipeError` where the student is not of the teacher's shape.
     """
     check_shapes(student, teacher)
+    check_out(out, student, teacher)
     recipe = configure(find_recipe("finetune-student"), settings_of(student, pictures, changes or {}))
     tune = recipe.stages[0]
     alone = replace(
@@ -85,7 +87,7 @@ def finetune(
     settings = settings_of(student, pictures, changes or {})
     recipe = configure(find_recipe("finetune-student"), settings)
     made = distill(recipe, teacher, out, resume=resume, max_seconds=max_seconds, device=device)
-    run = out.with_name(out.name + ".run")
+    run = run_folder(out)
     tune = recipe.stages[0].student or recipe.student
     return made, tuned_teacher(teacher, tune, run / "tune" / "student.safetensors", run / "teacher")
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ..pictures import scenes
 from ..pictures.data import Latents, encode_scenes, load_latents, save_latents, tokenize
 from ..pictures.family import build_autoencoder, build_controlnet, build_text_encoder, build_tokenizer, build_unet
 from ..pictures.preview import sample, save_grid
+from .folders import check_out, run_folder
 from .teacher_parts import (
     CLAIM_SIZES,
     AutoencoderLoss,
@@ -68,13 +69,15 @@ class TeacherSettings:
 def train_teacher(out: Path, settings: TeacherSettings, *, resume: bool = False, device: str | None = None) -> Bundle:
     """Train all four stages and seal the bundle. A stage whose result is there is not trained again on resume.
 
-    Errors: `TrainingDiverged`, `CheckpointError`.
+    Errors: `TrainingDiverged`, `CheckpointError`; `RecipeError` where `out` holds something else.
     """
-    run = out.with_name(out.name + ".run")
+    check_out(out)
+    run = run_folder(out)
     if not resume:
         shutil.rmtree(run, ignore_errors=True)
     parts = run / "bundle"
     parts.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stage = _Stage(run, settings, where, resume)
     _autoencoder(stage, parts)

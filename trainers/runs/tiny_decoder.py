@@ -26,6 +26,7 @@ from ..parts.objective import Batch, Metrics, Turn, derive
 from ..pictures.data import Latents, LatentSource, encode_scenes, load_latents
 from ..pictures.features import FeatureNet, as_input, load_features
 from ..pictures.preview import sample, save_grid
+from .folders import check_out, run_folder
 
 COMPONENT = "tiny_decoder"
 CHUNK = 64
@@ -98,10 +99,7 @@ def distill_decoder(
     Errors: `RecipeError` where the bundle's decoder is of another class, or `out` holds something else.
     """
     s = settings or TinyDecoderSettings()
-    if out.exists() and not (out / "bundle.json").is_file():
-        raise RecipeError(f"{out} exists and holds no bundle.json; choose another --out")
-    if out.resolve() == bundle.root.resolve():
-        raise RecipeError(f"{out} is the bundle itself; give the new one another folder")
+    check_out(out, bundle)
     torch.manual_seed(s.seed)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiny = build_tiny(bundle.load("vae"), s.width, s.blocks)
@@ -114,14 +112,15 @@ def distill_decoder(
     learn = PlayerSettings(lr=s.lr, warmup=50, cooldown=0.8, ema={"kept": 0.995})
     player = Player("decoder", student, learn)
     method = DecoderDistillation((player,), load_features().to(where), s.features)
-    run = out.with_name(out.name + ".run")
+    run = run_folder(out)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
     loop = LoopSettings(steps=s.steps, seed=s.seed, bf16=s.bf16, max_seconds=max_seconds)
     train(method, source, loop, run, label="tiny decoder", device=where)
     kept = player.averages["kept"].cpu().eval()
     seen = latents[:8].float()
     for name, decoder in (("larger", larger.cpu()), ("tiny", kept)):
         save_grid([seen], decoder, run / "samples" / f"{name}.png")
-    (run / "config.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
     return write_decoder(bundle, kept.vae, out, s.use_at)
 
 

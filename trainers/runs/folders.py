@@ -1,0 +1,46 @@
+"""What a run may write over: an earlier student and its run, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+from fewstep.models.bundle import Bundle
+
+from ..errors import CheckpointError, RecipeError
+from ..recipes.recipe import Recipe, describe
+
+
+def run_folder(out: Path) -> Path:
+    """Where a run keeps its configuration, checkpoints, metrics and samples: beside the student it makes."""
+    return out.with_name(out.name + ".run")
+
+
+def check_out(out: Path, *sources: Bundle) -> None:
+    """Nothing but an earlier student and its run is ever replaced. sources: the bundles that the run reads.
+
+    Errors: `RecipeError` naming the folder that holds something else.
+    """
+    for source in sources:
+        if out.resolve() == source.root.resolve():
+            raise RecipeError(f"{out} is {source.name}, which the run reads; give the student another folder")
+    for folder, mark in ((out, "bundle.json"), (run_folder(out), "config.json")):
+        if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
+
+
+def open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
+    """A fresh run folder, or one whose configuration is the same.
+
+    Errors: `CheckpointError` where there is nothing to resume, or it was configured otherwise.
+    """
+    wanted = json.dumps(describe(recipe), indent=1) + "\n"
+    config = run / "config.json"
+    if resume:
+        if not config.is_file():
+            raise CheckpointError(f"{run} holds no run; leave out --resume to start anew")
+        if config.read_text() != wanted:
+            raise CheckpointError(f"{config} differs from this configuration; repeat its settings, or start anew")
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    config.write_text(wanted)
