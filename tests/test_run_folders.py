@@ -1,6 +1,7 @@
 """A run writes over an earlier student and its run alone; partners go on from where an earlier run left them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,12 +114,18 @@ def test_partners_that_are_not_there_are_refused(tiny_teacher, data, tmp_path):
     def run(recipe, **settings):
         return distill(recipe, tiny_teacher, tmp_path / recipe, FAST | settings, data=data, device="cpu")
 
-    with pytest.raises(RecipeError, match="student trains alone; leave it out"):
+    with pytest.raises(RecipeError, match="in lcm the student trains alone; leave it out"):
         run("lcm", guidance_width=32, partners=str(tmp_path))
-    with pytest.raises(RecipeError, match=r"holds no run; name the OUT\.run"):
+    with pytest.raises(RecipeError, match=r"holds no run of 'dmd2'; name the OUT\.run"):
         run("dmd2", partners=str(tmp_path))
-    made = tmp_path / "lcm-lora.run" / "lcm-lora"
+    run("dmd2")
+    with pytest.raises(RecipeError, match="writes anew; choose another --out"):
+        run("dmd2", partners=str(tmp_path / "dmd2.run"))
+    assert (tmp_path / "dmd2.run" / "dmd2" / "checkpoint.pt").is_file()
+    with pytest.raises(RecipeError, match="which the run reads; give the student another folder"):
+        run("dmd2", init=str(tmp_path / "dmd2"))
+    shutil.rmtree(tmp_path / "dmd2.run")
     run("lcm-lora", rank=2)
-    made.rename(made.with_name("dmd2"))
+    (tmp_path / "lcm-lora.run" / "lcm-lora").rename(tmp_path / "lcm-lora.run" / "dmd2")
     with pytest.raises(RecipeError, match="trained student, and no fake; leave it out"):
-        run("dmd2", partners=str(made.parent))
+        run("dmd2", partners=str(tmp_path / "lcm-lora.run"))

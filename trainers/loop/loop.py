@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError, RecipeError
 from ..parts.objective import Batch, Metrics, Part, Turn
-from .checkpoint import has_checkpoint, keep, restore
+from .checkpoint import keep, restore
 from .health import Health, diverged
 from .player import Player
 from .ranks import ALONE, Ranks
@@ -202,15 +202,9 @@ def _restore(folder: Path, players: Sequence[Player]) -> _Place:
 def take_partners(players: Sequence[Player], folder: Path) -> None:
     """Put every player but the first, the student, where the run of `folder` left it, with averages and moments.
 
-    Errors: `RecipeError` where no others train, there is no such run, or it had other players; `CheckpointError` where
-    their weights are of another shape.
+    Errors: `RecipeError` where that run had other players; `CheckpointError` where there is none, or its weights are
+    of another shape.
     """
-    if len(players) == 1:
-        raise RecipeError("partners is set, and this recipe's student trains alone; leave it out")
-    if not has_checkpoint(folder):
-        raise RecipeError(
-            f"partners: {folder} holds no run; name the OUT.run of a student that the same recipe trained"
-        )
     state, found = restore(folder)
     for player in players[1:]:
         if player.name not in found:

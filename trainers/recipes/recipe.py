@@ -93,8 +93,8 @@ class Run:
     """What every run has, whatever its method.
 
     data: a folder of one's own pictures; None draws `scenes` samples of the built-in set. latents: a file that keeps
-    the encoded data between runs. init: a bundle to start from in place of the teacher. partners: a run folder of the
-    same recipe, as whose fake score and critic ended those of this run begin. batch: of all processes and
+    the encoded data between runs. init: a bundle to start from in place of the teacher. partners: an earlier
+    run's folder (`OUT.run`), where this run's fake score and critic go on from. batch: of all processes and
     passes together; accumulate: passes that each process takes its share in; parallel: "ddp" or "fsdp", what several
     processes hold (`trainers.loop.ranks`).
     """

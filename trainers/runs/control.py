@@ -32,7 +32,7 @@ from ..pictures.data import LatentSource
 from ..pictures.edges import EdgeLikelihood, detect
 from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Run, Stage
-from .folders import check_out, open_run, run_folder
+from .folders import check_out, check_partners, open_run, run_folder
 from .sharing import check_shares
 from .teacher_parts import EdgeSource
 
@@ -228,6 +228,7 @@ def train_control(
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     student, stage, run = load_bundle(recipe.run.init), recipe.stages[-1], recipe.run
     check_out(out, teacher, student)
+    check_partners(recipe, out)
     open_run(run_folder(out), recipe, resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = run_folder(out) / stage.name

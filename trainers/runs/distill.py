@@ -40,7 +40,7 @@ from ..pictures.preview import sample, save_grid
 from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Stage, configure
 from ..recipes.registry import find_recipe
-from .folders import check_out, open_run, run_folder
+from .folders import check_out, check_partners, open_run, run_folder
 from .forgetting_data import ForgettingSource
 from .picture_networks import PictureNetworks
 from .picture_score import picture_score
@@ -88,8 +88,10 @@ def _distill(
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
     run = run_folder(out)
     further = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
+    init = [] if recipe.run.init is None else [load_bundle(recipe.run.init)]
     for place in (out, *(beside_of(out, name) for name in (*recipe.beside, *further))):
-        check_out(place, teacher)
+        check_out(place, teacher, *init)
+    check_partners(recipe, out)
     check_contract(recipe, teacher)
     ranks.once(lambda: open_run(run, recipe, resume=resume))
     if recipe.reward is not None:

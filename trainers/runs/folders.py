@@ -7,6 +7,7 @@ from pathlib import Path
 from fewstep.models.bundle import Bundle
 
 from ..errors import CheckpointError, RecipeError
+from ..loop.checkpoint import has_checkpoint
 from ..recipes.recipe import Recipe, describe
 
 
@@ -26,6 +27,26 @@ def check_out(out: Path, *sources: Bundle) -> None:
     for folder, mark in ((out, "bundle.json"), (run_folder(out), "config.json")):
         if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
             raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
+
+
+def check_partners(recipe: Recipe, out: Path) -> None:
+    """That `partners` names an earlier run of this recipe, before anything is encoded or that run's folder is emptied.
+
+    Errors: `RecipeError`.
+    """
+    if recipe.run.partners is None:
+        return
+    theirs = Path(recipe.run.partners)
+    if theirs.resolve() == run_folder(out).resolve():
+        raise RecipeError(f"partners is {str(theirs)!r}, which a run to {out} writes anew; choose another --out")
+    for stage in recipe.stages:
+        if len(stage.objective.players) == 1:
+            raise RecipeError(f"partners is set, and in {recipe.name} the student trains alone; leave it out")
+        if not has_checkpoint(theirs / stage.name):
+            raise RecipeError(
+                f"partners is {str(theirs)!r}, which holds no run of {stage.name!r}; name the OUT.run of a student "
+                "that the same recipe trained"
+            )
 
 
 def open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
