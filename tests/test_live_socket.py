@@ -141,7 +141,7 @@ def test_as_many_frames_are_in_the_making_at_once_as_asked():
             socket.send_binary(frame(number, steps=4, depth=2, priority=8 - 4 * number))
             assert heard(socket, "started")[0]["frame"] == number, "the second does not wait for the first"
         for number in (3, 4):
-            socket.send_binary(frame(number, steps=4, depth=2))
+            socket.send_binary(frame(number, steps=4, depth=2, priority=8 - 4 * number))  # none passes an earlier one
         until(lambda: 'outcome="dropped"} 1.0' in live.http.get("/metrics").text)
         assert live.runtime.metrics().live == 2
         gate.set()
