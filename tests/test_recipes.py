@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 from diffusers import DDIMScheduler, LCMScheduler
@@ -57,9 +58,10 @@ def test_wrong_settings_are_named(settings, message):
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [0, 0, 0], [1, -1, 1]])
-def test_weights_that_do_not_fit_the_step_counts_are_refused(weights):
-    with pytest.raises(RecipeError, match=r"grid_weights is .* each of the step counts \[1, 2, 4\]"):
-        configure(RECIPES["dmd2"], {"grid_weights": weights})
+@pytest.mark.parametrize(("name", "counts"), [("dmd2", [1, 2, 4]), ("asd", [1, 2, 3, 4])])
+def test_weights_that_do_not_fit_the_step_counts_are_refused(name, counts, weights):
+    with pytest.raises(RecipeError, match=f"grid_weights is .* each of the step counts {re.escape(str(counts))}"):
+        configure(RECIPES[name], {"grid_weights": weights})
 
 
 def test_a_student_of_one_step_count_and_more_layers():

@@ -9,7 +9,7 @@ import torch
 from fewstep.trainers.errors import CheckpointError, RecipeError
 from fewstep.trainers.loop.checkpoint import load_checkpoint
 from fewstep.trainers.runs.distill import distill
-from fewstep.trainers.runs.finetune import by_carrying, finetune
+from fewstep.trainers.runs.finetune import by_carrying, carried, finetune
 from fewstep.trainers.runs.teacher import TeacherSettings, train_teacher
 from fewstep.trainers.runs.tiny_decoder import distill_decoder
 from tiny import tiny_latents
@@ -34,6 +34,7 @@ WRITERS = {
     "a ControlNet": lambda s, t, tmp, out: distill("jdm", t, out, CONTROL | {"init": str(s.root)}, device="cpu"),
     "a tuned student": lambda s, t, tmp, out: finetune(s, pictures(tmp / "p"), t, out, FAST, device="cpu"),
     "a carried LoRA": lambda s, t, tmp, out: by_carrying(s, pictures(tmp / "p"), t, out, FAST, device="cpu"),
+    "a LoRA carried by hand": lambda s, t, tmp, out: carried(s, t, t, out),
     "a tiny decoder": lambda s, t, tmp, out: distill_decoder(s, out, device="cpu"),
     "a teacher": lambda s, t, tmp, out: train_teacher(out, TeacherSettings(), device="cpu"),
 }
@@ -58,7 +59,7 @@ def test_a_file_in_the_place_of_a_run_is_refused(tiny_teacher, tmp_path):
         WRITERS["a student"](None, tiny_teacher, tmp_path, tmp_path / "mine")
 
 
-@pytest.mark.parametrize("what", ["a student", "a ControlNet", "a carried LoRA", "a tiny decoder"])
+@pytest.mark.parametrize("what", [name for name in WRITERS if name not in ("a tuned student", "a teacher")])
 def test_what_a_run_reads_is_never_written_over(what, tiny_lcm, tiny_teacher, tmp_path):
     read = tiny_teacher if what == "a student" else tiny_lcm
     with pytest.raises(RecipeError, match="which the run reads; give the student another folder"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from fewstep.trainers.errors import CheckpointError
 from fewstep.trainers.pictures import scenes
 from fewstep.trainers.runs import teacher
 from fewstep.trainers.runs.teacher_parts import CLAIM_SIZES, claim_numbers
@@ -46,6 +47,12 @@ def teacher_pixels(sample):
     from fewstep.trainers.pictures.data import to_pixels
 
     return to_pixels(scenes.render(sample.scene))
+
+
+def test_there_must_be_a_run_to_resume(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cut\.run holds no run; leave out --resume"):
+        teacher.train_teacher(tmp_path / "cut", TINY, resume=True, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_takes_up_the_stage_that_was_cut(tmp_path, trained):

@@ -38,9 +38,8 @@ Change = Stepped | Paused | Ended
 
 @dataclass(slots=True)
 class _Live:
-    """`left_s`: what is still to do costs alone. `preparing`, `pictures`: counts of those not done. steps: rows done of
-    each picture. queued: (rank, number) of what waits -> its queue. foreseen: its slack, and when it was predicted to
-    end."""
+    """`left_s`: what is still to do costs alone. `preparing`, `pictures`: counts of those not done. queued: (rank,
+    number) of what waits -> its queue. foreseen: its slack, and when it was predicted to end."""
 
     job: Job
     price: Price
@@ -50,12 +49,11 @@ class _Live:
     preparing: int
     pictures: int
     models: frozenset[str]
-    steps: list[int] = field(default_factory=list)
     queued: dict[tuple[int, int], Key] = field(default_factory=dict)
     foreseen: tuple[float, float] = (0.0, 0.0)
 
     def copy(self) -> "_Live":
-        return replace(self, steps=list(self.steps), queued=dict(self.queued))
+        return replace(self, queued=dict(self.queued))
 
 
 class Scheduler:
@@ -229,9 +227,8 @@ class Scheduler:
                 self._begin_rows(live)
             return []
         self._spend(live, live.price.row_s[item.step])
-        live.steps[item.picture] += 1
-        self._queue_row(live, item.picture)
-        return [Stepped(item.id, item.picture, live.steps[item.picture])]
+        self._queue_row(live, item.picture, item.step + 1)
+        return [Stepped(item.id, item.picture, item.step + 1)]
 
     def _enter(self, job: Job, price: Price, due_s: float, place: int) -> None:
         own, models = price.total_s, job.models
@@ -256,13 +253,12 @@ class Scheduler:
             self._begin_rows(live)
 
     def _begin_rows(self, live: _Live) -> None:
-        live.steps = [0] * live.pictures
         for picture in range(live.pictures):
-            self._queue_row(live, picture)
+            self._queue_row(live, picture, 0)
 
-    def _queue_row(self, live: _Live, picture: int) -> None:
-        """Queue a picture's next row, or its decode where all rows are done."""
-        job, step = live.job, live.steps[picture]
+    def _queue_row(self, live: _Live, picture: int, step: int) -> None:
+        """Queue that row of a picture, or its decode where `step` rows are all."""
+        job = live.job
         item = Item(job.id, picture, step)
         if step < len(job.rows):
             row = job.rows[step]

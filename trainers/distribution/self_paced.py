@@ -15,7 +15,7 @@ from fewstep.models.denoiser import Condition, Denoiser, times
 from ..parts.jumps import Jump
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import Grids
+from ..parts.times import Grids, check_grid_weights, weighed
 from ..parts.transitions import noised, pure_noise
 from .discriminator import Adversary, Deceive, Judge
 
@@ -31,9 +31,12 @@ class WholeWalk:
     weights: tuple[float, ...]
     jump: Jump
 
+    def __post_init__(self) -> None:
+        check_grid_weights(self.weights, self.grids.counts)
+
     def make(self, student: Denoiser, batch: Batch, turn: Turn) -> Made:
         counts = self.grids.counts
-        n = counts[turn.pick(torch.tensor(self.weights or [1.0] * len(counts), dtype=torch.float64))]
+        n = counts[turn.pick(weighed(self.weights, len(counts)))]
         return self.walk(student, n, batch.x0, batch.cond, turn)
 
     def walk(self, student: Denoiser, steps: int, like: Tensor, cond: Condition, turn: Turn) -> Made:

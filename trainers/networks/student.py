@@ -68,9 +68,8 @@ class Student:
     @property
     def unet_only(self) -> bool:
         """Whether it asks for what is done to U-Nets alone."""
-        changes = (self.guidance_width, self.adapter_width, self.cut, self.remove, self.width)
-        further = self.attention != "softmax" or self.negative or bool(self.extra_layers)
-        return further or any(change is not None for change in changes)
+        asked = (self.guidance_width, self.adapter_width, self.cut, self.remove, self.width, self.extra_layers or None)
+        return self.attention != "softmax" or self.negative or any(each is not None for each in asked)
 
 
 PLAIN = Student()

@@ -108,25 +108,20 @@ def deepen_unet(unet: Any, extra: Sequence[int]) -> Any:
             "others: leave it out"
         )
 
-    def place(key: str) -> tuple[str, int, str] | None:
-        """(up to its number, layers its attention had, the rest) of a weight of a new layer."""
+    def before(key: str) -> str:
+        """Of a new layer's weight: that of the last layer that its attention had."""
         head, _, rest = key.partition(".transformer_blocks.")
         if not rest:
-            return None
+            return key
         side, stage = head.split(".")[:2]
         level = int(stage) if side == "down_blocks" else depth - 1 - (int(stage) if side == "up_blocks" else 0)
         number, _, tail = rest.partition(".")
-        return (f"{head}.transformer_blocks.", had[level], tail) if int(number) >= had[level] else None
-
-    def before(key: str) -> str:
-        new = place(key)
-        return key if new is None else f"{new[0]}{new[1] - 1}.{new[2]}"
+        return f"{head}.transformer_blocks.{min(int(number), had[level] - 1)}.{tail}"
 
     out = rebuilt(unet, {"transformer_layers_per_block": tuple(map(sum, zip(had, extra, strict=True)))}, before)
     with torch.no_grad():
         for key, weight in out.named_parameters():
-            new = place(key)
-            if new is not None and new[2].startswith(SILENT):
+            if before(key) != key and any(last in key for last in SILENT):
                 weight.zero_()
     return out
 

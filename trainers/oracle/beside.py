@@ -24,7 +24,7 @@ from ..distribution.self_paced import BesideNext, NextCount, WholeWalk
 from ..parts.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
 from ..parts.objective import Batch, Cast
 from ..parts.rollout import Made
-from ..parts.times import UniformScale, UniformTimes
+from ..parts.times import UniformScale, UniformTimes, weighed
 from ..pictures import parting
 from ..plane import sources
 from ..plane.plane import CLASSES
@@ -131,7 +131,7 @@ def noised_checks(recipe: Recipe, rollout: NoisedRollout) -> Iterator[Check]:
     law = rollout.times
     if isinstance(law, SampledTimes):
         grid = law.grids.of(path)[max(law.grids.counts)]
-        weights = torch.tensor(law.weights or [1.0] * len(grid)).double()
+        weights = weighed(law.weights, len(grid))
         got = torch.tensor([float((made.t == time).double().mean()) for time in grid])
         yield below("noised rollout: each time with its weight", got - weights / weights.sum(), 0.03)
     if isinstance(law, StartMoreOften):

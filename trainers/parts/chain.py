@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from .jumps import Jump
 from .objective import Batch, Turn
 from .rollout import Made
-from .times import Grids
+from .times import Grids, check_grid_weights, weighed
 from .transitions import noised, pure_noise
 
 GRADIENTS = ("whole", "each", "last")
@@ -36,14 +36,14 @@ class Chain:
     stretch: float | None = None
 
     def __post_init__(self) -> None:
+        check_grid_weights(self.weights, self.grids.counts)
         if self.gradient not in GRADIENTS:
             raise RecipeError(f"a chain's gradient is {self.gradient!r}; it must be one of {', '.join(GRADIENTS)}")
 
     def grid(self, path: Path, turn: Turn) -> tuple[float, ...]:
         """The times walked."""
         grids = self.grids.of(path)
-        weights = torch.tensor(self.weights or [1.0] * len(grids), dtype=torch.float64)
-        return grids[self.grids.counts[turn.pick(weights)]]
+        return grids[self.grids.counts[turn.pick(weighed(self.weights, len(grids)))]]
 
     def make(self, student: Denoiser, batch: Batch, turn: Turn) -> Made:
         """The last step, with those before it in `before`; 2 B rows where there are twins."""

@@ -13,7 +13,7 @@ from .jumps import Jump, ToClean
 from .laws import Law
 from .objective import Batch, Turn
 from .rollout import Made
-from .times import Grids, UniformScale
+from .times import Grids, UniformScale, weighed
 from .transitions import NoisedData, with_scale
 
 
@@ -33,8 +33,8 @@ class SampledTimes:
 
     def draw(self, path: Path, count: int, turn: Turn) -> Tensor:
         grid = self.grids.of(path)[max(self.grids.counts)]
-        weights = torch.tensor(self.weights or [1.0] * len(grid), dtype=torch.float64)
-        return torch.tensor(grid, dtype=torch.float64, device=turn.rng.device)[turn.choose(weights, count)]
+        drawn = turn.choose(weighed(self.weights, len(grid)), count)
+        return torch.tensor(grid, dtype=torch.float64, device=turn.rng.device)[drawn]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from torch import Tensor
 from fewstep.models.denoiser import Condition, Denoiser, renoise, times
 from fewstep.models.paths import Path
 
-from ..errors import RecipeError
 from .jumps import Jump
 from .objective import Batch, Turn
-from .times import Grids
+from .times import Grids, check_grid_weights, weighed
 from .transitions import noised, pure_noise
 
 
@@ -62,18 +61,12 @@ class BackwardSimulation:
     chained: bool = False
 
     def __post_init__(self) -> None:
-        counts = self.grids.counts
-        if self.weights and (len(self.weights) != len(counts) or min(self.weights) < 0.0 or not any(self.weights)):
-            raise RecipeError(
-                f"grid_weights is {list(self.weights)}; it must weigh each of the step counts {list(counts)}, 0 or "
-                "more, or be empty"
-            )
+        check_grid_weights(self.weights, self.grids.counts)
 
     def exit(self, path: Path, turn: Turn) -> tuple[float, ...]:
         """The times walked, the last being the one that is taken with gradient."""
         grids = self.grids.of(path)
-        weights = torch.tensor(self.weights or [1.0] * len(grids), dtype=torch.float64)
-        grid = grids[self.grids.counts[turn.pick(weights)]]
+        grid = grids[self.grids.counts[turn.pick(weighed(self.weights, len(grids)))]]
         return grid[: turn.pick(torch.ones(len(grid))) + 1]
 
     def reach(self, student: Denoiser, like: Tensor, cond: Condition, turn: Turn) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Time grows with noise. A landing at clean data is `clean(path)`, where alpha = 1 and sigma = 0 exactly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fewstep.models.paths import Path
 
+from ..errors import RecipeError
 from .objective import Turn
 
 
@@ -39,6 +41,20 @@ class Grids(Protocol):
     def counts(self) -> tuple[int, ...]: ...
 
     def of(self, path: Path) -> dict[int, tuple[float, ...]]: ...
+
+
+def weighed(weights: Sequence[float], count: int) -> Tensor:
+    """[count] float64 for `Turn.pick` and `Turn.choose`: evenly where `weights` is empty."""
+    return torch.tensor(weights or [1.0] * count, dtype=torch.float64)
+
+
+def check_grid_weights(weights: Sequence[float], counts: Sequence[int]) -> None:
+    """Errors: `RecipeError` for weights that are not one for each step count."""
+    if weights and (len(weights) != len(counts) or min(weights) < 0.0 or not any(weights)):
+        raise RecipeError(
+            f"grid_weights is {list(weights)}; it must weigh each of the step counts {list(counts)}, 0 or more, or be "
+            "empty"
+        )
 
 
 @dataclass(frozen=True)

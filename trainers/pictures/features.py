@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from . import scenes
 
 FEATURES = 64
 WEIGHTS = Path(__file__).parent / "reference_features.safetensors"
+Net = TypeVar("Net", bound=nn.Module)
 _PLACES = 4
 """Places are read on a grid of 4x4 cells."""
 MAX_NOISE = 24.0
@@ -58,9 +60,18 @@ def as_input(pictures: Tensor) -> Tensor:
 
 def load_features(file: Path = WEIGHTS) -> FeatureNet:
     """The shipped network, float32, ready for evaluation."""
-    net = FeatureNet()
+    return read_half(FeatureNet(), file)
+
+
+def read_half(net: Net, file: Path) -> Net:
+    """The network with the weights that `write_half` wrote, float32, ready for evaluation."""
     net.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     return net.requires_grad_(False).eval()
+
+
+def write_half(net: nn.Module, file: Path) -> None:
+    """Its weights in half precision, as safetensors."""
+    save_file({name: value.half().contiguous() for name, value in net.state_dict().items()}, file)
 
 
 def extract(net: FeatureNet, pictures: NDArray[np.uint8], batch: int = 256) -> Tensor:
@@ -106,7 +117,7 @@ def train_features(
         if step % 500 == 0 or step == steps - 1:
             report(f"step {step}: loss {loss.item():.4f}, {_accuracy(net, head, *held_out)}")
     _standardise(net, held_out[0])
-    save_file({name: value.half().contiguous() for name, value in net.state_dict().items()}, out)
+    write_half(net, out)
     return load_features(out)
 
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.models.bundle import Bundle, load_bundle
 
 from . import scenes
-from .features import as_input, rendered, wear
+from .features import as_input, read_half, rendered, wear, write_half
 
 WEIGHTS = Path(__file__).parent / "reference_finder.safetensors"
 KINDS = tuple((colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES)
@@ -108,9 +107,7 @@ def corners() -> Tensor:
 
 def load_finder(file: Path = WEIGHTS) -> ObjectFinder:
     """The shipped network, float32, ready for evaluation."""
-    net = ObjectFinder()
-    net.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    return net.requires_grad_(False).eval()
+    return read_half(ObjectFinder(), file)
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ def train_finder(
         if step % 250 == 249 or step == steps - 1:
             report(f"step {step + 1}: loss {loss.item():.3f}, {_accuracy(net, data, kept)}")
     net = net.to(memory_format=torch.contiguous_format)
-    save_file({name: value.half().contiguous() for name, value in net.state_dict().items()}, out)
+    write_half(net, out)
     return load_finder(out)
 
 

@@ -31,7 +31,7 @@ from ..parts.objective import Batch, Reward
 from ..pictures.data import LatentSource
 from ..pictures.edges import EdgeLikelihood, detect
 from ..recipes.casting import assemble_stage
-from ..recipes.recipe import Recipe, Run, Stage
+from ..recipes.recipe import Recipe, Run, Stage, describe
 from .folders import check_out, check_partners, open_run, run_folder
 from .sharing import check_shares
 from .teacher_parts import EdgeSource
@@ -229,7 +229,7 @@ def train_control(
     student, stage, run = load_bundle(recipe.run.init), recipe.stages[-1], recipe.run
     check_out(out, teacher, student)
     check_partners(recipe, out)
-    open_run(run_folder(out), recipe, resume=resume)
+    open_run(run_folder(out), describe(recipe), resume=resume)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = run_folder(out) / stage.name
     resume = resume and has_checkpoint(folder)

@@ -38,7 +38,7 @@ from ..pictures.data import Latents, LatentSource
 from ..pictures.parting import CellSource
 from ..pictures.preview import sample, save_grid
 from ..recipes.casting import assemble_stage
-from ..recipes.recipe import Recipe, Stage, configure
+from ..recipes.recipe import Recipe, Stage, configure, describe
 from ..recipes.registry import find_recipe
 from .folders import check_out, check_partners, open_run, run_folder
 from .forgetting_data import ForgettingSource
@@ -86,14 +86,16 @@ def _distill(
 ) -> Bundle:  # fmt: skip
     check_shares(recipe, ranks)
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
+    check_contract(recipe, teacher)
+    init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
+    if recipe.needs.student and init is not teacher:
+        check_start(student_spec(recipe, teacher), init, recipe.name)
     run = run_folder(out)
     further = [stage.name for stage in recipe.stages[:-1] if stage.cell is not None]
-    init = [] if recipe.run.init is None else [load_bundle(recipe.run.init)]
     for place in (out, *(beside_of(out, name) for name in (*recipe.beside, *further))):
-        check_out(place, teacher, *init)
+        check_out(place, teacher, init)
     check_partners(recipe, out)
-    check_contract(recipe, teacher)
-    ranks.once(lambda: open_run(run, recipe, resume=resume))
+    ranks.once(lambda: open_run(run, describe(recipe), resume=resume))
     if recipe.reward is not None:
         check_reward(recipe.reward)  # before anything is encoded
     if data is None:
@@ -111,7 +113,7 @@ def _distill(
     previous: Any = None
     for stage in recipe.stages:
         seconds = None if max_seconds is None else max_seconds * stage.steps / total
-        previous = _run_stage(recipe, stage, teacher, previous, source, run / stage.name, resume, seconds, ranks)
+        previous = _run_stage(recipe, stage, teacher, init, previous, source, run / stage.name, resume, seconds, ranks)
     if ranks.first:
         sell_beside(recipe, teacher, run, out)
         last = write_student(recipe, teacher, previous.cpu(), out)
@@ -148,16 +150,13 @@ def _compared(recipe: Recipe, objective: Objective, learner: Any, frozen: Any) -
 
 
 def _run_stage(
-    recipe: Recipe, stage: Stage, teacher: Bundle, previous: Any, source: LatentSource, folder: Path, resume: bool,
-    max_seconds: float | None, ranks: Ranks,
+    recipe: Recipe, stage: Stage, teacher: Bundle, init: Bundle, previous: Any, source: LatentSource, folder: Path,
+    resume: bool, max_seconds: float | None, ranks: Ranks,
 ) -> Any:  # fmt: skip
     """Train one stage and return its student's network; a stage that ended before is read back, and by all processes
     one that has just ended."""
     done = folder / "student.safetensors"
     torch.manual_seed(recipe.run.seed)
-    init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
-    if recipe.needs.student and recipe.run.init is not None:
-        check_start(student_spec(recipe, teacher), init, recipe.name)
     plan = stage.student or recipe.student
     begun = teacher if stage.start == "teacher" else init
     start = again(previous, plan) if stage.start == "previous" else _begin(recipe, plan, teacher, begun)
@@ -204,7 +203,7 @@ def _run_stage(
     save_network(kept, done, ranks)
     if ranks.count == 1:
         return kept
-    return _run_stage(recipe, stage, teacher, previous, source, folder, True, None, ranks)
+    return _run_stage(recipe, stage, teacher, init, previous, source, folder, True, None, ranks)
 
 
 def _alike(recipe: Recipe) -> bool:

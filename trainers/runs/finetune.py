@@ -104,7 +104,11 @@ def tuned_teacher(teacher: Bundle, plan: Student, weights: Path, out: Path) -> B
 
 
 def with_denoiser(bundle: Bundle, network: Any, out: Path) -> Bundle:
-    """A copy of a bundle with another denoiser of the same shape; what was measured of the old one is left out."""
+    """A copy of a bundle with another denoiser of the same shape; what was measured of the old one is left out.
+
+    Errors: `RecipeError` where `out` holds something else.
+    """
+    check_out(out, bundle)
     shutil.rmtree(out, ignore_errors=True)
     left = shutil.ignore_patterns("engines", "golden", "pytorch_lora_weights.safetensors")
     shutil.copytree(bundle.root, out, ignore=left)

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.models.bundle import Bundle
 
 from ..errors import CheckpointError, RecipeError
 from ..loop.checkpoint import has_checkpoint
-from ..recipes.recipe import Recipe, describe
+from ..recipes.recipe import Recipe
 
 
 def run_folder(out: Path) -> Path:
@@ -49,19 +51,18 @@ def check_partners(recipe: Recipe, out: Path) -> None:
             )
 
 
-def open_run(run: Path, recipe: Recipe, *, resume: bool) -> None:
-    """A fresh run folder, or one whose configuration is the same.
+def open_run(run: Path, told: Mapping[str, Any], *, resume: bool = False, same: bool = True) -> None:
+    """A fresh run folder with the configuration `told` in it, or to resume one there; told the `same`, unless told not.
 
     Errors: `CheckpointError` where there is nothing to resume, or it was configured otherwise.
     """
-    wanted = json.dumps(describe(recipe), indent=1) + "\n"
+    wanted = json.dumps(told, indent=1) + "\n"
     config = run / "config.json"
-    if resume:
-        if not config.is_file():
-            raise CheckpointError(f"{run} holds no run; leave out --resume to start anew")
-        if config.read_text() != wanted:
-            raise CheckpointError(f"{config} differs from this configuration; repeat its settings, or start anew")
-        return
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+    elif not config.is_file():
+        raise CheckpointError(f"{run} holds no run; leave out --resume to start anew")
+    elif same and config.read_text() != wanted:
+        raise CheckpointError(f"{config} differs from this configuration; repeat its settings, or start anew")
     config.write_text(wanted)

@@ -35,7 +35,7 @@ from ..pictures import scenes
 from ..pictures.data import Latents, encode_scenes, load_latents, save_latents, tokenize
 from ..pictures.family import build_autoencoder, build_controlnet, build_text_encoder, build_tokenizer, build_unet
 from ..pictures.preview import sample, save_grid
-from .folders import check_out, run_folder
+from .folders import check_out, open_run, run_folder
 from .teacher_parts import (
     CLAIM_SIZES,
     AutoencoderLoss,
@@ -73,11 +73,9 @@ def train_teacher(out: Path, settings: TeacherSettings, *, resume: bool = False,
     """
     check_out(out)
     run = run_folder(out)
-    if not resume:
-        shutil.rmtree(run, ignore_errors=True)
+    open_run(run, asdict(settings), resume=resume, same=False)  # stages to come may be told otherwise
     parts = run / "bundle"
-    parts.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    parts.mkdir(exist_ok=True)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stage = _Stage(run, settings, where, resume)
     _autoencoder(stage, parts)

@@ -6,7 +6,6 @@ pictures and of the student's own samples at each of its step counts, since thos
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,7 +25,7 @@ from ..parts.objective import Batch, Metrics, Turn, derive
 from ..pictures.data import Latents, LatentSource, encode_scenes, load_latents
 from ..pictures.features import FeatureNet, as_input, load_features
 from ..pictures.preview import sample, save_grid
-from .folders import check_out, run_folder
+from .folders import check_out, open_run, run_folder
 
 COMPONENT = "tiny_decoder"
 CHUNK = 64
@@ -113,8 +112,7 @@ def distill_decoder(
     player = Player("decoder", student, learn)
     method = DecoderDistillation((player,), load_features().to(where), s.features)
     run = run_folder(out)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
+    open_run(run, asdict(s))
     loop = LoopSettings(steps=s.steps, seed=s.seed, bf16=s.bf16, max_seconds=max_seconds)
     train(method, source, loop, run, label="tiny decoder", device=where)
     kept = player.averages["kept"].cpu().eval()
