@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import PARTIAL, sha256_of
 from fewstep.runtime.engines.aoti_engine import build_facts
+from fewstep.runtime.engines.built import remember
 from fewstep.runtime.engines.compiled_engine import ROUNDED, Rounded, cpp_compiler
 from fewstep.runtime.engines.manifest import Graph, Manifest, Port, engine_folder, write_manifest
 from fewstep.runtime.errors import EngineUnavailable
@@ -61,6 +62,7 @@ def export_aoti(
             build=build_facts(device),
         )
         write_manifest(bundle, manifest)
+        remember(manifest)
     except OSError as error:
         raise EngineUnavailable(f"{folder} cannot be written ({error}); export a copy that you own") from error
     return manifest

@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle, reseal
 from fewstep.models.errors import BundleError
 from fewstep.models.files import PARTIAL
+from fewstep.models.schedulers import MOST_GRIDS
 from fewstep.models.spec import GoldenCase, SamplerSpec
 from fewstep.runtime.engine import Engine
 from fewstep.runtime.engines.torch_engine import TorchEngine
@@ -29,8 +30,6 @@ from fewstep.runtime.sampling.request import Control, GenerateRequest
 PROMPTS = ("a red circle", "a blue square", "a green star")
 SEED = 20
 TEACHER_STEPS = (4, 25)
-MOST_GRIDS = 8
-"""A spec with more grids than this states a rule count by count, as imported teachers do."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,12 @@ def make_golden(
 
 
 def golden_steps(spec: SamplerSpec) -> tuple[int, ...]:
-    """The step counts with a case: a student's every grid, and for a teacher, whose counts are many, a short and a long
+    """The step counts with a case: every one of a student, and for a teacher, whose counts are many, a short and a long
     run."""
-    if spec.spacing is None and len(spec.steps) <= MOST_GRIDS:
-        return spec.steps
-    return tuple(n for n in TEACHER_STEPS if spec.allows(n)) or (1,)
+    counts = spec.steps if spec.spacing is None else tuple(range(1, spec.spacing.max_steps + 1))
+    if len(counts) <= MOST_GRIDS:
+        return counts
+    return tuple(n for n in TEACHER_STEPS if n in counts) or (counts[0], counts[-1])
 
 
 def run_case(engine: Engine, bundle: Bundle, case: GoldenCase, edge: Any = None) -> Trace:

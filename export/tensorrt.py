@@ -15,6 +15,7 @@ from typing import Any
 
 from fewstep.models.bundle import Bundle
 from fewstep.models.files import sha256_of, write_whole
+from fewstep.runtime.engines.built import remember
 from fewstep.runtime.engines.cuda_device import CudaDevice
 from fewstep.runtime.engines.manifest import (
     Graph,
@@ -205,6 +206,7 @@ def _finish(bundle: Bundle, manifest: Manifest, before: Manifest | None) -> Mani
     if before is not None and over_graphs(before, before.engine, build=before.build) == manifest:
         return before
     write_manifest(bundle, manifest)
+    remember(manifest)
     used = {graph.file for graph in manifest.roles.values()}
     for path in engine_folder(bundle, manifest.engine).glob("*.plan*"):
         if path.name not in used:

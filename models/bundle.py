@@ -2,7 +2,9 @@
 
 A bundle is a diffusers pipeline folder (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, `controlnet/`,
 `model_index.json`) with a `bundle.json` that holds the `SamplerSpec` and a SHA-256 of every file that was there when it
-was sealed. Only safetensors and JSON are read: loading never runs code from the folder.
+was sealed. Only safetensors and JSON are read, so loading runs no code from the folder. Exported engines in `engines/`
+are not loaded with it; some are native code, which runs only where it was built or such an engine is
+asked for by name (`fewstep.runtime.engines.built`).
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 What this release cannot sample exactly as diffusers does is refused by the setting's name, never approximated.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .spec import Boundary, Spacing
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 """What a spec calls a prediction -> diffusers' `prediction_type`."""
+MOST_GRIDS = 8
+"""Step counts that are stated one by one. A model of more, every one from 1 on, is a teacher, and has a rule."""
 SetTimes = Callable[[Any, int, tuple[int, int]], None]
 """(scheduler, steps, (width, height)): how a family's pipeline sets its scheduler's times."""
 Fields = dict[str, Any]
@@ -81,13 +84,31 @@ def _ddim(config: Mapping[str, Any], wanted: Wanted) -> Fields:
     _only(config, clip_sample=False, thresholding=False)
     fields = {**_vp(config), "sampler": "ddim", "stochastic": False}
     fields["final_alpha_one"] = bool(config.get("set_alpha_to_one", True))
-    if wanted.grids:
+    steps, any_count = wanted.steps, wanted.steps == tuple(range(1, len(wanted.steps) + 1))
+    if wanted.grids and (set(steps) <= set(wanted.grids) or (any_count and len(steps) > MOST_GRIDS)):
         return fields | {"grids": dict(wanted.grids)}
     kind = config.get("timestep_spacing", "leading")
     if kind not in ("trailing", "leading"):
         raise _cannot("timestep_spacing", kind, "trailing or leading")
-    offset = int(config.get("steps_offset", 0)) if kind == "leading" else 0
-    return fields | {"grids": {}, "spacing": Spacing(kind=kind, max_steps=max(wanted.steps), offset=offset)}
+    grids = _grids("DDIMScheduler", config, wanted)
+    total = int(config.get("num_train_timesteps", 1000))
+    strays = [n for n in steps if n not in wanted.grids and _strays(grids[n], total // n)]
+    if any_count and not wanted.grids and (strays or len(steps) > MOST_GRIDS):
+        offset = int(config.get("steps_offset", 0)) if kind == "leading" else 0
+        return fields | {"grids": {}, "spacing": Spacing(kind=kind, max_steps=len(steps), offset=offset)}
+    if strays:
+        raise BundleError(
+            f"DDIM's {kind} times of {strays[0]} steps are {list(grids[strays[0]])}, and diffusers lands "
+            f"{total // strays[0]} below each, not on the next: leave {strays[0]} out of --steps (counts that divide "
+            f"{total} fit), or say --steps 1-{strays[0]} for a model of every count"
+        )
+    return fields | {"grids": {**wanted.grids, **grids}}
+
+
+def _strays(grid: tuple[float, ...], stride: int) -> bool:
+    """Whether diffusers' DDIM, which lands `stride` below each time, lands elsewhere than a grid: on its next time,
+    and from the last one on clean data."""
+    return any(t - stride != to for t, to in itertools.pairwise(grid)) or grid[-1] >= stride
 
 
 def _euler(config: Mapping[str, Any], wanted: Wanted) -> Fields:
@@ -213,7 +234,10 @@ def _grids(
             grids[steps] = wanted.grids[steps]
             continue
         scheduler = getattr(diffusers, name).from_config(dict(config))
-        wanted.set_times(scheduler, steps, wanted.size)
+        try:
+            wanted.set_times(scheduler, steps, wanted.size)
+        except ValueError as error:
+            raise BundleError(f"{name} has no times of {steps} steps: {error}") from error
         found: Sequence[Any] = scheduler.sigmas if sigmas else scheduler.timesteps
         times = [float(t) for t in found][:steps]
         if not sigmas and name != "SCMScheduler" and any(t != math.floor(t) for t in times):

@@ -12,7 +12,7 @@ SUMMARIES = {
     "recipes": "list every recipe: family, paper, needs, step counts, status",
     "teacher": "train the built-in reference teacher family from nothing",
     "distill": "distil a teacher into a few-step student bundle",
-    "finetune": "teach a few-step student your pictures, and measure what it keeps",
+    "finetune": "teach a few-step student your pictures or a LoRA, and measure what it keeps",
     "import": "turn a diffusers folder into a bundle",
     "export": "export a bundle to an engine and prove it equal",
     "engines": "which engines a bundle has, what they cost here and which one is taken",
@@ -32,6 +32,9 @@ SUMMARIES = {
     "bench-finetune": "ways to fine-tune a few-step student, by style and compliance",
     "bench-control": "ControlNets of a few-step student, by edges and compliance",
     "bench-quality": "Frechet distance, prompt compliance and diversity per step count",
+    "bench-storm": "thousands of requests while engines break",
+    "folder": "a diffusers folder with random weights, to try and to time",
+    "families": "try every family and write the table",
     "pictures": "models and step counts side by side on one sheet",
     "demo": "the whole loop on the built-in family",
 }

@@ -43,7 +43,7 @@ router = APIRouter()
 
 def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  # noqa: B008
     """The web application over a runtime, which stays the caller's to close. It warms up once it is served."""
-    health = Health()
+    health = Health(runtime)
     pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
     meters = Meters(runtime, health)
     store = Store(settings.stored_bytes, settings.stored_s)
@@ -71,7 +71,7 @@ def create_app(runtime: Runtime, settings: Settings = Settings()) -> FastAPI:  #
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warming = asyncio.create_task(health.warm(runtime))
+        warming = asyncio.create_task(health.warm())
         yield
         health.drain()
         warming.cancel()

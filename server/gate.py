@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import ipaddress
 import logging
 import re
 import secrets
@@ -39,6 +40,7 @@ class Gate:
         self.app, self.callers, self.account = app, callers, account
         self.max_bytes = settings.max_body_bytes
         self.origins = settings.origins
+        self.bound = settings.host.lower() if callers.open else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -74,7 +76,8 @@ class Gate:
     def _check(self, visit: Visit, scope: Scope, headers: Headers) -> None:
         """Errors: `Refused`, in the order in which they leave the least to an unknown caller."""
         socket = scope["type"] == "websocket"
-        if (socket or visit.method not in ("GET", "HEAD", "OPTIONS")) and not own_origin(headers, self.origins):
+        acts = socket or visit.method not in ("GET", "HEAD", "OPTIONS")
+        if acts and not own_origin(headers, self.origins, self.bound):
             message = f"pages of {headers['origin']} may not call this server; FEWSTEP_ORIGINS lists those that may"
             raise Refused(403, "foreign_origin", message)
         visit.caller = self._caller(scope["path"], headers.get("authorization", ""), optional=socket)
@@ -156,13 +159,32 @@ def key_of(authorization: str) -> str | None:
         return None
 
 
-def own_origin(headers: Headers, allowed: tuple[str, ...]) -> bool:
+def own_origin(headers: Headers, allowed: tuple[str, ...], bound: str | None = None) -> bool:
     """Whether a page of this server, a page of `allowed` (as in "https://host:port"), or no page at all is calling.
 
-    A browser lends any page the user's place in the network, so pages of other sites are kept out.
+    A browser lends any page the user's place in the network, so pages of other sites are kept out. bound: the address
+    that a server without keys listens at, None where there are keys. Such a server takes a page for its own under that
+    address, an IP address or localhost only: another name may be anybody's, resolved anew to this machine once its page
+    was loaded (DNS rebinding). Calls that change nothing come without an `Origin` and are not told apart.
     """
     origin, host = headers.get("origin"), headers.get("host", "").lower()
-    return origin is None or origin in allowed or (host != "" and urlsplit(origin).netloc.lower() == host)
+    if origin is None or origin in allowed:
+        return True
+    try:
+        own = host != "" and urlsplit(origin).netloc.lower() == host
+        return own and (bound is None or _is_here(urlsplit(f"//{host}").hostname or "", bound))
+    except ValueError:  # no address at all
+        return False
+
+
+def _is_here(name: str, bound: str) -> bool:
+    if name in (bound, "localhost") or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def _linger(receive: Receive) -> None:

@@ -1,7 +1,8 @@
 """Jobs of the native API: they go on when their caller leaves, and what became of them is kept for a while.
 
 Each is pumped by one task from the runtime's events into a list, so that any number of readers may follow it, from the
-first event on or from where they were cut off.
+first event on or from where they were cut off. Of the previews the last one of each picture is kept: who reads the
+earlier events later finds them without.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import Refused
@@ -17,6 +18,8 @@ from .errors import Refused
 FINAL = ("finished", "failed")
 _LEAST_BYTES = 1024
 """What a kept job counts for beside its pictures."""
+NEWEST_S = 60.0
+"""For how long the job that ended last is kept whatever its size, so that its caller can fetch what it made."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class Told:
 
 @dataclass(eq=False)
 class Entry:
-    """One job. events: what was told of it so far. key: (owner, idempotency key); digest: of the body it began with."""
+    """One job. events: what was told of it so far. key: (owner, idempotency key); digest: of the body it began with.
+
+    size: bytes of the pictures in `events`. previewed: by picture, the number of the event that has its preview.
+    """
 
     id: str
     owner: str
@@ -51,6 +57,7 @@ class Entry:
     digest: str = ""
     events: list[Told] = field(default_factory=list)
     size: int = 0
+    previewed: dict[int, int] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     @property
@@ -89,14 +96,26 @@ class Entry:
                 number += 1
 
     async def add(self, told: Told) -> None:
-        self.size += told.bytes
         async with self.changed:
+            if told.data.get("preview_b64"):
+                self._forget_preview(told.data["picture"])
+                self.previewed[told.data["picture"]] = len(self.events)
+            self.size += told.bytes
             self.events.append(told)
             self.changed.notify_all()
 
+    def _forget_preview(self, picture: int) -> None:
+        if (number := self.previewed.get(picture)) is None:
+            return
+        told = self.events[number]
+        self.size -= told.bytes
+        rest = {name: value for name, value in told.data.items() if name != "preview_b64"}
+        self.events[number] = replace(told, data=rest)
+
 
 class Jobs:
-    """The jobs of one server: those that run, and those that ended, up to `max_bytes` and `keep_s`.
+    """The jobs of one server: those that run, and those that ended, up to `max_bytes` and `keep_s`; the one that ended
+    last for `NEWEST_S` though it be larger.
 
     Used from the event loop only. How many run is bounded by the runtime's queue.
     """
@@ -171,6 +190,8 @@ class Jobs:
     def _drop(self, now_s: float) -> None:
         while self._kept:
             oldest, since_s = next(iter(self._kept.items()))
-            if self._bytes <= self._max_bytes and now_s - since_s < self._keep_s:
+            kept_s = now_s - since_s
+            fits = self._bytes <= self._max_bytes or (len(self._kept) == 1 and kept_s < NEWEST_S)
+            if fits and kept_s < self._keep_s:
                 return
             self.forget(self._entries[oldest])

@@ -22,6 +22,7 @@ from fewstep.runtime.sampling.events import Event, Progress
 from fewstep.runtime.service.local import Model
 
 from .errors import Refused, answer
+from .gate import key_of
 from .live_frame import BadMessage, Frame, Hello, Repeats, frame_job, read_message, write_message
 from .pictures import account, preview_bytes
 from .service import Service
@@ -90,10 +91,10 @@ class Inbox:
 
 
 class Session:
-    """One socket: what it sent last, what is being made for it."""
+    """One socket: what it sent last, what is being made for it. key: what it came with, None where it needs none."""
 
-    def __init__(self, socket: WebSocket, service: Service, lobby: Lobby) -> None:
-        self.socket, self.service, self.lobby = socket, service, lobby
+    def __init__(self, socket: WebSocket, service: Service, lobby: Lobby, key: str | None) -> None:
+        self.socket, self.service, self.lobby, self._key = socket, service, lobby, key
         self.inbox = Inbox()
         self.answering: set[asyncio.Task[None]] = set()
         self.depth, self.taken, self.newest = 1, 0, 0
@@ -103,7 +104,10 @@ class Session:
 
     async def run(self) -> None:
         """Until the caller closes the socket, which ends what is being made for it; or until the server shuts down,
-        with the frame that is being made as the last."""
+        with the frame that is being made as the last.
+
+        Errors: `Refused` 401 at the first frame after its key was revoked.
+        """
         making, leaving = asyncio.create_task(self._make()), asyncio.create_task(self._leave())
         try:
             await self._read()
@@ -124,11 +128,26 @@ class Session:
             try:
                 message = await _receive(self.socket, self.service.settings.max_body_bytes)
                 if isinstance(message, Frame):
+                    self._recognise()
                     self.depth = message.number.depth
                     ended = sum(task.cancel() for task in self.answering) if message.number.replace else 0
                     self._drop(ended + self.inbox.put(message))
             except (BadMessage, Refused) as error:
+                if isinstance(error, Refused) and error.status == 401:
+                    raise
                 await self._fail(error, None)
+
+    def _recognise(self) -> None:
+        """Look its key up anew, since a socket may outlive it or its limits.
+
+        Errors: `Refused` 401.
+        """
+        visit = current.get()
+        if visit is None or self._key is None:
+            return
+        visit.caller = self.service.callers.find(self._key)
+        if visit.caller is None:
+            raise Refused(401, "invalid_api_key", "this session's API key is no longer known: open one with another")
 
     async def _make(self) -> None:
         while True:
@@ -168,6 +187,7 @@ class Session:
             self.lobby.frames["skipped"] += 1
             await self._say({"type": "skipped", "frame": number, "dropped": self.dropped})
             return
+        self._recognise()  # it may have waited since it came
         ticket = service.submit(job)
         try:
             ahead = service.runtime.metrics().live - 1
@@ -231,10 +251,10 @@ async def live(socket: WebSocket) -> None:
     lobby: Lobby = socket.app.state.lobby
     with contextlib.suppress(WebSocketDisconnect, WebSocketDisconnected):
         try:
+            key = await _check_key(socket, service)  # before a seat is taken: strangers could wait in all of them
             with lobby.seat():
-                await _check_key(socket, service)
                 await socket.send_json({"type": "ready", "max_message_bytes": service.settings.max_body_bytes})
-                await Session(socket, service, lobby).run()
+                await Session(socket, service, lobby, key).run()
         except (BadMessage, Refused) as error:
             body = error.envelope if isinstance(error, BadMessage) else answer(error)[1]
             await socket.send_json({"type": "failed", "frame": None, "dropped": 0, **body})
@@ -242,23 +262,29 @@ async def live(socket: WebSocket) -> None:
             await socket.close(TRY_LATER if busy else POLICY, str(error)[:100])
 
 
-async def _check_key(socket: WebSocket, service: Service) -> None:
-    """Browsers cannot send a header with a socket, so the gate lets it in and the first message brings the key.
+async def _check_key(socket: WebSocket, service: Service) -> str | None:
+    """The key that a socket brings; None where it needs none.
+
+    Browsers cannot send a header with a socket, so the gate lets it in and the first message brings the key.
 
     Errors: `Refused` 401 where a key is needed and neither the handshake nor the first message has one.
     """
     visit = current.get()
-    if service.callers.open or visit is None or visit.caller is not None:
-        return
+    if service.callers.open or visit is None:
+        return None
+    if visit.caller is not None:
+        return key_of(socket.headers.get("authorization", ""))
     try:
         async with asyncio.timeout(KEY_WAIT_S):
             message = await _receive(socket, service.settings.max_body_bytes)
     except TimeoutError:
         message = None
-    visit.caller = service.callers.find(message.key) if isinstance(message, Hello) else None
+    key = message.key if isinstance(message, Hello) else None
+    visit.caller = None if key is None else service.callers.find(key)
     if visit.caller is None:
         said = 'this server needs an API key: send {"key": "KEY"} as the first message'
         raise Refused(401, "invalid_api_key", said)
+    return key
 
 
 async def _receive(socket: WebSocket, max_bytes: int) -> Hello | Frame:

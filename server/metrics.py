@@ -104,7 +104,7 @@ class Meters(Collector):
         yield _counters("fewstep_text_cache", "Prompt embeddings found and not found.", cache, "result")
         yield CounterMetricFamily("fewstep_pictures", "Pictures made.", value=now.pictures)
         yield GaugeMetricFamily("fewstep_requests_live", "Accepted requests that wait or run.", value=now.live)
-        yield GaugeMetricFamily("fewstep_ready", "1 while /ready says yes.", value=self._health.state == "ready")
+        yield GaugeMetricFamily("fewstep_ready", "1 while /ready says yes.", value=self._health.look() == "ready")
 
 
 def _counters(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:

@@ -17,6 +17,7 @@ from fewstep.runtime.service.local import Model
 from fewstep.runtime.service.ticket import Ticket
 
 from . import errors, streaming
+from .errors import Refused
 from .jobs import Entry, Told
 from .json_routes import JSONReply, JSONRoute
 from .pictures import Encoded, account, preview_file
@@ -25,6 +26,7 @@ from .wire import Job
 from .wire_native import GenerateBody, generate_job
 
 router = APIRouter(route_class=JSONRoute)
+MAX_EVENT_DIGITS = 18
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 LastEventId = Annotated[str | None, Header()]
 
@@ -105,8 +107,7 @@ async def look_up_job(job_id: str, request: Request) -> dict[str, Any]:
 async def follow_job(job_id: str, request: Request, last_event_id: LastEventId = None) -> Response:
     """Its events from the first on, or from the one after `Last-Event-ID`. Leaving ends nothing."""
     entry = service_of(request).jobs.find(job_id, caller_of(request))
-    after = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else -1
-    return _stream(_frames(entry, after))
+    return _stream(_frames(entry, _after(last_event_id or "")))
 
 
 @router.delete("/v1/jobs/{job_id}")
@@ -120,6 +121,19 @@ async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
         service.runtime.cancel(entry.id)
         await entry.outcome()
     return {key: value for key, value in entry.status().items() if key != "result"}
+
+
+def _after(given: str) -> int:
+    """The number in a `Last-Event-ID`; -1, so from the first event on, where it is no number of ours.
+
+    Errors: `Refused` 400 where it has more digits than any number of events.
+    """
+    if not (given.isascii() and given.isdigit()):
+        return -1
+    if len(given) > MAX_EVENT_DIGITS:
+        said = f"Last-Event-ID has {len(given)} digits; send the id of an event, of at most {MAX_EVENT_DIGITS}"
+        raise Refused(400, "invalid_value", said, param="Last-Event-ID")
+    return int(given)
 
 
 async def _read(service: Service, body: GenerateBody) -> Job:

@@ -11,6 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import ClientDisconnect
 
 from fewstep.runtime.errors import InvalidRequest
 from fewstep.runtime.sampling.events import Failed, Finished, Progress, Result
@@ -72,8 +73,11 @@ async def edits(request: Request) -> Response:
     service = service_of(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refused(400, "invalid_type", "the body must be sent as multipart/form-data")
-    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
-        fields, pictures, mask = await _read_form(form)
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+            fields, pictures, mask = await _read_form(form)
+    except ClientDisconnect:  # nobody reads the answer, but the log says whose fault it was, as of JSON bodies
+        raise Refused(400, "invalid_request", "the caller left before the form was whole") from None
     try:
         body = EditsBody.model_validate(fields)
     except ValidationError as error:

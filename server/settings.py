@@ -87,6 +87,7 @@ class Settings:
         return Settings(**values)
 
 
+_SWITCH = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 _C2PA = ("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519")
 _CHOICES = (("c2pa_algorithm", _C2PA), ("log", ("quiet", "text", "json")), ("traces", ("off", "otlp")))
 _ORIGIN = re.compile(r"https?://[^/\s,]+")
@@ -108,6 +109,10 @@ _RANGES = (
 def _read(key: str, text: str, default: Any) -> Any:
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if isinstance(default, bool):
+        if text.strip().lower() not in _SWITCH:
+            raise BadSetting(f"{key} is {text!r}; use 1, true, yes or on, or 0, false, no or off")
+        return _SWITCH[text.strip().lower()]
     if isinstance(default, str):
         if not text.strip():
             raise BadSetting(f"{key} is empty; give it a value or unset it")

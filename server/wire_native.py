@@ -1,10 +1,11 @@
 """The native body: every field of `GenerateRequest` under its own name, with pictures in base64."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from fewstep.runtime.errors import InvalidRequest
+from fewstep.runtime.sampling.images import MAX_PIXELS
 from fewstep.runtime.sampling.request import Control, Edit, GenerateRequest, Helper, ImagePrompt, Lora
 from fewstep.runtime.service.local import Model
 
@@ -120,8 +121,7 @@ def generate_job(body: GenerateBody, models: Mapping[str, Model]) -> Job:
     low, high = LEVELS[body.format]
     if body.level is not None and not low <= body.level <= high:
         raise InvalidRequest("level", f"level is {body.level}; for {body.format} use {low} to {high}")
-    size = models[model].spec.sizes[0]
-    pixels = (body.width or size[0]) * (body.height or size[1])
+    pixels = min(_pixels(body, models[model].spec.sizes), MAX_PIXELS)
     plain = {f.name: getattr(body, f.name) for f in fields(GenerateRequest) if f.name not in _READ_ELSEWHERE}
     request = GenerateRequest(
         **plain,
@@ -139,6 +139,18 @@ def generate_job(body: GenerateBody, models: Mapping[str, Model]) -> Job:
     if body.deadline_ms is not None:
         names["deadline_s"] = "deadline_ms"
     return Job(request, model, body.format, body.level, names, models[model].spec.sampler)
+
+
+def _pixels(body: GenerateBody, sizes: Sequence[tuple[int, int]]) -> int:
+    """Of the size asked for, which is what pictures may be unpacked to: so it has to be one of the model's before."""
+    width = sizes[0][0] if body.width is None else body.width
+    height = sizes[0][1] if body.height is None else body.height
+    if (width, height) not in sizes:
+        wide = any(width == known for known, _ in sizes)  # then it is the height, or that the two do not go together
+        wrong = "height" if wide and (body.width is None or all(height != known for _, known in sizes)) else "width"
+        value, made = getattr(body, wrong), ", ".join(f"{w}x{h}" for w, h in sizes)
+        raise InvalidRequest(wrong, f"{wrong} is {value}: {width}x{height} is not supported; this model makes {made}")
+    return width * height
 
 
 def _control(body: ControlBody, max_pixels: int) -> Control:

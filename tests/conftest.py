@@ -27,6 +27,14 @@ def quick_costs():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory):
+    """What tests build is not remembered as built on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session", name="start")
 def plane_start():
     """The plane's network that students of tests begin from, with random weights; it does not train."""

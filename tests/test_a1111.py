@@ -206,6 +206,13 @@ def test_pictures_carry_their_parameters_and_give_them_back(live: Live):
         found = live.http.post("/sdapi/v1/png-info", json={"image": image}).json()
         assert found["parameters"]["Prompt"] == "a red circle" and found["parameters"]["Seed"] == "3"
         assert found["info"] == read_metadata(base64.b64decode(image))["parameters"]
+    for said in ("2024", "[1]", "null"):  # another program's description
+        file, exif = io.BytesIO(), Image.Exif()
+        exif[0x010E] = said
+        Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+        image = base64.b64encode(file.getvalue()).decode()
+        found = live.http.post("/sdapi/v1/png-info", json={"image": image})
+        assert (found.status_code, found.json()) == (200, {"info": "", "items": {}, "parameters": {}})
     assert live.http.post("/sdapi/v1/png-info", json={"image": b64()}).json() == {
         "info": "",
         "items": {},

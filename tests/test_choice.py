@@ -9,6 +9,7 @@ import pytest
 
 from fewstep.models.bundle import load_bundle
 from fewstep.runtime.engines import choice, manifest, registry
+from fewstep.runtime.engines.built import NATIVE, built_here, remember
 from fewstep.runtime.engines.choice import (
     command,
     explain,
@@ -19,7 +20,7 @@ from fewstep.runtime.engines.choice import (
     record_costs,
 )
 from fewstep.runtime.engines.fake_engine import FakeEngine
-from fewstep.runtime.engines.manifest import Manifest, read_manifest, write_manifest
+from fewstep.runtime.engines.manifest import Graph, Manifest, read_manifest, write_manifest
 from fewstep.runtime.engines.registry import KINDS, open_engine
 from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import EngineUnavailable
@@ -40,8 +41,8 @@ def costs(step_s, *, machine=HERE):
 
 
 def plant(bundle, kind, **changes):
-    given = {"precision": "fp32", "verified": True, "weights_digest": bundle.weights_digest, **changes}
-    write_manifest(bundle, Manifest(engine=kind, opset=0, roles={}, producers={}, **given))
+    given = {"precision": "fp32", "verified": True, "weights_digest": bundle.weights_digest, "roles": {}, **changes}
+    write_manifest(bundle, Manifest(engine=kind, opset=0, producers={}, **given))
 
 
 def order(bundle, **settings):
@@ -58,22 +59,22 @@ def test_without_any_export_torch_it_is(bundle):
 
 
 def test_unmeasured_exports_come_before_torch_and_lower_precisions_after(bundle):
-    for kind, precision in (("torch-bf16", "bf16"), ("aoti", "fp32"), ("onnx", "fp32")):
+    for kind, precision in (("torch-bf16", "bf16"), ("onnx-int8", "int8"), ("onnx", "fp32")):
         plant(bundle, kind, precision=precision)
-    assert order(bundle) == ["onnx", "aoti", "torch", "torch-bf16"]
+    assert order(bundle) == ["onnx", "torch", "onnx-int8", "torch-bf16"]
 
 
 def test_the_least_measured_cost_wins_whatever_the_precision(bundle):
     plant(bundle, "onnx", costs=costs(0.004))
     plant(bundle, "torch-bf16", precision="bf16", costs=costs(0.002))
-    plant(bundle, "aoti")
+    plant(bundle, "onnx-int8", precision="int8")
     record_costs(bundle, "torch", costs(0.003))
-    assert order(bundle) == ["torch-bf16", "torch", "onnx", "aoti"]
+    assert order(bundle) == ["torch-bf16", "torch", "onnx", "onnx-int8"]
     best = explain(bundle)[0]
     assert best.cost_s == pytest.approx(0.001 + 4 * 0.002 + 0.003)
     assert best.costs_s == pytest.approx({n: 0.004 + n * 0.002 for n in (1, 2, 4, 8)})
     assert "12.0 ms for a picture of 4 steps" in best.why
-    assert order(bundle, threads=7) == ["onnx", "aoti", "torch", "torch-bf16"], "other threads, other machine"
+    assert order(bundle, threads=7) == ["onnx", "torch", "onnx-int8", "torch-bf16"], "other threads, other machine"
 
 
 def test_costs_of_another_machine_or_of_other_weights_are_none(bundle):
@@ -103,6 +104,49 @@ def test_what_may_not_be_taken_says_why(bundle, monkeypatch):
     assert order(bundle) == ["torch"]
     (bundle.root / "engines" / "onnx" / "manifest.json").write_text("{")
     assert "is not JSON" in {c.kind: c.why for c in explain(bundle)}["onnx"]
+
+
+def test_engines_of_native_code_are_named_to_be_opened(bundle, monkeypatch):
+    """Whoever made the folder wrote its manifest too: proofs and costs in there are no reason to run its programs."""
+    monkeypatch.setattr(choice, "_sees_cuda", lambda: True)
+    opened = []
+    for kind in NATIVE:
+        plant(bundle, kind, costs=costs(1e-6), executed_on={"device": "any"}, build={"device": "cpu"})
+        module, function = KINDS[kind].module, KINDS[kind].function
+        monkeypatch.setattr(
+            f"fewstep.runtime.engines{module}.{function}",
+            lambda bundle, kind=kind, **settings: opened.append(kind) or FakeEngine(),
+        )
+    found = {candidate.kind: candidate for candidate in explain(bundle)}
+    assert order(bundle) == ["torch"] and set(found) == {"torch", *NATIVE}
+    for kind in NATIVE:
+        assert found[kind].why.startswith("native code that was not built here:") and found[kind].why.endswith(kind)
+        assert found[kind].costs_s, "what it would cost is shown"
+    assert open_engine(bundle).name == "torch" and not opened
+    open_engine(bundle, "aoti")
+    assert opened == ["aoti"]
+
+
+def test_auto_takes_native_code_that_was_built_here(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(choice, "_sees_cuda", lambda: True)
+    made = {"roles": {"denoiser": Graph(file="a.pt2", sha256="1" * 64, inputs=(), outputs=())}, "costs": costs(1e-6)}
+    plant(bundle, "aoti", **made, executed_on={"device": "any"}, build={"device": "cpu"})
+    assert order(bundle) == ["torch"]
+    remember(read_manifest(bundle, "aoti"))
+    assert order(bundle) == ["aoti", "torch"]
+    changed = read_manifest(bundle, "aoti")
+    graphs = {role: replace(graph, sha256="0" * 64) for role, graph in changed.roles.items()}
+    write_manifest(bundle, replace(changed, roles=graphs))
+    assert order(bundle) == ["torch"], "other files are not those that were built"
+    plant(bundle, "onnx-tensorrt", **made, executed_on={"device": "any"}, build={"device": "cuda"})
+    remember(read_manifest(bundle, "onnx-tensorrt"))
+    assert not built_here(read_manifest(bundle, "onnx-tensorrt")), "its plans are in no manifest"
+
+
+def test_every_kind_whose_files_are_programs_is_held_for_native():
+    made = {kind for kind, found in KINDS.items() if found.module in (".aoti_engine", ".tensorrt_engine")}
+    assert made | {"onnx-tensorrt"} == NATIVE
 
 
 def test_auto_passes_over_what_cannot_be_opened(bundle, monkeypatch, caplog):

@@ -65,7 +65,7 @@ def test_what_is_there_once_it_is_warm_is_kept_from_the_garbage_collector():
             waiting = asyncio.create_task(warmed(service, serving))
             await asyncio.sleep(0.05)
             assert not waiting.done() and gc.get_freeze_count() == 0
-            await service.health.warm(runtime)
+            await service.health.warm()
             await waiting
             serving.cancel()
 

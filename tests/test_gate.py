@@ -7,7 +7,9 @@ import threading
 
 import pytest
 from live import fake_server, until
+from starlette.datastructures import Headers
 
+from fewstep.server.gate import own_origin
 from fewstep.server.keys import make_key, write_keys
 from fewstep.server.settings import BadSetting, Settings
 
@@ -112,6 +114,47 @@ def test_pages_of_other_sites_may_not_act():
         assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://studio.example"
         ask = {"Origin": "https://studio.example", "Access-Control-Request-Method": "POST"}
         assert live.http.request("OPTIONS", "/v1/generate", headers=ask).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "own"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1", True),
+        ("localhost:8000", "127.0.0.1", True),
+        ("studio.localhost:8000", "127.0.0.1", True),
+        ("[::1]:8000", "127.0.0.1", True),
+        ("192.168.1.7:8000", "0.0.0.0", True),
+        ("MyBox.lan:8000", "mybox.lan", True),
+        ("rebound.example:8000", "127.0.0.1", False),
+        ("rebound.example:8000", "0.0.0.0", False),
+        ("127.0.0.1.evil.example", "127.0.0.1", False),
+        ("notlocalhost:8000", "127.0.0.1", False),
+        ("rebound.example:8000", None, True),
+        ("[", "127.0.0.1", False),
+        ("", "127.0.0.1", False),
+    ],
+)
+def test_without_keys_a_name_that_anybody_may_point_here_is_not_our_own(host, bound, own):
+    """DNS rebinding: the browser sends its page's name as both `Origin` and `Host`."""
+    assert own_origin(Headers({"host": host, "origin": f"http://{host}"}), (), bound) is own
+    assert own_origin(Headers({"host": host}), (), bound), "no page calls"
+    assert own_origin(Headers({"host": host, "origin": f"http://{host}"}), (f"http://{host}",), bound)
+
+
+def test_a_page_under_a_name_needs_keys_or_to_be_listed(keyed):
+    settings, keys = keyed
+    body = {"prompt": "a", "steps": 1}
+    page = {"Host": "rebound.example", "Origin": "http://rebound.example"}
+    with fake_server() as live:
+        reply = live.http.post("/v1/generate", json=body, headers=page)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "foreign_origin")
+        assert live.http.post("/v1/generate", json=body, headers={"Host": "service"}).status_code == 200
+        broken = live.http.post("/v1/generate", json=body, headers={"Origin": "http://["})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (403, "foreign_origin")
+    with fake_server(Settings(origins=("http://rebound.example",))) as live:
+        assert live.http.post("/v1/generate", json=body, headers=page).status_code == 200
+    with fake_server(settings) as live:
+        assert live.http.post("/v1/generate", json=body, headers={**page, **keys["free"]}).status_code == 200
 
 
 def test_without_origins_no_browser_is_invited():

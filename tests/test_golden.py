@@ -1,6 +1,7 @@
 """Golden cases: made once by torch, sealed into the bundle, and read back strictly."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.export.golden import TEACHER_STEPS, edge_picture, golden_steps, load_case, make_golden, run_case
 from fewstep.models.bundle import load_bundle
 from fewstep.models.errors import BundleError
+from fewstep.models.spec import Spacing
 from fewstep.runtime.engines.torch_engine import TorchEngine
 from tiny import copy_bundle
 
@@ -74,6 +76,9 @@ def test_an_interrupted_making_leaves_the_old_ones(golden, tmp_path, monkeypatch
 def test_teachers_get_a_short_and_a_long_run(tiny_teacher, tiny_dmd2, tmp_path):
     assert golden_steps(tiny_teacher.spec) == TEACHER_STEPS
     assert golden_steps(tiny_dmd2.spec) == (1, 2, 4, 8)
+    many = {n: tuple(float(n - k) for k in range(n)) for n in range(10, 19)}
+    assert golden_steps(replace(tiny_dmd2.spec, grids=many)) == (10, 18), "neither of the usual runs"
+    assert golden_steps(replace(tiny_teacher.spec, spacing=Spacing(kind="trailing", max_steps=3))) == (1, 2, 3)
     root = copy_bundle(tiny_teacher, tmp_path / "teacher")
     teacher = make_golden(load_bundle(root))
     long = load_case(teacher, teacher.spec.golden[1])

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import socket
 import struct
 import zlib
 
@@ -9,7 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from live import Live, fake_server
+from live import Live, fake_server, until
 from PIL import Image
 
 from fewstep.runtime.errors import EngineFailed
@@ -201,6 +202,22 @@ def told(live: Live, monkeypatch: pytest.MonkeyPatch, last: object) -> None:
         return ticket
 
     monkeypatch.setattr(live.runtime, "submit", submit)
+
+
+@pytest.mark.parametrize(
+    ("route", "kind"),
+    [("/v1/images/edits", "multipart/form-data; boundary=x"), ("/v1/images/generations", "application/json")],
+)
+def test_a_caller_who_leaves_while_it_sends_is_no_fault_of_the_server(route: str, kind: str, caplog):
+    with fake_server() as live:
+        client = socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])))
+        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+        client.sendall(head.encode() + b"--x\r\n")
+        client.close()
+        counted = f'fewstep_http_responses_total{{route="{route}",status='
+        until(lambda: counted in live.http.get("/metrics").text)
+        assert counted + '"400"} 1.0' in live.http.get("/metrics").text
+    assert "unforeseen" not in caplog.text
 
 
 def test_the_client_gets_partial_pictures(live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch):

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import struct
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fewstep.runtime.errors import InvalidRequest
-from fewstep.runtime.sampling.images import decode, encode
+from fewstep.runtime.sampling.images import decode, decode_rgba, encode, read_metadata
 
 
 @pytest.fixture
@@ -89,3 +90,47 @@ def test_bad_bytes_are_refused(picture):
         decode(encode(picture)[:200])
     with pytest.raises(InvalidRequest, match="32x48"):
         decode(encode(picture), max_pixels=1000)
+
+
+def _with_exif(form="JPEG", **tags):
+    exif = Image.Exif()
+    for number, value in tags.items():
+        exif[int(number[1:], 16)] = value
+    out = io.BytesIO()
+    Image.new("RGB", (6, 4), (200, 100, 0)).save(out, form, exif=exif)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("said", ["2024", "[1]", "null", '"words"', "a holiday", "[" * 20_000, "{", "NaN", ""])
+def test_a_description_that_is_no_object_of_ours_is_none(said):
+    assert read_metadata(_with_exif(x010E=said)) == {}
+    assert read_metadata(_with_exif(x010E='{"seed": 3}')) == {"seed": "3"}
+
+
+def _wrong_resolution(form):
+    """A picture to be turned, whose XResolution is text: Pillow cannot write the tags of the turned one."""
+    data = _with_exif(form, x0112=6, x011A=72.0)
+    rational = data.index(b"\x01\x1a\x00\x05") if b"MM\x00*" in data else data.index(b"\x1a\x01\x05\x00")
+    kind = b"\x00\x02" if b"MM\x00*" in data else b"\x02\x00"
+    return data[: rational + 2] + kind + data[rational + 4 :]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("read", [decode, decode_rgba, read_metadata])
+def test_tags_of_the_wrong_kind_are_the_files_fault(form, read):
+    with pytest.raises(InvalidRequest, match=r"edit\.image is damaged") as caught:
+        read(_wrong_resolution(form), field="edit.image")
+    assert caught.value.field == "edit.image" and isinstance(caught.value.__cause__, TypeError)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_altered_files_are_pictures_or_are_refused(picture, form):
+    """Pillow has no error of its own for damage, and raises whatever its parsers trip over."""
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encode(picture, form, metadata={"prompt": "a", "parameters": "b"}), np.uint8)
+    for _ in range(300):
+        data = whole.copy()
+        data[rng.integers(0, min(len(data), 300), 3)] = rng.integers(0, 256, 3)
+        for read in (decode, decode_rgba, read_metadata):
+            with contextlib.suppress(InvalidRequest):
+                read(data.tobytes(), max_pixels=10_000)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from fewstep.export.golden import golden_steps
 from fewstep.models import commands
 from fewstep.models.bundle import load_bundle
 from fewstep.models.errors import BundleError
@@ -19,7 +20,7 @@ from fewstep.models.shapes import make_folder
 from fewstep.models.spec import Guidance
 from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.sampling.loop import run_request
-from fewstep.runtime.sampling.request import GenerateRequest
+from fewstep.runtime.sampling.request import GenerateRequest, spec_steps
 
 PROMPT = "a red cat"
 CFG = Guidance(mode="cfg", default=5.0, range=(1.0, 9.0))
@@ -59,7 +60,7 @@ def theirs(bundle, steps, **settings):
         ("sd15-tiny", "sd15"), ("sd21-tiny", "sd21"), ("sd-turbo-tiny", "sd-turbo"), ("lcm-tiny", "lcm"),
         ("sdxl-tiny", "sdxl"), ("sdxl-turbo-tiny", "sdxl-turbo"), ("ssd-tiny", "ssd-1b"), ("sdxl-tiny", "tcd-lora"),
         ("sdxl-tiny", "lightning-1"), ("sdxl-tiny", "lightning-4"), ("sdxl-tiny", "dmd2-4"),
-        ("sd15-tiny", "hyper-sd-2"),
+        ("sd15-tiny", "hyper-sd-2"), ("sd15-tiny", "hyper-sd-4"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:The custom timestep schedule")
@@ -80,6 +81,16 @@ def test_a_folder_samples_as_diffusers_does(folders, tmp_path, shape, name):
         seen.append(ours)
     for one, two in itertools.pairwise(seen):
         assert np.abs(one - two).max() > 4 / 255, "the step count made no difference"
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_a_student_of_ddim_serves_the_counts_it_was_made_for(folders, tmp_path, steps):
+    """And so its golden cases, its calibration and its graphs of whole requests are of these."""
+    bundle = import_folder(folders("sd15-tiny"), tmp_path / "b", answers=known(f"hyper-sd-{steps}"))
+    assert [n for n in range(1, 51) if bundle.spec.allows(n)] == [steps]
+    assert golden_steps(bundle.spec) == bundle.spec.steps == (steps,)
+    assert bundle.extra_roles == ((f"picture-{steps}",) if steps <= 4 else ())
+    assert spec_steps(None, bundle.spec) == steps
 
 
 def test_sdxl_with_guidance_and_a_negative_prompt(folders, tmp_path):

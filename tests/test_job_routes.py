@@ -9,6 +9,7 @@ import pytest
 from live import Live, fake_server, until
 
 from fewstep.runtime.engines.fake_engine import Fault
+from fewstep.server import jobs as job_module
 from fewstep.server.errors import Refused
 from fewstep.server.jobs import Entry, Jobs, Told
 from fewstep.server.settings import Settings
@@ -62,6 +63,15 @@ def test_a_reader_who_was_cut_off_goes_on_where_it_stopped(live: Live):
     for after, numbers in (("1", [2, 3, 4]), ("4", []), ("99", []), ("junk", [0, 1, 2, 3, 4])):
         reply = live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": after})
         assert [number for _, number, _ in frames(reply.text)] == numbers
+
+
+def test_an_event_id_longer_than_any_is_refused(live: Live):
+    job_id = begin(live, steps=1).json()["id"]
+    for digits in (19, 5000):
+        reply = live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "9" * digits})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "Last-Event-ID") and f"{digits} digits" in error["message"]
+    assert live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "9" * 18}).status_code == 200
 
 
 def test_a_job_goes_on_when_its_readers_leave_and_ends_when_cancelled():
@@ -169,6 +179,86 @@ def test_a_bad_job_is_refused_at_once(live: Live):
 async def told(*events: Told):
     for event in events:
         yield event
+
+
+async def previewed_job() -> dict[str, object]:
+    def step(picture: int, step: int, **said: object) -> Told:
+        return Told("progress", {"picture": picture, "step": step, **said})
+
+    entry = Entry("1", "me", "m", 0)
+    for number in range(1, 5):
+        for picture in (0, 1):
+            await entry.add(step(picture, number, preview_b64="x" * 1000))
+        await entry.add(step(0, number))
+    found: dict[str, object] = {"running": entry.size, "events": len(entry.events)}
+    await entry.add(Told("finished", {"pictures": [{"b64": "x" * 3000}]}))
+    told = [told async for _, told in entry.follow()]
+    found["shown"] = [(told.data["picture"], told.data["step"]) for told in told if "preview_b64" in told.data]
+    found["size"], found["kept"] = entry.size, sum(told.bytes for told in told)
+    return found
+
+
+def test_of_previews_a_job_keeps_the_last_of_each_picture():
+    assert asyncio.run(previewed_job()) == {
+        "running": 2000,
+        "events": 12,
+        "shown": [(0, 4), (1, 4)],
+        "size": 5000,
+        "kept": 5000,
+    }
+
+
+def test_a_reader_who_follows_sees_every_preview():
+    async def follow() -> list[str]:
+        entry, seen = Entry("1", "me", "m", 0), []
+
+        async def read() -> None:
+            async for _, told in entry.follow():
+                seen.append(told.data.get("preview_b64", ""))
+
+        reading = asyncio.create_task(read())
+        for number in range(3):
+            await asyncio.sleep(0)
+            await entry.add(Told("progress", {"picture": 0, "step": number, "preview_b64": f"p{number}"}))
+            await asyncio.sleep(0.01)
+        await entry.add(Told("failed", {"error": {"code": "cancelled"}}))
+        await reading
+        return seen
+
+    assert asyncio.run(follow()) == ["p0", "p1", "p2", ""]
+
+
+async def large_jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bool]]:
+    now_s = [100.0]
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: now_s[0])
+    jobs, found = Jobs(max_bytes=10_000, keep_s=3600.0), {}
+
+    async def end(name: str, size: int) -> None:
+        entry = Entry(name, "me", "m", 0, ("me", name), "d")
+        jobs.start(entry, told(Told("finished", {"pictures": [{"b64": "x" * size}]})))
+        await entry.outcome()
+        await asyncio.sleep(0)
+
+    await end("small", 1000)
+    await end("large", 20_000)
+    now_s[0] += job_module.NEWEST_S - 1.0
+    found["at first"] = [_there(jobs, "small"), _there(jobs, "large")]
+    now_s[0] += 2.0
+    found["then"] = [_there(jobs, "large")]
+    await end("larger", 30_000)
+    await end("after", 1000)
+    found["once another ended"] = [_there(jobs, "larger"), _there(jobs, "after")]
+    found["keys"] = [jobs.replay(("me", name), "d") is not None for name in ("small", "large", "larger", "after")]
+    return found
+
+
+def test_the_job_that_ended_last_can_be_fetched_though_it_is_too_large_to_keep(monkeypatch: pytest.MonkeyPatch):
+    assert asyncio.run(large_jobs(monkeypatch)) == {
+        "at first": [False, True],
+        "then": [False],
+        "once another ended": [False, True],
+        "keys": [False, False, False, True],
+    }
 
 
 async def run_jobs() -> dict[str, object]:

@@ -10,6 +10,7 @@ from fewstep.runtime.engines.fake_engine import FakeEngine, fake_bundle
 from fewstep.runtime.engines.torch_engine import TorchEngine
 from fewstep.runtime.errors import BundleError, Closed, EngineFailed, EngineUnavailable, InvalidRequest
 from fewstep.runtime.sampling.events import Progress
+from fewstep.runtime.sampling.groups import Group, Student
 from fewstep.runtime.sampling.loop import run_request
 from fewstep.runtime.sampling.request import GenerateRequest, Helper
 from fewstep.runtime.service.config import RuntimeConfig
@@ -178,6 +179,65 @@ def test_a_request_that_visits_two_models_that_do_not_fit_together_still_ends():
     with Runtime([fake_bundle("a"), fake_bundle("b")], engines={"a": FakeEngine(), "b": FakeEngine()}) as roomy:
         assert np.array_equal(result.pictures[0], roomy.generate(request, "a").pictures[0])
     assert makers.most == 1
+
+
+def test_a_follow_up_brings_its_model_back():
+    """The first request of all goes on at a model that was put out."""
+    refine = Helper(model="b", mode="refine", steps=4, strength=0.5, threshold=0.5)
+    runtime, makers = crowded("ba", 1, scorer=lambda prompt, picture: 0.0)
+    with runtime:
+        assert runtime.metrics().in_memory == {"b": False, "a": True}
+        result = runtime.submit(ask(steps=2, seed=3, helper=refine), "a").result(PATIENCE_S)
+    assert result.refined == (True,) and makers.opened == {"b": 2, "a": 1} and makers.most == 1
+
+
+def test_a_routed_request_brings_its_model_back():
+    students = (Student(model="b", centroid=(0.0,) * 8), Student(model="c", centroid=(9e9,) * 8))
+    runtime, makers = crowded("bca", 1, groups=[Group(name="msd", students=students, reader="a")])
+    with runtime:
+        assert runtime.metrics().in_memory == {"b": False, "c": False, "a": True}
+        assert runtime.submit(ask(), "msd").result(PATIENCE_S).model == "b"
+    assert makers.opened == {"b": 2, "c": 1, "a": 1} and makers.most == 1
+
+
+def test_a_follow_up_does_not_enter_a_model_that_leaves():
+    """The model leaves while the scorer looks at the picture that it was to draw again."""
+    scoring, scored = threading.Event(), threading.Event()
+
+    def scorer(prompt, picture):
+        scoring.set()
+        assert scored.wait(PATIENCE_S)
+        return 0.0
+
+    refine = Helper(model="b", mode="refine", steps=4, strength=0.5, threshold=0.5)
+    engines = {"a": FakeEngine(), "b": FakeEngine()}
+    with Runtime([fake_bundle(name) for name in "ab"], engines=engines, scorer=scorer) as runtime:
+        loading, gone = runtime._loading, []
+        ticket = runtime.submit(ask(steps=2, helper=refine), "a")
+        assert scoring.wait(PATIENCE_S)
+        leaver = threading.Thread(target=lambda: gone.append(runtime.unload("b")))
+        with loading._one:  # another model is being loaded meanwhile
+            leaver.start()
+            while "b" not in loading.leaving:
+                time.sleep(0.001)
+            scored.set()
+            with pytest.raises(InvalidRequest, match="'b' is not served here any more"):
+                ticket.result(PATIENCE_S)
+        leaver.join(PATIENCE_S)
+        assert gone == [None] and set(runtime.models) == {"a"} and not loading.leaving
+        runtime.load(fake_bundle("b"), FakeEngine)
+        assert runtime.generate(ask(), "b").model == "b"
+
+
+def test_a_model_that_could_not_be_let_go_is_served_as_before(monkeypatch):
+    with Runtime([fake_bundle(name) for name in "ab"], engines={"a": FakeEngine(), "b": FakeEngine()}) as runtime:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime._serving.scheduler, "drop", lambda name: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                runtime.unload("b")
+        assert runtime.generate(ask(), "b").model == "b"
+        runtime.unload("b")
+        assert set(runtime.models) == {"a"}
 
 
 def test_a_model_that_cannot_come_back_fails_its_requests_and_no_others():

@@ -40,6 +40,7 @@ GOOD = [
     (SPEC, {"seed": MAX_SEED - 10}),
     (TEACHER, {"steps": 50, "negative_prompt": "blue"}),
     (SPEC, {"negative_prompt": ""}),
+    (SPEC, {"deadline_s": 1e6}),
     (SPEC, {"control": Control(edge=EDGE, scale=0.0)}),
     (replace(SPEC, sampler="tcd", gamma=0.3, boundary=None), {"gamma": 0.0}),
 ]
@@ -85,6 +86,9 @@ BAD = [
     (SPEC, {"priority": 0.5}, "priority", "whole number"),
     (SPEC, {"deadline_s": 0}, "deadline_s", "above 0"),
     (SPEC, {"deadline_s": float("nan")}, "deadline_s", "above 0"),
+    (SPEC, {"deadline_s": float("inf")}, "deadline_s", "inf; it must be above 0 and at most 1000000 seconds"),
+    (SPEC, {"deadline_s": 1e10}, "deadline_s", "at most 1000000 seconds"),
+    (SPEC, {"deadline_s": 1_000_001}, "deadline_s", "1000001; it must be"),
     (SPEC, {"deadline_s": "soon"}, "deadline_s", "seconds"),
     (SPEC, {"control": Control(edge=EDGE[:32])}, "control.edge", "(32, 64, 3)"),
     (SPEC, {"control": Control(edge=EDGE.astype(np.float32))}, "control.edge", "float32"),

@@ -137,6 +137,18 @@ def test_a_deadline_that_passes_during_a_call_is_kept():
             ticket.result(PATIENCE_S)
 
 
+def test_the_engine_thread_survives_a_deadline_further_off_than_it_can_wait(monkeypatch):
+    monkeypatch.setattr("fewstep.runtime.sampling.request.MAX_DEADLINE_S", 1e300)
+    with serve(FakeEngine()) as runtime:
+        serving = runtime._serving
+        with serving.paused():  # nothing can run: the thread waits for the deadline
+            patient = runtime.submit(ask(deadline_s=1e10))
+            with serving.changed:
+                serving.changed.wait_for(lambda: not serving.thread.is_alive(), 0.1)
+        assert patient.result(PATIENCE_S).seeds == (0,)
+        assert runtime.generate(ask(seed=2)).seeds == (2,)
+
+
 def test_a_fault_of_the_runtime_itself_leaves_nobody_waiting(caplog):
     with serve(FakeEngine(delay_s=0.01)) as runtime:
 

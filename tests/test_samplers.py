@@ -13,8 +13,10 @@ from diffusers import (
     TCDScheduler,
 )
 
+from fewstep.models.errors import BundleError
 from fewstep.models.paths import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.models.predictions import estimates
+from fewstep.models.schedulers import Wanted, sampling_of
 from fewstep.models.spec import Boundary, Spacing
 from fewstep.runtime.engines.fake_engine import fake_spec
 from fewstep.runtime.sampling.samplers import SAMPLERS, path_start, start_scale, time_pairs, updates
@@ -90,6 +92,44 @@ def test_ddim_is_diffusers_ddim(prediction, kind, offset, final_alpha_one, steps
         spacing=Spacing(kind=kind, offset=offset),
     )  # fmt: skip
     assert_steps_equal(ours(spec, steps, 6), theirs(scheduler, steps, 6))
+
+
+def imported(scheduler, steps, grids=None):
+    """What of a spec the importer reads from a scheduler."""
+    wanted = Wanted(steps=steps, size=(64, 64), grids=grids or {})
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+    return fake_spec(**{"boundary": None, **sampling_of(config, wanted)})
+
+
+@pytest.mark.parametrize(("kind", "offset"), [("trailing", 1), ("leading", 1), ("leading", 0)])
+@pytest.mark.parametrize("final_alpha_one", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_student_imported_with_ddim_has_its_stated_counts_and_is_diffusers(kind, offset, final_alpha_one, steps):
+    scheduler = DDIMScheduler(**TABLE, timestep_spacing=kind, steps_offset=offset, set_alpha_to_one=final_alpha_one)
+    for stated in ((steps,), (1, 2, 4, 8)):
+        spec = imported(scheduler, stated)
+        assert spec.spacing is None and spec.steps == stated
+        assert [n for n in range(1, 51) if spec.allows(n)] == list(stated)
+        assert_steps_equal(ours(spec, steps, 6), theirs(scheduler, steps, 6))
+
+
+def test_a_teacher_imported_with_ddim_has_a_rule_and_so_has_what_no_grid_can_say():
+    trailing = DDIMScheduler(**TABLE, timestep_spacing="trailing", steps_offset=1)
+    teacher = imported(trailing, tuple(range(1, 51)))
+    assert (teacher.steps, teacher.spacing) == ((), Spacing(kind="trailing", max_steps=50))
+    assert imported(trailing, tuple(range(1, 51)), {2: (999.0, 499.0)}).steps == (2,), "stated times replace the rule"
+    three = imported(trailing, (1, 2, 3))
+    assert three.spacing == Spacing(kind="trailing", max_steps=3), "three steps land a time beside the next"
+    assert_steps_equal(ours(three, 3, 6), theirs(trailing, 3, 6))
+    with pytest.raises(BundleError, match=r"trailing times of 6 steps .* lands 166 below.*leave 6 out.*--steps 1-6"):
+        imported(trailing, (2, 6))
+    leading = DDIMScheduler(**TABLE, timestep_spacing="leading", steps_offset=1)
+    for steps in (3, 6, 30):
+        assert_steps_equal(ours(imported(leading, (2, steps)), steps, 6), theirs(leading, steps, 6))
+    assert imported(trailing, (2, 6), {6: (999.0, 833.0, 666.0, 499.0, 333.0, 166.0)}).steps == (2, 6)
+    assert imported(trailing, (4,), {2: (999.0, 499.0)}).steps == (2, 4), "stated times are kept"
+    with pytest.raises(BundleError, match="DDIMScheduler has no times of 2000 steps"):
+        imported(leading, (2000,))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])

@@ -298,6 +298,13 @@ def test_settings_come_from_the_environment():
     assert settings.host == "127.0.0.1"
 
 
+@pytest.mark.parametrize("value", ["1", "true", "yes", "on", "0", "false", "no", "off"])
+def test_a_switch_is_on_or_off_in_so_many_words(value: str):
+    for text in (value, value.upper(), f" {value} "):
+        settings = Settings.from_environment({"FEWSTEP_ALLOW_UNPROVEN": text})
+        assert settings.allow_unproven is (value in ("1", "true", "yes", "on"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
@@ -307,6 +314,9 @@ def test_settings_come_from_the_environment():
         ("FEWSTEP_DRAIN_S", "nan", "number of seconds"),
         ("FEWSTEP_MAX_QUEUE", "0", "1 to 1000000"),
         ("FEWSTEP_HOST", " ", "unset it"),
+        ("FEWSTEP_ALLOW_UNPROVEN", "maybe", "'maybe'; use 1, true, yes or on"),
+        ("FEWSTEP_ALLOW_UNPROVEN", "", "0, false, no or off"),
+        ("FEWSTEP_ALLOW_UNPROVEN", "2", "use 1"),
         ("FEWSTEP_API_KEY", "secret", "did you mean FEWSTEP_API_KEYS"),
     ],
 )

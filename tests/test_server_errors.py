@@ -88,7 +88,9 @@ NATIVE = [
     ({"format": "bmp"}, "format", "png"),
     ({"level": 10}, "level", "0 to 9"),
     ({"format": "jpeg", "level": 0}, "level", "1 to 100"),
+    ({"deadline_s": 1e10}, "deadline_s", "at most 1000000 seconds"),
     ({"deadline_ms": 0}, "deadline_ms", "deadline_ms is 0;"),
+    ({"deadline_ms": 2e9}, "deadline_ms", "deadline_ms is 2e+09; it must be above 0 and at most 1000000 seconds"),
     ({"deadline_ms": 9, "deadline_s": 1}, "deadline_ms", "send one"),
     ({"guidance_ramp": [0.1]}, "guidance_ramp", "whole below"),
     ({"loras": [{"name": "one"}, {"name": "one"}]}, "loras", "one"),
@@ -152,6 +154,8 @@ def test_a_broken_body_is_refused(live: Live, route: str, content: bytes, code: 
         (b'{"prompt": "a", "guidance_ramp": [NaN, 1]}', "guidance_ramp"),
         (b'{"prompt": "a", "clip": NaN}', "clip"),
         (b'{"prompt": "a", "deadline_ms": NaN}', "deadline_ms"),
+        (b'{"prompt": "a", "deadline_ms": Infinity}', "deadline_ms"),
+        (b'{"prompt": "a", "deadline_s": 1e999}', "deadline_s"),
     ],
 )
 def test_numbers_that_are_none_are_refused(live: Live, content: bytes, param: str):

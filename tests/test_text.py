@@ -1,3 +1,5 @@
+import gc
+import weakref
 from unittest.mock import Mock
 
 import pytest
@@ -32,14 +34,18 @@ def test_an_over_long_prompt_is_refused_with_both_counts():
 
 
 def test_words_outside_a_small_vocabulary_are_named_once():
-    assert tokenise([word_tokenizer()], "Red cat").notes == ()
-    assert tokenise([word_tokenizer()], "red ox, ox up").notes == ("not in this model's vocabulary: ox, up",)
+    known = [known_words(word_tokenizer())]
+    assert tokenise([word_tokenizer()], "Red cat", known=known).notes == ()
+    noted = ("not in this model's vocabulary: ox, up",)
+    assert tokenise([word_tokenizer()], "red ox, ox up", known=known).notes == noted
+    two = tokenise([word_tokenizer()] * 2, "red ox, ox up", texts=[TextInput()] * 2, known=known * 2)
+    assert two.notes == noted, "said once"
 
 
 def test_byte_pair_and_letter_vocabularies_do_not_warn(tiny_teacher):
     assert known_words(word_tokenizer(extra=5000)) is None
     assert known_words(tiny_teacher.tokenizer) is None
-    assert tokenise([FakeTokenizer()], "red ox").notes == ()
+    assert tokenise([FakeTokenizer()], "red ox", known=[known_words(FakeTokenizer())]).notes == ()
 
 
 def test_a_tokenizer_without_a_length_is_the_bundles_fault():
@@ -74,6 +80,32 @@ def test_prompts_tokenise_once():
     prompts = Prompts(bundle, 4)
     assert prompts.tokens("red cat") is prompts.tokens("red cat")
     assert tokenizer.call_count == 1
+
+
+def test_prompts_read_a_vocabulary_once_and_note_what_is_not_in_it(monkeypatch):
+    reads, vocabulary = [], CLIPTokenizer.get_vocab
+    monkeypatch.setattr(CLIPTokenizer, "get_vocab", lambda self: reads.append(self) or vocabulary(self))
+    prompts = Prompts(of_words(word_tokenizer()), 4)
+    assert [prompts.tokens(text).notes for text in ("red cat", "red ox")] == [
+        (),
+        ("not in this model's vocabulary: ox",),
+    ]
+    assert len(reads) == 1
+
+
+def test_a_model_that_is_unloaded_takes_its_tokenizer_along():
+    tokenizer = word_tokenizer()
+    kept, prompts = weakref.ref(tokenizer), Prompts(of_words(tokenizer), 4)
+    assert prompts.tokens("red ox").notes
+    del prompts, tokenizer
+    gc.collect()
+    assert kept() is None
+
+
+def of_words(tokenizer):
+    bundle = fake_bundle()
+    bundle.tokenizer = tokenizer
+    return bundle
 
 
 def test_each_tokenizer_reads_the_prompt_its_own_way():

@@ -20,6 +20,7 @@ from fewstep.models.spec import SamplerSpec
 from ..engine import DECODER, DECODER_TINY, DENOISER, TEXT
 from ..errors import EngineUnavailable
 from ..sampling.request import spec_steps
+from .built import NATIVE, built_here
 from .manifest import Manifest, export_command, exported_kinds, read_manifest, write_manifest
 from .registry import KINDS, installed
 
@@ -52,7 +53,8 @@ class Candidate:
 
 
 def explain(bundle: Bundle, *, threads: int | None = None) -> tuple[Candidate, ...]:
-    """Every engine of a bundle, torch among them, in the order in which "auto" would take them; unusable ones last.
+    """Every engine of a bundle, torch among them, in the order in which "auto" would take them; unusable ones last,
+    among them those of native code that was not built here, which are opened by name only.
 
     Measured ones come first, by cost. Where nothing was measured on this machine, verified float32 exports come before
     torch, and engines of lower precision after it.
@@ -201,6 +203,8 @@ def _fault(bundle: Bundle, manifest: Manifest, fresh: bool, executed: bool) -> s
         return "needs a CUDA device, and torch sees none"
     if kind.compiles:
         return f"compiles for minutes when it is opened: name it, --engine {manifest.engine}"
+    if manifest.engine in NATIVE and not built_here(manifest):
+        return f"native code that was not built here: if you trust who made it, name it, --engine {manifest.engine}"
     return None
 
 

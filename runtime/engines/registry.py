@@ -137,8 +137,10 @@ def _open_best(bundle: Bundle, threads: int | None, options: Mapping[str, Any]) 
     for candidate in explain(bundle, threads=threads):
         if not candidate.usable:
             continue
+        unproven = KINDS[candidate.kind].must_have_run  # others have nothing to prove, so they take no such option
+        own = {name: value for name, value in options.items() if name != "allow_unproven" or unproven}
         try:
-            engine = open_engine(bundle, candidate.kind, threads=threads, **options)
+            engine = open_engine(bundle, candidate.kind, threads=threads, **own)
         except EngineUnavailable as error:
             if candidate.kind == "torch":
                 raise

@@ -3,9 +3,10 @@
 Shapes: pictures [3, H, W] in [-1, 1], or [H, W, 3] uint8 where numpy; masks 1 where the picture is made anew.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ LUMINANCE = (0.2989, 0.5870, 0.1140)
 BLOCK = 8
 """Pixels along a side of the blocks whose mean a "coarse" picture gives (consistency models' own patch size)."""
 ROUNDS = 4
+LONGEST = 8
+"""Beyond this many times its short side a picture's ends, which CLIP never sees, are left out before resampling."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -44,17 +47,46 @@ def picture_tensor(image: Any) -> Tensor:
 
 def clip_pixels(image: Any, side: int) -> Tensor:
     """[H, W, 3] uint8 -> [3, side, side] float32 as `CLIPImageProcessor` makes it: the shorter side made `side` by
-    bicubic resampling, the middle cut out, CLIP's mean and spread."""
+    bicubic resampling, the middle cut out, CLIP's mean and spread.
+
+    Of a picture longer than `LONGEST` times its short side only so much about its middle is resampled: of 28 x 84000
+    pixels the whole would be 224 x 672000.
+    """
     from PIL import Image
 
-    height, width = image.shape[:2]
-    short = min(height, width)
-    size = (side, int(side * height / short)) if width == short else (int(side * width / short), side)
-    small = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
-    top, left = (small.shape[0] - side) // 2, (small.shape[1] - side) // 2
-    cut = torch.tensor(small[top : top + side, left : left + side], dtype=torch.float32) / 255.0
+    short = min(image.shape[:2])
+    down, across = (_middle(length, short, side) for length in image.shape[:2])
+    part = np.ascontiguousarray(image[down.first : down.last, across.first : across.last])
+    box = across.begin, down.begin, across.end, down.end
+    small = np.asarray(Image.fromarray(part).resize((across.resized, down.resized), Image.Resampling.BICUBIC, box=box))
+    cut = torch.tensor(small[down.cut : down.cut + side, across.cut : across.cut + side], dtype=torch.float32) / 255.0
     pixels: Tensor = ((cut - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1).contiguous()
     return pixels
+
+
+class _Middle(NamedTuple):
+    """What of one axis is resampled: its pixels from `first` to before `last`, of them from `begin` to `end`, to
+    `resized` pixels, of which those from `cut` on are wanted."""
+
+    first: int
+    last: int
+    begin: float
+    end: float
+    resized: int
+    cut: int
+
+
+def _middle(length: int, short: int, side: int) -> _Middle:
+    """Of `length` pixels, whose grid is such that `short` of them become `side`."""
+    whole = int(side * length / short)
+    resized = min(whole, LONGEST * side)
+    if resized == whole:
+        return _Middle(0, length, 0, length, whole, (whole - side) // 2)
+    skipped, scale = (whole - resized) // 2, length / whole
+    begin, end = skipped * scale, (skipped + resized) * scale
+    reach = math.ceil(2 * max(1.0, scale)) + 1  # of the bicubic filter, which looks past the ends
+    first, last = max(0, math.floor(begin) - reach), min(length, math.ceil(end) + reach)
+    return _Middle(first, last, begin - first, end - first, resized, (whole - side) // 2 - skipped)
 
 
 def latent_mask(mask: Any, factor: int) -> Tensor:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -97,12 +96,20 @@ def read_metadata(data: bytes, *, max_pixels: int = MAX_PIXELS, field: str = "im
         found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
         found |= {key: str(value) for key, value in getattr(image, "text", {}).items()}
         exif = image.getexif()
-        with contextlib.suppress(ValueError, TypeError):
-            found |= {key: str(value) for key, value in json.loads(exif.get(_DESCRIPTION, "{}")).items()}
+        found |= _described(exif.get(_DESCRIPTION))
         comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
         if isinstance(comment, bytes) and comment.startswith(_UNICODE):
             found[PARAMETERS] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
         return {_whole(key): _whole(value) for key, value in found.items()}
+
+
+def _described(text: Any) -> dict[str, str]:
+    """What a description says that is a JSON object, as `encode` writes it; other programs write words there."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _whole(text: str) -> str:
@@ -120,11 +127,13 @@ def _opened(data: bytes, max_pixels: int, field: str) -> Iterator[Image.Image]:
             raise InvalidRequest(field, f"{field} is {width}x{height}; at most {max_pixels} pixels: make it smaller")
         ImageOps.exif_transpose(image, in_place=True)
         yield image
+    except InvalidRequest:
+        raise
     except UnidentifiedImageError:
         raise InvalidRequest(field, f"{field} is not a PNG, JPEG or WebP picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(field, f"{field} has too many pixels; at most {max_pixels}: make it smaller") from None
-    except (OSError, SyntaxError, ValueError, struct.error, UserWarning) as error:  # Pillow's ways to say damaged
+    except Exception as error:  # Pillow's ways to say damaged: of altered files also TypeError and AssertionError
         raise InvalidRequest(field, f"{field} is damaged and cannot be read ({error}): save it again") from error
 
 

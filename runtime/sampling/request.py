@@ -18,6 +18,7 @@ from .request_methods import resolve_methods
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 MAX_TIMES = 100
+MAX_DEADLINE_S = 1_000_000
 WITHOUT_TIMES = ("phased",)
 """Samplers whose times are the edges of what was trained."""
 
@@ -206,8 +207,9 @@ def resolve(
         raise InvalidRequest("n", f"n is {request.n}; ask for 1 to {limits.max_n} pictures")
     if not 0 <= request.seed <= MAX_SEED - limits.max_n:
         raise InvalidRequest("seed", f"seed is {request.seed}; use a whole number from 0 to {MAX_SEED - limits.max_n}")
-    if request.deadline_s is not None and not request.deadline_s > 0:  # also refuses NaN
-        raise InvalidRequest("deadline_s", f"deadline_s is {request.deadline_s}; it must be above 0 seconds")
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
+        said = f"it must be above 0 and at most {MAX_DEADLINE_S} seconds: change it or leave it out"
+        raise InvalidRequest("deadline_s", f"deadline_s is {request.deadline_s}; {said}")
     _check_sampler(request, spec)
     steps = spec_steps(request.steps, spec) if request.times is None else _own_steps(request, spec)
     width, height = _size(request, spec)

@@ -5,7 +5,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 from fewstep.models.bundle import Bundle
@@ -41,14 +40,19 @@ class Tokens:
 
 
 def tokenise(
-    tokenizers: Sequence[Any], prompt: str, field: str = "prompt", texts: Sequence[TextInput] = (TextInput(),)
+    tokenizers: Sequence[Any],
+    prompt: str,
+    field: str = "prompt",
+    texts: Sequence[TextInput] = (TextInput(),),
+    known: Sequence[frozenset[str] | None] = (),
 ) -> Tokens:
     """Token ids as diffusers feeds them, for each tokenizer as its `TextInput` says.
+
+    known: `known_words` of each tokenizer; words that are not among them are noted.
 
     Errors: `InvalidRequest` where the prompt has more tokens than the model reads.
     """
     feeds: dict[str, tuple[int, ...]] = {}
-    notes: list[str] = []
     for k, (tokenizer, text) in enumerate(zip(tokenizers, texts, strict=True), start=1):
         suffix = "" if k == 1 else f"_{k}"
         out = _padded(tokenizer, text, prompt, field)
@@ -57,9 +61,8 @@ def tokenise(
             feeds[f"mask{suffix}"] = tuple(out["attention_mask"])
         if text.keep is not None:
             feeds[f"keep{suffix}"] = kept_places(len(out["input_ids"]), text.keep, isinstance(prompt, Bare))
-        if unknown := unknown_words(known_words(tokenizer), prompt):
-            notes.append(f"not in this model's vocabulary: {', '.join(unknown)}")
-    return Tokens(feeds, tuple(dict.fromkeys(notes)))
+    missed = [", ".join(unknown) for words in known if (unknown := unknown_words(words, prompt))]
+    return Tokens(feeds, tuple(f"not in this model's vocabulary: {words}" for words in dict.fromkeys(missed)))
 
 
 def _padded(tokenizer: Any, text: TextInput, prompt: str, field: str) -> Mapping[str, list[int]]:
@@ -106,7 +109,6 @@ def unknown_words(known: frozenset[str] | None, prompt: str) -> list[str]:
     return list(dict.fromkeys(word for word in words if word not in known))
 
 
-@cache
 def known_words(tokenizer: Any) -> frozenset[str] | None:
     """The words of a small word vocabulary; None where the vocabulary is large, or not one of words."""
     vocabulary = tokenizer.get_vocab()
@@ -158,6 +160,7 @@ class Prompts:
         self.embeddings: Cache[Any] = Cache(capacity)
         self._tokenizers = bundle.tokenizers()
         self._texts = bundle.spec.text
+        self._known = [known_words(tokenizer) for tokenizer in self._tokenizers]  # once: it reads every token
         self._tokens: Cache[Tokens] = Cache(capacity)
         self._lock = threading.Lock()
 
@@ -165,6 +168,6 @@ class Prompts:
         found = self._tokens.get(prompt)
         if found is None:
             with self._lock:
-                found = tokenise(self._tokenizers, prompt, field, self._texts)
+                found = tokenise(self._tokenizers, prompt, field, self._texts, self._known)
             self._tokens.put(prompt, found)
         return found

@@ -82,6 +82,7 @@ class FirstCome:
         return [self._end(job.id, "closed") for job in self._jobs()]
 
     def extend(self, job: Job) -> None:
+        self._batch[job.id] = job
         self._inside.extend(replace(job, deadline_s=None, priority=0))
 
     def conclude(self, request_id: str, now_s: float) -> Ended | None:

@@ -15,7 +15,7 @@ from fewstep.models.bundle import Bundle
 from ..engine import Engine
 from ..engines.calibrate import calibrate
 from ..engines.registry import open_engine
-from ..errors import BundleError, Closed, EngineFailed, FewstepError
+from ..errors import BundleError, Closed, EngineFailed, FewstepError, InvalidRequest
 from ..sampling.served import Served, serve
 from ..sampling.text import Prompts
 from ..schedule.jobs import Lane
@@ -56,6 +56,7 @@ class Loading:
 
     def __post_init__(self) -> None:
         self.residence = Residence(self.config.memory_budget_bytes)
+        self.serving.claim = self.claim
 
     def load(self, bundle: Bundle, engine: Engine | Maker | None) -> None:
         """Serve a bundle from now on, putting others out of memory where the budget asks for it.
@@ -107,20 +108,47 @@ class Loading:
             if name not in self.served or name in self.leaving:
                 raise BundleError(f"no model {name!r} is served here; served are {', '.join(self.served) or 'none'}")
             self.leaving.add(name)
-            serving.changed.wait_for(lambda: not serving.scheduler.users(name) or serving.stopping, drain_s)
-            serving.fail(serving.scheduler.users(name), Closed(f"model {name!r} was unloaded"))
-        with self._one, serving.changed:
-            serving.changed.wait_for(lambda: serving.running != name)
-            serving.scheduler.drop(name)
-            served = self.served[name]
-            self.served = {other: value for other, value in self.served.items() if other != name}
-            self.leaving.discard(name)
-            del serving.lanes[name]
-            self.residence.forget(name)
-            serving.costs.forget(name)
+        try:
+            with serving.changed:
+                serving.changed.wait_for(lambda: not serving.scheduler.users(name) or serving.stopping, drain_s)
+                self._expel(name)
+            with self._one, serving.changed:  # a load may have kept it waiting, so who is inside is asked again
+                while serving.running == name or serving.scheduler.users(name):
+                    self._expel(name)
+                    serving.changed.wait_for(lambda: serving.running != name)
+                served = self._forget(name)
+        except BaseException:
+            with serving.changed:
+                self.leaving.discard(name)  # it is served as before, and can be unloaded again
+            raise
         if name not in self._given:
             served.engine.close()
         self._given.discard(name)
+
+    def _expel(self, name: str) -> None:
+        self.serving.fail(self.serving.scheduler.users(name), Closed(f"model {name!r} was unloaded"))
+
+    def _forget(self, name: str) -> Served:
+        """Serve a model no longer, which no request and no call needs; the lock is held by the caller."""
+        self.serving.scheduler.drop(name)
+        served = self.served[name]
+        self.served = {other: value for other, value in self.served.items() if other != name}
+        self.leaving.discard(name)
+        del self.serving.lanes[name]
+        self.residence.forget(name)
+        self.serving.costs.forget(name)
+        return served
+
+    def claim(self, names: frozenset[str]) -> None:
+        """A request that is inside goes on at these models, as if it came now: those that are out of memory come back,
+        and one that leaves takes no more. The lock is held by the caller.
+
+        Errors: `InvalidRequest` where one of them is not served any more.
+        """
+        for name in sorted(names):
+            if name not in self.served or name in self.leaving:
+                raise InvalidRequest("model", f"model {name!r} is not served here any more; use another one")
+        self.use(names)
 
     def use(self, names: frozenset[str]) -> None:
         """A request needs these models: those that are out of memory come back. The lock is held by the caller."""

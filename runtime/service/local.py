@@ -193,6 +193,11 @@ class Runtime:
         with self._serving.changed:
             return self._serving.costs.table()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its thread has failed."""
+        return self._serving.closing
+
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, wait up to `drain_s` for those inside, fail the rest with `Closed`. Idempotent."""
         self._serving.close(drain_s)

@@ -93,6 +93,8 @@ class Serving:
         self.visits: dict[str, Visit] = {}
         self.running: str | None = None
         """The model whose call is under way."""
+        self.claim: Callable[[frozenset[str]], None] = lambda names: None
+        """Asks whoever loads models (`Loading.claim`) for those that a follow-up visits; refused, its request fails."""
         self.closing = False
         self.stopping = False
         self.outbox: deque[Ended] = deque()
@@ -186,7 +188,7 @@ class Serving:
                 if self.outbox or self.stopping:
                     return None
                 deadline = self.scheduler.next_deadline_s
-                self.changed.wait(None if deadline is None else max(0.0, deadline - now))
+                self.changed.wait(None if deadline is None else min(max(0.0, deadline - now), threading.TIMEOUT_MAX))
 
     def _end_turn(self) -> None:
         """Note what the last call cost: until the next one can begin, its events told and the results handed out."""
@@ -272,9 +274,11 @@ class Serving:
             with self.changed:
                 if visit.ticket.id not in self.scheduler:
                     continue
-                gone = [] if job is None else sorted(job.models - self.lanes.keys())
-                if gone:
-                    error = Closed(f"model {gone[0]!r} was unloaded before it could go on")
+                try:
+                    if job is not None:
+                        self.claim(job.models)
+                except FewstepError as problem:
+                    error = problem
                 if error is not None:
                     self.fail([visit.ticket.id], error)
                 elif job is None:
