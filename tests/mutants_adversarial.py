@@ -9,7 +9,7 @@ from fewstep.trainers.distribution import also, discriminator, self_paced
 from fewstep.trainers.distribution.adaptation import TaughtBy
 from fewstep.trainers.distribution.discriminator import Adversary
 from fewstep.trainers.distribution.distribution import DistributionMatching
-from fewstep.trainers.distribution.self_paced import NextCount, WholeWalk
+from fewstep.trainers.distribution.self_paced import DrawnWalk, NextCount
 from fewstep.trainers.networks.critics import TeacherEye
 from fewstep.trainers.parts.gan_losses import R1, ApproximateR1, FiniteDifference, Hinge, Relativistic
 from fewstep.trainers.parts.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
@@ -140,9 +140,15 @@ ADVERSARIAL_MUTANTS: dict[str, Mutant] = {
     "noised: the start as rare as any": Mutant(StartMoreOften, "draw", never_the_start, SPRINT),
     "noised: sample and state of two draws": Mutant(NoisedRollout, "make", another_state, ("ladd", "add")),
     "walk: noise kept where it should be fresh": Mutant(self_paced, "noised", one_noise, ("asd",)),
-    "walk: gradient through all of it": Mutant(WholeWalk, "walk", attached_walk, ("asd",)),
+    "walk: gradient through all of it": Mutant(DrawnWalk, "walk", attached_walk, ("asd",)),
+    "walk: never stops on its way": Mutant(
+        DrawnWalk, "make", lambda g: lambda self, *a: g(replace(self, ends=1.0), *a), ("asd",)
+    ),
+    "next count: of a walk that stopped": Mutant(
+        DrawnWalk, "count", lambda g: lambda self, made, path: len(made.before) + 1, ("asd",)
+    ),
     "next count: its own": Mutant(
-        NextCount, "after", lambda g: lambda self, made: g(self, made) and len(made.before) + 1, ("asd",)
+        NextCount, "after", lambda g: lambda self, made, path: g(self, made, path) and len(made.before) + 1, ("asd",)
     ),
     "told: another sample's step": Mutant(Adversary, "telling", neighbours, ("add", "ladd")),
     "parts: the farthest centroid": Mutant(

@@ -14,6 +14,7 @@ from fewstep.trainers.plane.net import PlaneNet, plane_student
 from fewstep.trainers.plane.plane import PlaneSource, plane
 from fewstep.trainers.plane.run import Count, PlaneBudget, _assemble
 from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.runs.distill import _alike
 
 STEPS = 60
 
@@ -79,7 +80,12 @@ def test_the_command_writes_what_a_run_reads(files, tmp_path, capsys):
         make_bands([tmp_path / "other", files[0]])
 
 
-@pytest.mark.parametrize("recipe", ["lcm", "dmd2", "f-distill", "rcm", "tdm", "sid"])
+def test_stages_that_do_one_thing_share_their_bands():
+    assert _alike(RECIPES["msd"]()) and _alike(RECIPES["dmd2"]())
+    assert not _alike(RECIPES["instaflow"]()), "reflow and distillation are two things"
+
+
+@pytest.mark.parametrize("recipe", ["lcm", "dmd2", "f-distill", "rcm", "tdm", "sid", "ladd", "msd"])
 def test_flagships_ship_their_bands(recipe):
     bands = bands_of(recipe)
     assert {f"{player}.loss" for player in RECIPES[recipe]().objective.players} <= bands.keys()

@@ -1,30 +1,32 @@
 """One frozen network with LoRA sets answers and trains as separate copies do, and is in memory once."""
 
-from dataclasses import replace
+import shutil
 
 import pytest
 import torch
 
+from fewstep.models.bundle import load_bundle
+from fewstep.models.lora import merge_loras
+from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.loop.loop import LoopSettings, train
 from fewstep.trainers.networks.bank import Voice, can_share
 from fewstep.trainers.networks.student import Student, build_student
 from fewstep.trainers.pictures.data import LatentSource
 from fewstep.trainers.recipes.recipe import configure
-from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.recipes.registry import find_recipe
 from fewstep.trainers.runs import picture_networks as module
 from fewstep.trainers.runs.distill import assemble, distill
 from tiny import tiny_latents
 
-SETTINGS = {"batch": 4, "bf16": False, "every": 2, "picture_every": 0, "checkpoint_every": 0, "steps": 3}
+STEPS = 6
+SETTINGS = {
+    "batch": 4, "bf16": False, "picture_every": 0, "checkpoint_every": 0, "steps": STEPS, "lr": 1e-2, "fake_lr": 1e-2,
+    "rank": 2, "student_rank": 4,
+}  # fmt: skip
 
 
-def recipe_of(**settings):
-    recipe = configure(RECIPES["dmd2"], SETTINGS | settings)
-    stage = recipe.stages[0]
-    quick = {who: replace(how, lr=1e-3, warmup=0) for who, how in stage.player_settings.items()}
-    untold = replace(stage.objective, told=False)  # a second time is a new input, which LoRA would leave untrained
-    lora = Student(lora_rank=2)
-    return replace(recipe, student=lora, fake=lora, stages=(replace(stage, player_settings=quick, objective=untold),))
+def recipe_of(name="vsd", **settings):
+    return configure(find_recipe(name), SETTINGS | settings)
 
 
 def made(teacher, recipe):
@@ -34,7 +36,7 @@ def made(teacher, recipe):
 
 
 def by_name(module):
-    """LoRA weights and heads, whatever their set is called."""
+    """LoRA weights and the fake score's head, whatever their set is called."""
     found = {}
     for name, weight in module.named_parameters():
         name = name.replace("own.", "").replace("/", ".").replace(".default.", ".")
@@ -54,7 +56,7 @@ def both(tiny_teacher, tmp_path_factory):
                 patch.setattr(module, "can_share", lambda *networks: False)
             method, frozen = made(tiny_teacher, recipe)
             source = LatentSource(data, tiny_teacher.text_encoder(), 4, spec=tiny_teacher.spec)
-            settings = LoopSettings(steps=3, bf16=False, checkpoint_every=0)
+            settings = LoopSettings(steps=STEPS, bf16=False, checkpoint_every=0)
             train(method, source, settings, tmp_path_factory.mktemp(kind))
             methods.append(method)
             teachers.append(frozen)
@@ -113,11 +115,35 @@ def test_only_the_same_base_is_shared(tiny_teacher):
     assert not can_share(teacher, build_student(tiny_teacher, Student(), fold_scale=1.0))
 
 
-def test_a_shared_run_ends_in_a_bundle(tiny_teacher, tmp_path):
-    bundle = distill(recipe_of(checkpoint_every=1), tiny_teacher, tmp_path / "out", data=tiny_latents(tiny_teacher))
-    assert (bundle.root / "pytorch_lora_weights.safetensors").is_file()
-    plain, teacher = bundle.load("unet").state_dict(), tiny_teacher.load("unet").state_dict()
-    assert plain.keys() == teacher.keys()
-    assert any(not torch.equal(plain[name].float(), teacher[name].float()) for name in plain)
-    kept = torch.load(tmp_path / "out.run" / "dmd2" / "checkpoint.pt")["players"]
+@pytest.mark.parametrize("name", ["vsd", "swiftbrush", "snoopi"])
+def test_a_shared_run_ends_in_a_bundle(name, tiny_teacher, tmp_path):
+    """Its weights are the teacher's and the LoRA that lies beside them, of the rank that was asked for, as
+    `fewstep import --lora` and diffusers read it."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    settings = {"checkpoint_every": 1, "fp16_weights": False}
+    distill(recipe_of(name, **settings), tiny_teacher, tmp_path / "out", data=tiny_latents(tiny_teacher), device="cpu")
+    bundle = load_bundle(tmp_path / "out")
+    beside = bundle.root / "pytorch_lora_weights.safetensors"
+    assert {w.shape[0] for name, w in load_file(beside).items() if name.endswith("lora_A.weight")} == {4}
+    sold, teacher = bundle.load("unet").state_dict(), tmp_path / "teacher"
+    shutil.copytree(tiny_teacher.root, teacher)
+    merge_loras(teacher, [(beside, 1.0)])
+    merged = UNet2DConditionModel.from_pretrained(teacher / "unet").state_dict()
+    assert sold.keys() == merged.keys()
+    for key, weight in merged.items():
+        assert torch.allclose(weight, sold[key], atol=1e-5), key
+    start = tiny_teacher.load("unet").state_dict()
+    assert any(not torch.allclose(sold[key], start[key], atol=1e-4) for key in sold)
+    kept = torch.load(tmp_path / "out.run" / name / "checkpoint.pt")["players"]
     assert all("lora_" in name or "head" in name for name in kept["student"]), "the base is not in a checkpoint"
+
+
+def test_all_of_the_student_trains_where_no_rank_is_named():
+    plain = configure(find_recipe("vsd"), {})
+    assert plain.student == Student() and plain.fake.lora_rank == 16
+    assert recipe_of().student.lora_rank == 4 and recipe_of().fake.lora_rank == 2
+    for setting in ("rank", "student_rank"):
+        with pytest.raises(RecipeError, match=rf"^{setting} is 0; LoRA has a rank of 1 or more"):
+            recipe_of(**{setting: 0})

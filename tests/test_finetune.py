@@ -12,13 +12,14 @@ from fewstep.models.bundle import load_bundle
 from fewstep.trainers.bench.finetune import denoised
 from fewstep.trainers.errors import DataError, RecipeError
 from fewstep.trainers.networks.student import load_denoiser
-from fewstep.trainers.pictures import scenes
+from fewstep.trainers.pictures import quality, scenes
 from fewstep.trainers.pictures.blending import Blend, BlendedSource, joined, old_domain
 from fewstep.trainers.pictures.cutouts import cut_outs, write_folder
 from fewstep.trainers.pictures.data import Latents, LatentSource, read_metadata
+from fewstep.trainers.pictures.quality import PromptSet
 from fewstep.trainers.recipes.finetune import finetune_student
 from fewstep.trainers.runs import finetune_gate
-from fewstep.trainers.runs.finetune import by_carrying, carried, command, finetune, settings_of, with_denoiser
+from fewstep.trainers.runs.finetune import by_carrying, carried, command, finetune, settings_of, with_networks
 from fewstep.trainers.runs.finetune_gate import GateRow, Judge, Limits, Shown, gap, report_rows, table, way
 from tiny import tiny_latents
 
@@ -149,22 +150,51 @@ def test_the_gap_is_the_distance_of_means_and_no_chance():
 
 def judged(monkeypatch, found):
     monkeypatch.setattr(finetune_gate, "measure", lambda name, bundle, steps, *rest: found[steps])
-    before = tuple(GateRow(model="s", steps=n, compliance=0.8, gap=2.0, gap_held_out=1.8) for n in found)
-    teacher = GateRow(model="t", steps=10, compliance=0.9, gap=2.0, gap_held_out=1.8)
-    tuned = GateRow(model="t, tuned", steps=10, compliance=0.9, gap=0.5, gap_held_out=0.6)
+    was = GateRow(model="s", steps=1, compliance=0.8, diversity=0.9, gap=2.0, gap_held_out=1.8)
+    before = tuple(dataclasses.replace(was, steps=n) for n in found)
+    teacher = GateRow(model="t", steps=10, compliance=0.9, diversity=1.0, gap=2.0, gap_held_out=1.8)
+    tuned = dataclasses.replace(teacher, model="t, tuned", gap=0.5, gap_held_out=0.6)
     shown = Shown(("a",), torch.zeros(1, 64))
-    return Judge(shown, shown, (), before, teacher, tuned)
+    return Judge(shown, shown, PromptSet((), torch.zeros(0, 64), 0), before, teacher, tuned)
 
 
-def test_both_measures_decide_at_every_step_count(monkeypatch):
-    good = GateRow(model="m", steps=4, compliance=0.79, gap=0.8, gap_held_out=0.9)
+def test_each_measure_decides_at_every_step_count_and_is_named(monkeypatch):
+    good = GateRow(model="m", steps=4, compliance=0.79, diversity=0.72, gap=0.8, gap_held_out=0.9)
     plain = dataclasses.replace(good, gap_held_out=1.7)
     broken = dataclasses.replace(good, compliance=0.5)
-    for other, passes in ((good, True), (plain, False), (broken, False)):
-        rows, passed = report_rows(judged(monkeypatch, {1: other, 4: good}), {"m": None}, Limits())
-        assert passed is passes and len(rows) == 2 + 2 + 2
-    text = table(rows, Limits())
-    assert "FAILED" in text and "passed" in text and "62 %" in text and "75 %" in text and "99 %" in text
+    alike = dataclasses.replace(good, diversity=0.3)
+    limits = Limits(diversity=0.5)
+    for other, failed in ((good, ""), (plain, "style"), (broken, "compliance"), (alike, "diversity")):
+        rows, passed = report_rows(judged(monkeypatch, {1: other, 4: good}), {"m": None}, limits)
+        assert passed is not bool(failed) and len(rows) == 2 + 2 + 2
+        assert list(rows[4].failures(limits)) == ([failed] if failed else []) and not rows[5].failures(limits)
+        text = table(rows, limits)
+        assert (f"FAILED: {failed}" in text) is bool(failed) and "passed" in text
+    lost = dataclasses.replace(rows[5], varied=float("nan"))
+    assert list(lost.failures(limits)) == ["diversity"]
+    assert rows[4].failures(limits)["diversity"].startswith("33.3 %, and at least 50 %")
+    assert "75 %" in text and "99 %" in text and "80 %" in text and "33 %" in text
+    assert report_rows(judged(monkeypatch, {1: alike}), {"m": None}, Limits(diversity=0.3))[1]
+
+
+def test_a_student_that_draws_every_seed_alike_has_no_diversity(tiny_lcm, short_prompts, monkeypatch):
+    """It may well comply and have the style: the measure is of pictures of one prompt, against real scenes of it."""
+    shown = Shown(("red circle", "blue circle"), torch.zeros(2, 64))
+    asked = quality.draw_prompts(8)
+    own = finetune_gate.measure("m", tiny_lcm, 1, shown, None, asked)
+    draw = quality.sample_pictures
+    monkeypatch.setattr(
+        quality,
+        "sample_pictures",
+        lambda b, texts, seeds, *rest, **more: draw(b, texts, [0] * len(seeds), *rest, **more),
+    )
+    alike = finetune_gate.measure("m", tiny_lcm, 1, shown, None, asked)
+    assert alike.diversity == 0.0 < own.diversity
+
+
+def test_one_picture_has_no_gap(tmp_path):
+    with pytest.raises(DataError, match="holds 1 picture, and a gap is measured on 2 or more"):
+        finetune_gate.shown(pictures_in(tmp_path / "one", 1, 200), (32, 32))
 
 
 def test_cut_outs_are_of_one_ground_and_say_nothing_of_it(tmp_path):
@@ -179,7 +209,7 @@ def test_cut_outs_are_of_one_ground_and_say_nothing_of_it(tmp_path):
 
 def test_what_does_not_fit_is_refused_with_a_remedy(tiny_lcm, tiny_teacher, folders, tmp_path):
     odd = dataclasses.replace(tiny_lcm.spec, recipe="made elsewhere")
-    stranger = with_denoiser(tiny_lcm, load_denoiser(tiny_lcm), tmp_path / "stranger")
+    stranger = with_networks(tiny_lcm, {"unet": load_denoiser(tiny_lcm)}, tmp_path / "stranger")
     stranger.spec = odd
     with pytest.raises(RecipeError, match=r"--set base=RECIPE"):
         settings_of(stranger, folders[0], {})
@@ -193,12 +223,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy(tiny_lcm, tiny_teacher, fold
             make()
 
 
-def test_the_command_trains_and_says_whether_both_hold(tiny_lcm, tiny_teacher, folders, tmp_path, capsys, monkeypatch):
+def test_the_command_trains_and_says_whether_all_hold(tiny_lcm, tiny_teacher, folders, tmp_path, capsys, short_prompts):
     out, report = tmp_path / "mine", tmp_path / "gate.json"
-    monkeypatch.setattr(
-        "fewstep.trainers.runs.finetune.captions_of",
-        lambda count: (scenes.Caption("red circle", (scenes.ObjectClaim("circle", "red"),)),),
-    )
     settings = {**FAST, "prior": str(folders[1])}
     words = [str(tiny_lcm.root), str(folders[0]), "--teacher", str(tiny_teacher.root), "--out", str(out)]
     for name, value in settings.items():
@@ -215,8 +241,10 @@ def test_the_command_trains_and_says_whether_both_hold(tiny_lcm, tiny_teacher, f
         "--held-out",
         str(folders[1]),
     ]
-    passed = command([*words, "--style=-1e9", "--kept=0"]) == 0
-    assert passed and json.loads(report.read_text())["passed"]
+    passed = command([*words, "--style=-1e9", "--kept=0", "--diversity=0"]) == 0
+    found = json.loads(report.read_text())
+    assert passed and found["passed"] and not found["drawn"] and found["target"] == str(folders[0])
+    assert all(row["diversity"] > 0 for row in found["rows"]) and found["rows"][-1]["varied"] > 0
     assert "| model | steps |" in capsys.readouterr().out
-    assert command([*words, "--style=1e9"]) == 1
-    assert "the gate failed" in capsys.readouterr().err
+    assert command([*words, "--style=-1e9", "--kept=0", "--diversity=1e9"]) == 1
+    assert "the gate failed: mine in 1 steps, diversity: " in capsys.readouterr().err

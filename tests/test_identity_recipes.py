@@ -2,6 +2,7 @@
 refusals."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from fewstep.models.paths import VP
 from fewstep.trainers.bench.recipes import Setup, aimed_at, on_plane
 from fewstep.trainers.distribution import score_identity
+from fewstep.trainers.distribution.also import Also
+from fewstep.trainers.distribution.embedding import EmbeddingLoss
 from fewstep.trainers.distribution.expectation import Langevin
 from fewstep.trainers.distribution.forgetting import Forgetting, Swap
 from fewstep.trainers.distribution.mixture_scores import Shares
@@ -16,16 +19,20 @@ from fewstep.trainers.distribution.score_gap import Denoise
 from fewstep.trainers.distribution.score_identity import DIVERGENCES, RatioWeight
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.student import Student, fake_of
+from fewstep.trainers.oracle.suite import check_recipe
 from fewstep.trainers.parts.laws import LogNormal
 from fewstep.trainers.parts.objective import Cast, Turn
+from fewstep.trainers.pictures import plot
 from fewstep.trainers.plane.net import plane_student
 from fewstep.trainers.plane.plane import CLASSES, PlaneSource, conditions, plane
 from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.plane.sources import ForgettingPoints, class_of
+from fewstep.trainers.recipes.consistency import cd
 from fewstep.trainers.recipes.identity import FAKE_TIMES, GAP_TIMES, IDENTITY, sfd, sid, sid_few_step, sim, uni_instruct
 from fewstep.trainers.recipes.mixture import MIXTURE, embedding_loss
 from fewstep.trainers.recipes.recipe import configure
 from fewstep.trainers.recipes.registry import RECIPES
+from fewstep.trainers.recipes.score import diff_instruct, dmd
 from fewstep.trainers.runs.distill import distill
 from fewstep.trainers.runs.forgetting_data import ForgettingSource
 from tiny import tiny_latents
@@ -55,13 +62,16 @@ def test_scores_are_compared_where_the_fake_learns_once_levels_are_asked_for(rec
         ("sim", {"distance": "squared"}),
         ("uni-instruct", {"divergence": "js", "released": True}),
         ("embedding-loss", {"kernel": "linear"}),
+        ("embedding-loss", {"base": "diff-instruct"}),
+        ("embedding-loss", {"base": "cd"}),
     ],
 )
 def test_each_trains_and_samples_on_the_plane(name, settings, start):
     recipe = configure(RECIPES[name], settings) if settings else on_plane(name, TINY)
     trained = run_recipe(recipe, plane(), start, TINY.budget)
     cond, uncond = conditions(torch.arange(CLASSES))
-    assert tuple(trained.spec.grids) == ((1, 2, 4) if name in FEW else (1,))
+    several = (1, 2, 4, 8) if settings.get("base") == "cd" else (1, 2, 4)
+    assert tuple(trained.spec.grids) == (several if name in FEW else (1,))
     for steps in trained.spec.grids:
         points = sample_points(trained, cond, uncond, steps, seed=0)
         assert points.shape == (CLASSES, 2) and bool(torch.isfinite(points).all())
@@ -128,6 +138,7 @@ def test_divergences_agree_where_the_laws_do():
         (lambda: Shares(1.5), "ends is 1.5"),
         (lambda: embedding_loss(kernel="cubic"), "kernel is 'cubic'"),
         (lambda: embedding_loss(networks=0), "see nothing"),
+        (lambda: embedding_loss(base="dmd2"), "base is 'dmd2'; choose one of dmd, diff-instruct, cd"),
         (lambda: class_of("mauve"), "the plane has no class 'mauve'; its classes are red"),
         (
             lambda: Forgetting(dataclasses.replace(sid().objective.terms["student"][0], fake_guidance=2.0), 1.0),
@@ -156,9 +167,66 @@ def test_a_forgetful_fake_is_trained_on_the_prompts_as_they_are():
     assert sfd().objective.guidance.low == 3.0
 
 
+BASES = {"dmd": dmd, "diff-instruct": diff_instruct, "cd": cd}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_embedding_loss_stands_beside_the_base_s_own_objective(base):
+    alone, recipe = BASES[base](), embedding_loss(base=base, **{"lr": 3e-4} if base == "cd" else {"gap_mean": 0.5})
+    own, term = recipe.objective.terms["student"]
+    assert isinstance(term, EmbeddingLoss)
+    if base == "cd":
+        assert own == Also(alone.objective) and recipe.sampling == alone.sampling
+        assert recipe.stages[0].player_settings == alone.stages[0].player_settings
+        of_a_fake = {"fake_lr": 1.0, "start": 0.5, "grid_weights": (1.0,), "gap_mean": -1.0}
+        assert recipe == embedding_loss(base=base, lr=3e-4, **of_a_fake), "it has none"
+    else:
+        terms = alone.objective.terms
+        assert own == terms["student"][0] and recipe.objective.terms["fake"] == terms["fake"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_with_each_base_the_embedding_loss_moves_the_student(base, start):
+    """By the samples alone; and with the weight 0 the base's gradient is left."""
+    found = {}
+    for weight in (0.0, 1.0, 2.0):
+        objective = embedding_loss(base=base, weight=weight).objective
+        nets = {role: plane_student(start, Student(), path=VP(), seed=0) for role in objective.roles}
+        for role in set(nets) - {"student"}:
+            nets[role].requires_grad_(False)
+        batch = PlaneSource(plane(), 64).batch(0)
+        cast = Cast({role: net.denoiser() for role, net in nets.items()})
+        loss, metrics = objective.loss("student", cast, batch, Turn.of(0, 0, 10, "student"))
+        loss.backward()
+        assert metrics["embedding"] > 0.0
+        found[weight] = torch.cat([w.grad.flatten() for w in nets["student"].parameters() if w.grad is not None])
+    once, twice = found[1.0] - found[0.0], found[2.0] - found[0.0]
+    assert float(once.norm()) > 1e-4 and torch.allclose(twice, 2.0 * once, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["diff-instruct", "cd"])
+def test_the_oracle_knows_the_other_bases(base, monkeypatch):
+    monkeypatch.setattr(plot, "plot_losses", lambda log, picture: None)
+    checks = check_recipe(embedding_loss(base=base))
+    assert [(c.name, c.value, c.low, c.high) for c in checks if not c.passed] == []
+    assert sum(c.name.startswith("embedding: ") for c in checks) == 10
+
+
 @pytest.fixture(scope="module")
 def pictures(tiny_teacher):
     return tiny_latents(tiny_teacher)
+
+
+@pytest.mark.parametrize("base", ["diff-instruct", "cd"])
+def test_each_base_of_the_embedding_loss_trains_on_pictures(base, tiny_teacher, pictures, tmp_path):
+    out = tmp_path / base
+    settings = FAST | {"base": base}
+    student = distill("embedding-loss", tiny_teacher, out, settings, data=pictures, device="cpu")
+    assert student.spec.steps == embedding_loss(base=base).steps
+    rows = [json.loads(row) for row in next((tmp_path / f"{base}.run").rglob("metrics.jsonl")).read_text().splitlines()]
+    assert sum("embedding" in row for row in rows) == 2
+    new, old = student.load("unet").state_dict(), tiny_teacher.load("unet").state_dict()
+    assert list(new) == list(old) and any(not torch.equal(new[k], old[k]) for k in old)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,6 +257,9 @@ def test_prompts_with_the_word_are_taught_with_the_other(tiny_teacher, pictures)
     assert bool(gone.any()) and torch.equal(batch.cond["ctx"], source.batch(0).cond["ctx"])
     moved = (batch.taught["ctx"] != batch.cond["ctx"]).flatten(1).any(1)
     assert torch.equal(moved, gone)
+    forgetful.gone &= False
+    none = forgetful.batch(0)
+    assert all(torch.equal(none.taught[name], none.cond[name]) for name in none.cond), "a part without it is told too"
     with pytest.raises(RecipeError, match="has the word 'zebra', so there is nothing to forget; set forget"):
         ForgettingSource(source, Swap("zebra", "blue"), teacher)
 

@@ -57,6 +57,39 @@ def test_wrong_settings_are_named(settings, message):
         configure(RECIPES["lcm"], settings)
 
 
+IDLE = [
+    ("sid", {"gap_std": 1.0}),
+    ("sid", {"gan_student": 1e-3}),
+    ("sid-few-step", {"anti": -2.0}),
+    ("sid-few-step", {"mode": "zero-cfg", "guidance": 5.0}),
+    ("sim", {"distance": "squared", "c": 0.5}),
+    ("pso", {"offline_beta": 2.0}),
+    ("pso", {"offline": True, "clip": 0.2}),
+    ("rocm", {"init": "scenes-lcm", "warm": 300}),
+    ("rg-lcd", {"proxy_lr": 1e-2}),
+    ("finetune-student", {"guidance": 5.0}),
+    ("progressive", {"start_steps": 33}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), IDLE)
+def test_a_setting_that_changes_nothing_is_refused(name, settings):
+    idle = list(settings)[-1]
+    with pytest.raises(RecipeError, match=f"{idle} is .* and changes nothing of {name} as its other settings are"):
+        configure(RECIPES[name], settings)
+
+
+def test_a_setting_with_what_it_belongs_to_is_taken():
+    assert configure(RECIPES["sid"], {"gap_std": 1.0, "gap_mean": 0.5}) != configure(RECIPES["sid"], {"gap_mean": 0.5})
+    assert configure(RECIPES["pso"], {"offline": True, "offline_beta": 2.0})
+    assert configure(RECIPES["sid"], {"guidance": 3.0}) == RECIPES["sid"](), "its default, told"
+
+
+def test_drawn_scenes_and_named_pictures_are_not_both_learned():
+    with pytest.raises(RecipeError, match="scenes is 8, and data names the pictures"):
+        configure(RECIPES["lcm"], {"data": "pictures", "scenes": 8})
+
+
 @pytest.mark.parametrize("weights", [[1, 1], [0, 0, 0], [1, -1, 1]])
 @pytest.mark.parametrize(("name", "counts"), [("dmd2", [1, 2, 4]), ("asd", [1, 2, 3, 4])])
 def test_weights_that_do_not_fit_the_step_counts_are_refused(name, counts, weights):

@@ -12,6 +12,7 @@ from fewstep.models.paths import VP
 from fewstep.trainers.bench.recipes import Setup, compare, on_plane
 from fewstep.trainers.bench.recipes_report import markdown
 from fewstep.trainers.distribution import rewarding
+from fewstep.trainers.distribution.rewarding import Favour, Rewarded
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.loop.player import PlayerSettings
 from fewstep.trainers.networks.preference_model import load_preference, with_prompts
@@ -150,6 +151,24 @@ def test_a_reward_is_set_beside_any_distribution_recipe():
     with pytest.raises(RecipeError, match="takes no reward beside its loss"):
         configure(RECIPES["cd"], {"reward_scale": 1.0})
     assert configure(rocm, {"reward": "typical"}).reward == "typical", "its own setting"
+    with pytest.raises(RecipeError, match="rocm is about a reward already; reward_scale"):
+        configure(rocm, {"reward": "typical", "reward_scale": 1.0})
+
+
+def test_every_student_that_is_sold_has_the_reward():
+    found = configure(RECIPES["msd"], {"students": 3, "reward_scale": 0.5, "reward_power": 1.0})
+    for stage in found.stages:
+        own = stage.objective.terms["student"]
+        assert isinstance(own[-1], Favour) and all(isinstance(term, Rewarded) for term in own[:-1]), stage.name
+
+
+def test_only_what_comes_back_through_the_samples_is_weighed():
+    with pytest.raises(RecipeError, match=r"reward_power is 2\.0, and emd has no term on the samples as they were"):
+        configure(RECIPES["emd"], {"reward_power": 2.0})
+    terms = configure(RECIPES["dmd"], {"reward_power": 2.0}).objective.terms["student"]
+    assert {type(term).__name__ for term in terms} == {"Rewarded", "Regress"}, "pairs of the teacher are no samples"
+    guided = configure(RECIPES["swiftbrush"], {"reward_power": 2.0}).objective
+    assert guided.guidance == RECIPES["swiftbrush"]().objective.guidance, "what a term says of itself holds"
 
 
 def test_any_distribution_recipe_takes_a_reward(both_ways, start):

@@ -9,9 +9,11 @@ from fewstep.models.paths import VP
 from fewstep.trainers.bench.recipes import Setup, on_plane
 from fewstep.trainers.distribution.discriminator import Adversary, Deceive
 from fewstep.trainers.distribution.only import Only
+from fewstep.trainers.distribution.stabiliser import GuidanceAlone, MeanVariance
 from fewstep.trainers.errors import RecipeError
 from fewstep.trainers.networks.student import Student
 from fewstep.trainers.oracle.distribution import cast_of
+from fewstep.trainers.oracle.suite import check_recipe
 from fewstep.trainers.oracle.world import turn, world
 from fewstep.trainers.parts.divergences import Divergence
 from fewstep.trainers.parts.gan_losses import Hinge
@@ -22,7 +24,8 @@ from fewstep.trainers.parts.times import EvenGrids, UniformTimes
 from fewstep.trainers.plane.plane import CLASSES, conditions, plane
 from fewstep.trainers.plane.run import PlaneBudget, run_recipe, sample_points
 from fewstep.trainers.recipes.distribution import dmd2
-from fewstep.trainers.recipes.multistep import MULTISTEP, phased_dmd, tdm
+from fewstep.trainers.recipes.multistep import MULTISTEP, decoupled_dmd, phased_dmd, tdm
+from fewstep.trainers.recipes.recipe import configure
 from fewstep.trainers.recipes.registry import RECIPES
 from fewstep.trainers.recipes.score import SCORE, f_distill, snoopi, swiftbrush
 from fewstep.trainers.runs.distill import distill
@@ -61,6 +64,14 @@ def test_each_kind_trains_on_pictures(name, tiny_teacher, tmp_path):
     assert student.spec.recipe == name and student.spec.steps == RECIPES[name]().steps
     new, old = student.load("unet").state_dict(), tiny_teacher.load("unet").state_dict()
     assert list(new) == list(old) and any(not torch.equal(new[k], old[k]) for k in old)
+
+
+@pytest.mark.parametrize("name", ["vsd", "swiftbrush", "snoopi"])
+def test_a_lora_student_and_a_lora_fake_train_on_the_plane(name, start):
+    recipe = configure(RECIPES[name], {"student_rank": 2, "rank": 4})
+    trained = run_recipe(recipe, plane(), start, TINY.budget)
+    learned = {key for key, weight in trained.net.named_parameters() if "lora_B" in key and bool(weight.any())}
+    assert learned and (recipe.student.lora_rank, recipe.fake.lora_rank) == (2, 4)
 
 
 def loss_of(recipe, seed=0):
@@ -139,3 +150,42 @@ def only_apart():
 def test_settings_that_do_not_fit_are_refused_with_a_remedy(make, wrong):
     with pytest.raises(RecipeError, match=wrong):
         make()
+
+
+def steered(weight=1.0):
+    """Decoupled DMD with the prior on means and variances in place of matching: no fake score."""
+    recipe = decoupled_dmd()
+    (stage,) = recipe.stages
+    gap, settings = stage.objective.terms["student"][0], stage.player_settings
+    terms = {"student": (GuidanceAlone(gap), MeanVariance(weight=weight, mean=0.0, variance=1.0))}
+    objective = dataclasses.replace(stage.objective, terms=terms, told=False)
+    stage = dataclasses.replace(stage, objective=objective, player_settings={"student": settings["student"]})
+    return dataclasses.replace(recipe, fake=Student(), stages=(stage,))
+
+
+def test_the_oracle_knows_guidance_alone_and_the_prior_on_means_and_variances():
+    checks = check_recipe(steered())
+    assert [(c.name, c.value, c.low, c.high) for c in checks if not c.passed] == []
+    names = [c.name.split(":")[0] for c in checks]
+    assert {n: names.count(n) for n in ("mean and variance", "guidance alone", "guidance held")} == {
+        "mean and variance": 5, "guidance alone": 4, "guidance held": 2,
+    }  # fmt: skip
+
+
+def test_guidance_held_by_a_prior_trains_without_a_fake_score(start):
+    recipe = steered()
+    assert recipe.objective.roles == ("student", "teacher")
+    trained = run_recipe(recipe, plane(), start, TINY.budget)
+    kept = start.state_dict()
+    assert any(not torch.equal(w, kept[k]) for k, w in trained.net.state_dict().items() if k in kept)
+
+
+def test_a_prior_without_variance_and_guidance_without_a_gap_are_refused():
+    with pytest.raises(RecipeError, match=r"held to the variance 0\.0 with weight 1\.0; set both above 0"):
+        MeanVariance(weight=1.0, mean=0.0, variance=0.0)
+    with pytest.raises(RecipeError, match="set both above 0"):
+        steered(weight=0.0)
+    gap = decoupled_dmd().objective.terms["student"][0]
+    for wrong in ({"cfg": False, "augment": None}, {"fake_cfg": True}, {"divergence": Divergence("kl")}):
+        with pytest.raises(RecipeError, match="give it a gap with cfg on, and with neither"):
+            GuidanceAlone(dataclasses.replace(gap, **wrong))

@@ -15,10 +15,11 @@ from fewstep.models.bundle import Bundle
 from fewstep.runtime.engines.measurement import machine_facts
 
 from ..pictures.cutouts import write_folder
+from ..pictures.quality import draw_prompts
 from ..recipes.recipe import configure
 from ..recipes.registry import find_recipe
 from ..runs.distill import distill
-from ..runs.finetune import captions_of, carried, finetune, settings_of
+from ..runs.finetune import carried, finetune, settings_of
 from ..runs.finetune_gate import Limits, judge, report_rows, shown, table
 from .ways import read_ways
 
@@ -39,8 +40,9 @@ def bench(
 ) -> dict[str, Any]:  # fmt: skip
     """The report: rows of what was before, of the teacher, and of every way.
 
-    Errors: those of `distill`.
+    Errors: those of `distill`; `InvalidRequest` for too few prompts.
     """
+    prompt_set = draw_prompts(prompts)  # before anything is trained
     folder, others = write_folder(out / "pictures", PICTURES, 1), write_folder(out / "held-out", HELD_OUT, 2)
     made, tuned = finetune(student, folder, teacher, out / "finetune-student", changes)
     found = {}
@@ -50,7 +52,7 @@ def bench(
         else:
             found[way] = made if way == "finetune-student" else carried(student, teacher, tuned, out / way)
     size = student.spec.sizes[0]
-    judged = judge(student, teacher, tuned, shown(folder, size), shown(others, size), captions_of(prompts), steps)
+    judged = judge(student, teacher, tuned, shown(folder, size), shown(others, size), prompt_set, steps)
     rows, _ = report_rows(judged, found, limits)
     last = [row for row in rows if row.model == WAYS[-1]]
     return {
@@ -64,7 +66,8 @@ def command(argv: Sequence[str]) -> int:
     """Exit codes: 0 done, 1 `finetune-student` failed its gate, 2 wrong use."""
     parser = argparse.ArgumentParser(
         prog="fewstep bench finetune",
-        description="Ways to fine-tune a few-step student on 16 pictures: the style reached, and what it keeps.",
+        description="Ways to fine-tune a few-step student on 16 pictures: the style reached, and what is kept of "
+        "compliance and diversity.",
         epilog="example: fewstep bench finetune --out build/finetune --steps 1,2,4",
     )
     steps = (1, 2, 4)

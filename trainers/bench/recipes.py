@@ -25,7 +25,7 @@ from fewstep.models.files import write_whole
 from fewstep.runtime.engines.measurement import machine_facts
 
 from ..plane.run import PlaneBudget
-from ..recipes.recipe import Recipe, configure, describe
+from ..recipes.recipe import Recipe, describe
 
 STEPS = (1, 2, 4)
 EVALUATIONS = (2, 4, 8, 20)
@@ -77,7 +77,7 @@ def on_plane(name: str, setup: Setup) -> Recipe:
     known = inspect.signature(function).parameters
     scales = dict.fromkeys(("guidance", "guidance_low", "guidance_default"), setup.guidance)
     wanted = {**setup.settings, **scales}
-    return configure(function, {key: value for key, value in wanted.items() if key in known})
+    return function(**{key: value for key, value in wanted.items() if key in known})
 
 
 def counts_of(recipe: Recipe) -> tuple[int, ...]:

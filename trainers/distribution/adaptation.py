@@ -15,13 +15,13 @@ from ..errors import RecipeError
 from ..networks.student import load_denoiser, merged
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale
+from .distribution import Around
 
 ADAPTED = "adapted"
 
 
 @dataclass(frozen=True)
-class TaughtBy:
+class TaughtBy(Around):
     """`weight` times the term, with the network of another role as its teacher, whose normaliser is that network's."""
 
     term: Any
@@ -31,10 +31,6 @@ class TaughtBy:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(self.role if role == "teacher" else role for role in self.term.roles)
-
-    @property
-    def guidance(self) -> UniformScale | None:
-        return getattr(self.term, "guidance", None)
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         theirs = replace(cast, roles={**cast.roles, "teacher": cast[self.role]})

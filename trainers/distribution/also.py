@@ -25,6 +25,8 @@ class Also:
     objective: Any
     weight: float = 1.0
 
+    of_samples = False
+
     def __post_init__(self) -> None:
         if tuple(self.objective.players) != ("student",):
             raise RecipeError(

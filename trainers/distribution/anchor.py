@@ -24,6 +24,7 @@ class Regress:
     weight: float
 
     roles = ("student",)
+    of_samples = False
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         student = cast["student"]

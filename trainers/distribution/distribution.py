@@ -6,7 +6,7 @@ student, and denoising and the critic's loss for the fake score.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Term(Protocol):
     """A part of one player's loss on what the student made; in the student's turn `made` has a gradient.
 
     One that takes the critic's logits for log(p / q) says so: `reads_ratio = True`. So does one whose gradient passes
-    through other networks, whose weights stay: `through_networks = True`.
+    through other networks, whose weights stay: `through_networks = True`; and one whose gradient comes back by another
+    way than through `made.x0`: `of_samples = False`.
     """
 
     @property
@@ -30,6 +31,45 @@ class Term(Protocol):
         ...
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]: ...
+
+
+class Around:
+    """A term around another one, `term`: what that one says of itself holds for both."""
+
+    term: Any
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        asked: tuple[str, ...] = self.term.roles
+        return asked
+
+    @property
+    def guidance(self) -> UniformScale | None:
+        return getattr(self.term, "guidance", None)
+
+    @property
+    def fake_cfg(self) -> bool:
+        return bool(getattr(self.term, "fake_cfg", False))
+
+    @property
+    def adversary(self) -> Any:
+        return self.term.adversary  # no attribute where the term has none
+
+    @property
+    def reads_ratio(self) -> bool:
+        return bool(getattr(self.term, "reads_ratio", False))
+
+    @property
+    def two_times(self) -> bool:
+        return bool(getattr(self.term, "two_times", False))
+
+    @property
+    def through_networks(self) -> bool:
+        return bool(getattr(self.term, "through_networks", False))
+
+    @property
+    def of_samples(self) -> bool:
+        return bool(getattr(self.term, "of_samples", True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ class Expectation:
     jump: Jump = field(default_factory=ToClean)
 
     roles = ("teacher", "fake")
+    of_samples = False  # the student is asked anew, at the starts that Langevin's steps moved to
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         count = len(made.x0)

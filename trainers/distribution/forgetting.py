@@ -15,7 +15,7 @@ from ..errors import RecipeError
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
 from ..parts.times import UniformScale
-from .distribution import Term
+from .distribution import Around, Term
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Swap:
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class Forgetting(Around):
     """A term, where the teacher is asked for what `batch.taught` says; forgotten rows count `weight` times.
 
     They count by their gradient: the student's samples, or in another's turn what the networks answer, pass that much
@@ -47,14 +47,6 @@ class Forgetting:
         own = (getattr(self.term, "fake_guidance", 1.0), getattr(self.term, "guidance", 1.0))
         if any(isinstance(scale, float) and scale != 1.0 for scale in own):
             raise RecipeError("a term that guides its fake score has no room for a forgotten concept; set that to 1")
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return self.term.roles
-
-    @property
-    def through_networks(self) -> bool:
-        return bool(getattr(self.term, "through_networks", False))
 
     @property
     def guidance(self) -> UniformScale | None:

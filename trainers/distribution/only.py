@@ -8,11 +8,11 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale
+from .distribution import Around
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Around):
     """The term where a step begins at `low < share <= high` of the path, and from the share `after` of the run on.
 
     Elsewhere it is nothing. A batch shares its step, so every process of a run has the term or leaves it out.
@@ -26,23 +26,6 @@ class Only:
     def __post_init__(self) -> None:
         if not 0.0 <= self.low < self.high <= 1.0:
             raise RecipeError(f"a term for {self.low} to {self.high} of the path; these are shares, the lower first")
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        asked: tuple[str, ...] = self.term.roles
-        return asked
-
-    @property
-    def guidance(self) -> UniformScale | None:
-        return getattr(self.term, "guidance", None)
-
-    @property
-    def adversary(self) -> Any:
-        return self.term.adversary  # no attribute where the term has none
-
-    @property
-    def reads_ratio(self) -> bool:
-        return bool(getattr(self.term, "reads_ratio", False))
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         path = cast["student"].path

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+from torch.nn.functional import logsigmoid
 
 from fewstep.models.denoiser import Condition, Denoiser, expand, times
 from fewstep.models.paths import Path
@@ -85,15 +85,14 @@ class PreferredPairs:
     """PSO offline: at a time of the grids, the winner's error falls below the reference's, and the loser's rises.
 
     `-log sigmoid(beta d)`, `d = (err_ref - err_theta)(winner) - (err_ref - err_theta)(loser)`, err the mean squared
-    error of x0; or with `hinge` `max(0, 1 - beta d)` and no reference. winners: "reward", the better twin, or "data",
-    the batch's own samples over the first twin (personalisation).
+    error of x0. winners: "reward", the better twin, or "data", the batch's own samples over the first twin
+    (personalisation).
     """
 
     beta: float
     grids: Grids
     jump: Jump
     winners: str = "reward"
-    hinge: bool = False
 
     roles = ("teacher",)
 
@@ -110,11 +109,10 @@ class PreferredPairs:
             x_t = noised(path, x, t, turn.noise(x))
             mine = self.error(cast["student"], x_t, x, t, batch.cond)
             with torch.no_grad():
-                theirs = 0.0 * mine if self.hinge else self.error(cast["teacher"], x_t, x, t, batch.cond)
+                theirs = self.error(cast["teacher"], x_t, x, t, batch.cond)
             gains.append(theirs - mine)
         d = self.beta * (gains[0] - gains[1])
-        loss = relu(1.0 - d).mean() if self.hinge else -logsigmoid(d).mean()
-        return loss, {"margin": float(d.detach().mean())}
+        return -logsigmoid(d).mean(), {"margin": float(d.detach().mean())}
 
     def error(self, denoiser: Denoiser, x_t: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return Squared()(self.jump(denoiser, x_t, t, torch.zeros_like(t), cond), x)

@@ -14,8 +14,7 @@ from fewstep.models.denoiser import Condition, expand
 from ..networks.rewards import reward_of
 from ..parts.objective import Batch, Cast, Metrics, Turn
 from ..parts.rollout import Made
-from ..parts.times import UniformScale
-from .distribution import Term
+from .distribution import Around, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +36,21 @@ class Favour:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewarded:
+class Rewarded(Around):
     """Another term, each sample's gradient times `exp(power R)`, no gradient through R (Reward Forcing, 2025).
 
-    It does not tilt the law that is aimed at: where the inner gradient is zero it stays zero. It decides where a
+    It does not tilt the law that is aimed at: where the term's gradient is zero it stays zero. It decides where a
     student that cannot have everything right spends its fit.
     """
 
-    inner: Term
+    term: Term
     power: float
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return self.inner.roles
-
-    @property
-    def guidance(self) -> UniformScale | None:
-        return getattr(self.inner, "guidance", None)
 
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             judged = reward_of(cast, "reward")(made.x0, batch.cond)
             weight = torch.exp(self.power * judged)
-        loss, metrics = self.inner.loss(replace(made, x0=weighed(made.x0, weight)), cast, batch, turn)
+        loss, metrics = self.term.loss(replace(made, x0=weighed(made.x0, weight)), cast, batch, turn)
         return loss, {**metrics, "reward": float(judged.mean())}
 
 

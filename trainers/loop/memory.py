@@ -1,15 +1,18 @@
 """What a method holds in memory while it trains, found by watching one small step of it.
 
-Weights, moments and averages are counted. What a step adds, activations and gradients, is seen at two small batches,
-operation by operation: at each the bytes alive grow linearly with the batch, so each is continued to the whole batch
-and the largest is the peak. (The peak of a small batch is elsewhere than that of a large one: at the last gradient, not
-at the first.) Work space inside an operation is not seen.
+Weights, moments and averages are counted, of every network that can be reached from the method: a critic's eye or a
+reward's judge that stands behind a function is in memory too. What a step adds, activations and gradients, is seen at
+two small batches, operation by operation: at each the bytes alive grow linearly with the batch, so each is continued to
+the whole batch and the largest is the peak. (The peak of a small batch is elsewhere than that of a large one: at the
+last gradient, not at the first.) Work space inside an operation is not seen.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..networks.bank import Voice
 from ..parts.objective import Batch, Turn
 from .loop import Method
 from .player import Player
@@ -44,15 +46,12 @@ class Memory:
         return f"memory per process: {self.total / 2**20:,.0f} MiB ({told})"
 
 
-def memory_of(method: Method, batch: Batch, *, rows: int, networks: Iterable[nn.Module], bf16: bool, seed: int = 0,
+def memory_of(method: Method, batch: Batch, *, rows: int, beside: object, bf16: bool, seed: int = 0,
     accumulate: int = 1,
 ) -> Memory:  # fmt: skip
-    """Of a method on batches of `rows` samples a pass. batch: a few samples, or a few groups of them. networks: those
-    beside the players that stay in memory."""
-    kept: dict[int, torch.UntypedStorage] = {}
-    for module in (*networks, *(m for p in method.players for m in (p.module, *p.averages.values()))):
-        kept |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(module)}
-    weights = sum(storage.nbytes() for storage in kept.values())
+    """Of a method on batches of `rows` samples a pass. batch: a few samples, or a few groups of them. beside: what else
+    of the run stays in memory; its networks count."""
+    weights = weight_bytes(method, beside)
     trained = {p.name: sum(w.nbytes for w in p.weights) for p in method.players}
     unit = int(getattr(getattr(method, "objective", None), "group", 1))
     step = 0
@@ -66,13 +65,51 @@ def memory_of(method: Method, batch: Batch, *, rows: int, networks: Iterable[nn.
     return Memory(weights, 2 * sum(trained.values()), step)
 
 
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    """Weights and buffers, also of the network behind a voice."""
-    for part in module.modules():
-        if isinstance(part, Voice):
-            yield from _tensors(part._outside[0].network)
-    yield from module.parameters()
-    yield from module.buffers()
+def weight_bytes(*holders: object) -> int:
+    """Bytes of the weights and buffers of all networks that these hold; what is shared counts once."""
+    kept: dict[int, int] = {}
+    for module in modules_in(*holders):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(kept.values())
+
+
+def modules_in(*holders: object) -> Iterator[nn.Module]:
+    """Each module that these lead to, once: through attributes, containers, and what functions close over.
+
+    A module's own attributes are followed too, since what it holds in a tuple is none of its submodules.
+    """
+    seen: dict[int, object] = {}
+    left: list[object] = list(holders)
+    while left:
+        thing = left.pop()
+        if id(thing) in seen or isinstance(thing, (str, bytes, int, float, Tensor, type, ModuleType)):
+            continue
+        seen[id(thing)] = thing  # kept, as the number of a thing that is gone may come again
+        if isinstance(thing, nn.Module):
+            yield thing
+        left += _held_by(thing)
+
+
+def _held_by(thing: object) -> Iterable[object]:
+    if isinstance(thing, dict):
+        return thing.values()
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return thing
+    if isinstance(thing, MethodType):
+        return thing.__self__, thing.__func__
+    if isinstance(thing, partial):
+        return thing.func, thing.args, thing.keywords
+    if isinstance(thing, FunctionType):
+        return *(_content(cell) for cell in thing.__closure__ or ()), *(thing.__defaults__ or ())
+    return getattr(thing, "__dict__", {}).values()
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that its function has not given a value yet
+        return None
 
 
 def _watched(method: Method, player: Player, batch: Batch, bf16: bool, seed: int) -> list[int]:

@@ -290,11 +290,10 @@ def merged(unet: Any) -> Any:
 
 def save_lora(unet: Any, folder: Path, component: str) -> None:
     """`pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` reads."""
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = get_peft_model_state_dict(unet)  # by peft's names, all of which diffusers reads
     named = {f"{component}.{name}": weight.contiguous() for name, weight in layers.items()}
     save_file(named, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
 

@@ -1,7 +1,7 @@
 """The oracle of what stands beside an adversary: other objectives as terms, rollouts, a teacher's aim, ASD, parts."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +19,9 @@ from ..distribution.adversarial import TeacherAim
 from ..distribution.also import Also
 from ..distribution.discriminator import Judge
 from ..distribution.distribution import DistributionMatching
+from ..distribution.embedding import EmbeddingLoss
 from ..distribution.score_gap import ScoreGap
-from ..distribution.self_paced import BesideNext, NextCount, WholeWalk
+from ..distribution.self_paced import BesideNext, DrawnWalk, NextCount
 from ..parts.noised_rollout import NoisedRollout, SampledTimes, StartMoreOften
 from ..parts.objective import Batch, Cast
 from ..parts.rollout import Made
@@ -73,7 +74,8 @@ def also_checks(recipe: Recipe, objective: DistributionMatching, term: Also) -> 
     grads = []
     for whole in (term.objective, replace(objective, terms=silent)):
         cast, student = cast_of(bench, objective, offset=0.2)
-        loss = whole.loss("student", Cast(cast.roles, MeanCritic()), bench.batch(64), turn(3))[0]
+        roles = {**dict.fromkeys(term.roles, cast["student"]), **cast.roles}  # an average is the student
+        loss = whole.loss("student", Cast(roles, MeanCritic()), bench.batch(64), turn(3))[0]
         loss.backward()
         grads.append(torch.stack([student.gain.grad, student.offset.grad]))  # type: ignore[list-item]
     factor = term.weight
@@ -104,9 +106,11 @@ def taught_checks(recipe: Recipe, objective: DistributionMatching, term: TaughtB
 
 
 def _silent(term: Any) -> Any:
-    """The term with its adversary's weight 0, a score gap with its own."""
+    """The term with its adversary's weight 0, a score gap or an embedding loss with its own."""
     if isinstance(term, ScoreGap):
         return replace(term, weight=_weightless)
+    if isinstance(term, EmbeddingLoss):
+        return replace(term, weight=0.0)
     own = getattr(term, "adversary", None)
     return term if own is None else replace(term, adversary=replace(own, student_weight=0.0))
 
@@ -142,19 +146,23 @@ def noised_checks(recipe: Recipe, rollout: NoisedRollout) -> Iterator[Check]:
         )
 
 
-def walk_checks(recipe: Recipe, rollout: WholeWalk) -> Iterator[Check]:
-    """Samples of n steps are those of the student's own sampler, draw by draw, for every n."""
+def walk_checks(recipe: Recipe, rollout: DrawnWalk) -> Iterator[Check]:
+    """Samples of n steps are those of the student's own sampler, draw by draw, for every n; some stop early."""
     stage = world(VP(), "v")
+    grids = rollout.grids.of(stage.path)
     spec, student, batch = recipe_spec(recipe, stage.path, stage.prediction), stage.teacher(), stage.batch(16)
     for n in rollout.grids.counts:
-        ours = rollout.walk(student, n, batch.x0, batch.cond, turn(n))
+        ours = rollout.walk(student, grids[n], batch.x0, batch.cond, turn(n))
         theirs = sampled(student, spec, spec.grids[n], batch.x0, batch.cond, turn(n))
         yield below(f"walk of {n}: against the sampler of the recipe", ours.x0 - theirs, 1e-9)
-        yield holds(f"walk of {n}: its steps are counted", len(ours.before) + 1 == n)
-    reached = {len(rollout.make(student, batch, turn(step)).before) + 1 for step in range(60)}
-    yield holds("walk: every step count is drawn", reached == set(rollout.grids.counts))
+        yield holds(f"walk of {n}: it is known for one of {n}", rollout.count(ours, stage.path) == n)
+    drawn = [rollout.make(student, batch, turn(step)) for step in range(120)]
+    counts = {rollout.count(each, stage.path) for each in drawn}
+    yield holds("walk: every step count is drawn, and some stop on their way", counts == {None, *rollout.grids.counts})
+    times = {time for grid in grids.values() for time in grid}
+    yield holds("walk: a student learns at every time of its samplers", {float(each.t[0]) for each in drawn} == times)
     learner = Bent(student).denoiser()
-    made = rollout.walk(learner, max(rollout.grids.counts), batch.x0, batch.cond, turn())
+    made = rollout.walk(learner, grids[max(grids)], batch.x0, batch.cond, turn())
     first = made.before[0].x0.requires_grad
     yield holds(
         "walk: gradient through the last step alone", made.x0.requires_grad and not (first or made.x.requires_grad)
@@ -181,7 +189,9 @@ def next_checks(recipe: Recipe, objective: DistributionMatching, term: BesideNex
         perfect = perfect_student(stage, _aims(walk))
         for name, student in (("a perfect student", perfect), ("a mean of the data", stage.teacher())):
             critic = _Spread()
-            made = walk.walk(student, counts[0], stage.batch(COUNT).x0, stage.batch(COUNT).cond, turn())
+            made = walk.walk(
+                student, walk.grids.of(stage.path)[counts[0]], stage.batch(COUNT).x0, stage.batch(COUNT).cond, turn()
+            )
             plain = replace(
                 term, side=Judge(replace(term.adversary, times=None, share=1.0, critic_weight=1.0, regularisers=()))
             )
@@ -193,9 +203,12 @@ def next_checks(recipe: Recipe, objective: DistributionMatching, term: BesideNex
                 yield below(f"next count, {name}: nothing to learn", slope, 0.02)
             else:
                 yield between(f"next count, {name}: the critic learns", slope, 0.02, float("inf"))
-    follows = {n: NextCount(walk).after(_of(n)) for n in counts}
+    grids = walk.grids.of(VP())
+    follows = {n: NextCount(walk).after(_at(grids[n]), VP()) for n in counts}
     wanted = dict(zip(counts, [*counts[1:], None], strict=True))
     yield holds("next count: each is held against the next, the last against none", follows == wanted)
+    on_its_way = NextCount(walk).after(_at(grids[max(counts)][:-1]), VP())
+    yield holds("next count: a walk that stopped on its way is held against none", on_its_way is None)
     stage = world(VP(), "v")
     told: list[int] = []
 
@@ -204,17 +217,18 @@ def next_checks(recipe: Recipe, objective: DistributionMatching, term: BesideNex
         return x.flatten(1).mean(1)
 
     for n in counts:
-        made = walk.walk(Bent(stage.teacher()).denoiser(), n, stage.batch(4).x0, stage.batch(4).cond, turn())
+        made = walk.walk(Bent(stage.teacher()).denoiser(), grids[n], stage.batch(4).x0, stage.batch(4).cond, turn())
         term.loss(made, Cast({"student": stage.teacher()}, listening), stage.batch(4), turn())
     yield holds("next count: the critic is told n, and the last count is not judged", set(told) == set(counts[:-1]))
 
 
-def _of(n: int) -> Made:
-    one = torch.zeros(1)
-    return Made(one, one, one, before=(Made(one, one, one),) * (n - 1))
+def _at(grid: Sequence[float]) -> Made:
+    """A walk at these times."""
+    *before, last = (Made(torch.zeros(1), torch.zeros(1), torch.tensor([t], dtype=torch.float64)) for t in grid)
+    return replace(last, before=tuple(before))
 
 
-def _aims(walk: WholeWalk) -> Any:
+def _aims(walk: DrawnWalk) -> Any:
     return SimpleNamespace(jump=walk.jump, guidance=UniformScale(1.0, 1.0))
 
 

@@ -66,11 +66,11 @@ def rewarded_checks(recipe: Recipe, objective: DistributionMatching, term: Rewar
     (given,) = torch.autograd.grad(seen.sin().sum(), x)
     yield below("weighed: gradient times the weight", given - weight[:, None, None] * x.detach().cos(), 1e-12)
     wrapped = [each for each in objective.terms["student"] if isinstance(each, Rewarded)]
-    term = next((each for each in wrapped if isinstance(each.inner, ScoreGap)), term)
+    term = next((each for each in wrapped if isinstance(each.term, ScoreGap)), term)
     yield from zero_checks(with_terms(objective, "student", term))
     cast, student = cast_of(world(VP(), "v"), objective, offset=0.3)
     made = objective.rollout.make(cast["student"], batch, turn())
-    plain = _gradient(term.inner, made, cast, batch, student)
+    plain = _gradient(term.term, made, cast, batch, student)
     same = _gradient(replace(term, power=0.0), made, cast, batch, student)
     yield holds("power 0: the term alone, bit for bit", same == plain)
     changed = _gradient(replace(term, power=2.0), made, cast, batch, student)

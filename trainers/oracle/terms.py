@@ -23,7 +23,8 @@ from ..distribution.preference import DenoisePreferred, PairedLikelihood, Prefer
 from ..distribution.rewarding import Agree, Favour, Rewarded
 from ..distribution.score_gap import Denoise, ScoreGap
 from ..distribution.score_identity import ScoreIdentity
-from ..distribution.self_paced import BesideNext, WholeWalk
+from ..distribution.self_paced import BesideNext, DrawnWalk
+from ..distribution.stabiliser import GuidanceAlone, MeanVariance
 from ..parts.chain import Chain
 from ..parts.gan_losses import Softplus
 from ..parts.noised_rollout import NoisedRollout
@@ -49,6 +50,7 @@ from .mixture import (
 )
 from .parts import rollout_checks
 from .segments import SCORE_ROLLOUTS, SCORE_TERMS
+from .stabiliser import guidance_alone_checks, mean_variance_checks
 from .world import Check, holds
 
 TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]] = {
@@ -77,6 +79,8 @@ TERMS: dict[type, Callable[[Recipe, DistributionMatching, Any], Iterator[Check]]
     Expectation: expectation_checks,
     FitRatio: fit_checks,
     Forgetting: forgetting_checks,
+    GuidanceAlone: guidance_alone_checks,
+    MeanVariance: mean_variance_checks,
     RatioGap: ratio_gap_checks,
     ScoreIdentity: identity_checks,
 }
@@ -85,7 +89,7 @@ ROLLOUTS: dict[type, Callable[[Recipe, Any], Iterator[Check]]] = {
     BackwardSimulation: rollout_checks,
     **SCORE_ROLLOUTS,
     NoisedRollout: noised_checks,
-    WholeWalk: walk_checks,
+    DrawnWalk: walk_checks,
 }
 
 

@@ -10,7 +10,7 @@ from ..distribution.adversarial import TeacherAim, signal
 from ..distribution.discriminator import Adversary, Deceive, Judge
 from ..distribution.distribution import DistributionMatching, Term
 from ..distribution.score_gap import Denoise, ScoreGap
-from ..distribution.self_paced import BesideNext, NextCount, WholeWalk
+from ..distribution.self_paced import BesideNext, DrawnWalk, NextCount
 from ..errors import RecipeError
 from ..loop.player import PlayerSettings
 from ..networks.critics import BLOCKS, TEACHER, VISION, CriticPlan
@@ -120,17 +120,18 @@ def ladd(
 def asd(
     *, steps: int = 2000, lr: float = 5e-5, fake_lr: float = 1e-4, every: int = 4, guidance: float = 3.0,
     gan_student: float = 1e-2, gan_critic: float = 1e-2, slope: float = 1e-2,
-    grid_weights: tuple[float, ...] = (2.0, 1.0, 1.0, 1.0), gap_mean: float = 0.5, gap_std: float = 1.2,
+    grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0), gap_mean: float = 0.5, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
     """ASD, Yang et al. 2025 (arXiv 2511.01419): DMD, and n steps held against the same student's n + 1.
 
     Student: DMD's gap `+ gan_student softplus(l_n(x^(n+1)) - l_n(x^n))`; fake: denoising `+ gan_critic` times the pair
     swapped, with R1 and R2 by finite differences of 0.05. l_n is the n-th of the heads on the fake's blocks; the last
-    count has DMD alone; the fake is told where a step began. The paper: video, slope 600, blocks 12, 21, 29.
-    Unverified: gan_student; decided: DMD2's size.
+    count has DMD alone; the fake is told where a step began. Half the walks stop on their way and have DMD alone, its
+    exits being drawn as in Self Forcing (Huang et al. 2025). The paper: video, slope 600, blocks 12, 21, 29.
+    Unverified: gan_student, how often walks end; decided: DMD2's size, half.
     """
     grids = LcmGrids((1, 2, 3, 4))
-    walk = WholeWalk(grids, grid_weights, ToClean())
+    walk = DrawnWalk(grids, grid_weights, ToClean())
     after = NextCount(walk)
     adversary = Adversary(
         student_weight=gan_student, critic_weight=gan_critic, times=UniformTimes(), loss=Relativistic(), real=after,

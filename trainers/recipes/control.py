@@ -24,16 +24,19 @@ from .forms import ONE, learn
 from .recipe import Needs, Recipe, RecipeFunction, Run, Sampling, Stage
 
 COUNTS = (1, 2, 4)
+CARRIED, FRESH = "carried", "fresh"
+"""Where a ControlNet begins. A stage's start is "init" for the first, the student's own or its teacher's."""
 
 
 def control_student(
-    *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.03, target_ema: float = 0.95
-) -> Recipe:
+    *, steps: int = 2000, lr: float = 3e-4, points: int = 50, huber_c: float = 0.03, target_ema: float = 0.95,
+    start: str = CARRIED,
+) -> Recipe:  # fmt: skip
     """A ControlNet trained on a frozen few-step student, as CCM (Xiao et al. 2023, arXiv 2312.06971).
 
     `huber(f_theta(x_t, c) - f_ema(x_s, c))` with x_s of the same data and noise: consistency training, whose answer is
     where the data's own trajectory ends given the control, so that few steps stay. Only the ControlNet learns; it
-    starts as the student's own, where the student has one.
+    starts as the student's own or its teacher's (`start` "carried"), or as a new one ("fresh").
     Unverified: the paper's learning rate and steps; decided: those of `lcm`.
     """
     objective = Consistency(
@@ -41,20 +44,22 @@ def control_student(
         weight=unweighted, guidance=ONE, cfg=False, target="target", step=SameNoise(),
     )  # fmt: skip
     paper = "Xiao et al. 2023, CCM: Adding Conditional Controls to Text-to-Image Consistency Models, arXiv:2312.06971"
-    return _controlled("control-student", paper, objective, {"student": learn(lr, target=target_ema)}, steps, points)
+    players = {"student": learn(lr, target=target_ema)}
+    return _controlled("control-student", paper, objective, players, steps, points, start)
 
 
 def jdm(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
     follow: float = 1.0, grid_weights: tuple[float, ...] = (1.0, 1.0, 1.0), points: int = 50, gap_mean: float = 0.5,
-    gap_std: float = 1.2,
+    gap_std: float = 1.2, start: str = CARRIED,
 ) -> Recipe:  # fmt: skip
     """JDM, Luo et al. 2025 (arXiv 2503.06652, recalled): a new control on a few-step student by its samples' law.
 
     `KL(p(x, c) || q(x) q(c | x)) = E_c KL(p(x | c) || q(x)) - E log q(c | x) + const`. Student: DMD's gap with a fake
     told the control and a teacher not told it, `+ follow |detect(x) - c|^2`, a differentiable detector on the sample.
     Fake: denoising of the student's samples under their control. Only the text is guided, as both halves of the teacher
-    know no control. The paper adds human feedback, which any reward term does.
+    know no control. The ControlNet starts as in `control-student`. The paper adds human feedback, which a reward of
+    pictures does (`reward_scale`).
     Unverified: the bound on diffused laws, weights, the ratio of steps; decided: the times and the told fake of `dmd2`,
     the condition on the clean sample alone, which is exact as the gap's times go to clean data, every second step.
     """
@@ -74,18 +79,22 @@ def jdm(
         "fake": follower(fake_lr),
     }
     paper = "Luo et al. 2025, Adding Additional Control to One-Step Diffusion with Joint Distribution Matching, "
-    return _controlled("jdm", paper + "arXiv:2503.06652", objective, players, steps, points)
+    return _controlled("jdm", paper + "arXiv:2503.06652", objective, players, steps, points, start)
 
 
 def _controlled(
     name: str, paper: str, objective: Consistency | DistributionMatching, players: dict[str, PlayerSettings],
-    steps: int, points: int,
+    steps: int, points: int, start: str,
 ) -> Recipe:  # fmt: skip
-    plan = Student(control=True)
+    """start: "carried", the ControlNet that the student or else its teacher has; "fresh", a new one of the U-Net's
+    encoder, for a control that neither was taught."""
+    if start not in (CARRIED, FRESH):
+        raise RecipeError(f"{name}: start is {start!r}; set it to {CARRIED} or {FRESH}")
+    plan, begun = Student(control=True), FRESH if start == FRESH else "init"
     return Recipe(
         name=name, family="control", paper=paper, needs=Needs(student=True, teacher=name == "jdm"), student=plan,
         fake=Student(control=True, second_time=True),
-        stages=(Stage(name=name, objective=objective, player_settings=players, steps=steps),),
+        stages=(Stage(name=name, objective=objective, player_settings=players, steps=steps, start=begun),),
         sampling=Sampling(
             sampler="lcm", grids=LcmGrids(COUNTS, points), stochastic=True, boundary=Boundary(),
             guidance_mode="none", guidance_default=1.0, guidance_range=(1.0, 1.0),

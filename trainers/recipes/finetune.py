@@ -15,7 +15,7 @@ from ..parts.times import UniformTimes
 from ..parts.transitions import NoisedData
 from ..pictures.blending import Blend
 from .forms import ONE
-from .recipe import Recipe, RecipeFunction, Stage, configure
+from .recipe import Recipe, RecipeFunction, Stage
 
 
 def finetune_student(
@@ -41,7 +41,7 @@ def finetune_student(
         "guidance_width": guidance_width, "guidance": guidance, "guidance_low": guidance_low,
         "guidance_high": guidance_high, "guidance_default": guidance_default,
     }  # fmt: skip
-    first = configure(function, {name: value for name, value in told.items() if name in known})
+    first = function(**{name: value for name, value in told.items() if name in known})
     plain = Student(guidance_width=first.student.guidance_width, lora_rank=first.student.lora_rank)
     few = first.sampling is not None and first.sampling.guidance_mode != "cfg"
     if not few or first.beside or first.needs.student or first.student != plain:

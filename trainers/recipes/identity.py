@@ -102,7 +102,8 @@ def sid_few_step(
     The sample of an evenly drawn step is matched as SiD does. told: the fake knows the step, so that the law of each
     step's samples is matched; else that of their mixture, in which one step may miss what another overdoes. mode:
     "zero-cfg", teacher unguided, fake trained and asked without the prompt; "anti-cfg", teacher unguided, fake asked at
-    the scale `anti` below 0; "long-short", both at `guidance`. The first two guide by what the fake leaves out.
+    the scale `anti` below 0; "long-short", both at `guidance`. The first two guide by what the fake leaves out. The
+    adversary of the paper's variant with data (SiDA) is left out here: this recipe reads prompts alone.
     Unverified: the scale of anti-cfg; decided: -1, its fake trained with one prompt in ten left out.
     """
     asked = {"zero-cfg": (1.0, 0.0, 0.0), "anti-cfg": (1.0, 1.0, anti), "long-short": (guidance, guidance, guidance)}
@@ -158,8 +159,8 @@ def uni_instruct(
 
     `D_f = int E_q r f''(r) |s_q - s_p|^2`, r = q / p from a critic, with the gradient of its weight too (alpha 1/2);
     divergence: "kl" (of the data), "rkl", "jeffreys", "js", "chi2". The paper: weights 100 and 0.01 of the score and
-    GAN terms, lr 1e-5, batch 256, start at level 2.5. released: the ratio as the authors' code takes it, from the value
-    of a loss.
+    GAN terms, lr 1e-5, batch 256, start at level 2.5, and a critic that is the mean of the fake's channels as in SiDA;
+    here its head learns, as DMD2's. released: the ratio as the authors' code takes it, from the value of a loss.
     Unverified: how the code mixes both gradients of js and chi2; decided: the exact gradient (docs/recipes).
     """
     adversary = Adversary(student_weight=gan_student, critic_weight=gan_critic, times=GAP_TIMES)

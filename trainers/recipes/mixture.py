@@ -1,14 +1,22 @@
 """Samples corrected or compared as laws: Langevin steps, mixtures of scores, a ratio alone, random embeddings."""
 
+from dataclasses import replace
+
+from ..distribution.also import Also
 from ..distribution.density_ratio import ClimbRatio
 from ..distribution.discriminator import Adversary, Deceive, Judge
+from ..distribution.distribution import DistributionMatching
 from ..distribution.embedding import EmbeddingLoss, RandomNetworks
 from ..distribution.expectation import Expectation, Langevin
 from ..distribution.mixture_scores import AmortisedGap, DenoiseMixture, FitRatio, RatioGap, Shares
 from ..distribution.score_gap import ScoreGap
+from ..errors import RecipeError
 from ..networks.student import Student
 from ..parts.distances import level, snr_plus_one
-from ..parts.times import UniformScale
+from ..parts.jumps import ToClean
+from ..parts.rollout import BackwardSimulation
+from ..parts.times import LcmGrids, UniformScale
+from .consistency import cd
 from .identity import FAKE_TIMES, GAP_TIMES, WITH_DATA, from_noise, gap_times, plain_fake
 from .recipe import Needs, Recipe, RecipeFunction
 
@@ -97,24 +105,44 @@ def ratio_one_step(
 
 
 def embedding_loss(
-    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, weight: float = 1.0, networks: int = 2,
-    width: int = 64, kernel: str = "gaussian", guidance: float = 3.0, start: float = 0.625,
+    *, base: str = "dmd", steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, weight: float = 1.0,
+    networks: int = 2, width: int = 64, kernel: str = "gaussian", guidance: float = 3.0, start: float = 0.625,
     grid_weights: tuple[float, ...] = (1.0, 1.0, 4.0), gap_mean: float | None = None, gap_std: float = 1.2,
 ) -> Recipe:  # fmt: skip
-    """Embedding loss ("Efficient Diffusion Distillation via Embedding Loss"): distribution matching and an MMD.
+    """Embedding loss ("Efficient Diffusion Distillation via Embedding Loss"): another method and an MMD beside it.
 
-    DMD's score gap and `weight MMD^2` of samples and data in the features of random networks, drawn anew each step.
-    As in DMD2's recipe one student serves 1, 2 and 4 steps, so the fake is told where a step began.
+    The base's own objective and `weight MMD^2` of samples and data in the features of random networks, drawn anew each
+    step. base: "dmd", DMD's score gap; "diff-instruct", the gap that is not divided by the teacher's error; of both one
+    student serves 1, 2 and 4 steps, as in DMD2's recipe, so the fake is told where a step began. "cd", consistency
+    distillation, whose samples of one step from noise the MMD compares; it has no fake and learns at all times, so
+    fake_lr, start, grid_weights and gap_mean are not for it, and its own recipe's lr is 3e-4.
     Unverified: the number of networks, the kernel and the weight; decided: 2, Gaussian at three widths, 1.
     """
+    if base not in ("dmd", "diff-instruct", "cd"):
+        raise RecipeError(f"embedding-loss: base is {base!r}; choose one of dmd, diff-instruct, cd")
+    term = EmbeddingLoss(weight=weight, networks=RandomNetworks(count=networks, width=width), kernel=kernel)
+    if base == "cd":
+        return _beside(cd(steps=steps, lr=lr, guidance=guidance), term)
     times, fake_times = gap_times(gap_mean, gap_std)
     gap = ScoreGap(times=times, guidance=UniformScale(guidance, guidance), cfg=True)
-    term = EmbeddingLoss(weight=weight, networks=RandomNetworks(count=networks, width=width), kernel=kernel)
+    gap = gap if base == "dmd" else replace(gap, floor=None)
     return from_noise(
-        "embedding-loss", "Efficient Diffusion Distillation via Embedding Loss, 2025", (gap, term),
-        (plain_fake(fake_times),), (lr, fake_lr), steps, start=start, counts=(1, 2, 4), weights=grid_weights, told=True,
-        needs=Needs(),
+        "embedding-loss", EMBEDDED, (gap, term), (plain_fake(fake_times),), (lr, fake_lr), steps, start=start,
+        counts=(1, 2, 4), weights=grid_weights, told=True, needs=Needs(),
     )  # fmt: skip
+
+
+EMBEDDED = "Efficient Diffusion Distillation via Embedding Loss, 2025"
+
+
+def _beside(base: Recipe, term: EmbeddingLoss) -> Recipe:
+    """A recipe of the student alone, sold as it is, with the term on its samples of one step from pure noise."""
+    (stage,) = base.stages
+    objective = DistributionMatching(
+        rollout=BackwardSimulation(LcmGrids((1,)), (), ToClean()), terms={"student": (Also(stage.objective), term)}
+    )
+    stage = replace(stage, name="embedding-loss", objective=objective)
+    return replace(base, name="embedding-loss", family="distribution", paper=EMBEDDED, stages=(stage,))
 
 
 MIXTURE: dict[str, RecipeFunction] = {

@@ -12,6 +12,7 @@ from ..distribution.discriminator import Adversary, Deceive
 from ..distribution.distribution import DistributionMatching
 from ..distribution.only import Only
 from ..distribution.score_gap import Denoise, ScoreGap
+from ..distribution.stabiliser import GuidanceAlone, MeanVariance
 from ..distribution.subinterval import DenoiseLanding, DenoiseTrajectory
 from ..errors import RecipeError
 from ..networks.student import PLAIN
@@ -34,14 +35,19 @@ KEPT = 0.97
 
 def decoupled_dmd(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 2e-4, every: int = 2, guidance: float = 3.0,
-    gap_mean: float = 0.5, gap_std: float = 1.2,
+    gap_mean: float = 0.5, gap_std: float = 1.2, stabiliser: str = "matching", steady: float = 1.0,
+    steady_mean: float = 0.0, steady_variance: float = 1.0,
 ) -> Recipe:  # fmt: skip
     """Decoupled DMD, Liu et al. 2025 (arXiv 2511.22677): guidance's part of the gap at noise and times of its own.
 
     `mu_real = mu_cond(x_t) + (w - 1) (mu_cond - mu_uncond)(x_t')`, t at any level, t' above the time at which the
-    student's step began. No GAN. With one draw for both it is DMD2's gap, bit for bit. Unverified: rates and ratio;
-    decided: DMD2's.
+    student's step began. No GAN. With one draw for both it is DMD2's gap, bit for bit. stabiliser: what holds samples
+    together while guidance drives them, the "matching" of scores, or "mean-variance", the paper's prior on each
+    sample's two moments (SDXL: 0.075 and 0.81), for which no fake is trained. Unverified: rates and ratio, the prior's
+    weight `steady`; decided: DMD2's, 1.
     """
+    if stabiliser not in ("matching", "mean-variance"):
+        raise RecipeError(f"decoupled-dmd: stabiliser is {stabiliser!r}; choose matching or mean-variance")
     gap = ScoreGap(
         times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True,
         augment=Window(UniformTimes(), START),
@@ -49,7 +55,10 @@ def decoupled_dmd(
     paper = "Liu et al. 2025, Decoupled DMD: CFG Augmentation as the Spear, arXiv:2511.22677"
     rollout = BackwardSimulation(GRIDS, (), LcmJump())
     terms, sampling = dmd2_terms(gap, None), renoised((1, 2, 4))
-    return few_steps("decoupled-dmd", paper, rollout, terms, steps, lr, fake_lr, every, sampling)
+    if stabiliser == "mean-variance":
+        held = MeanVariance(weight=steady, mean=steady_mean, variance=steady_variance)
+        terms = {"student": (GuidanceAlone(gap), held)}
+    return few_steps("decoupled-dmd", paper, rollout, terms, steps, lr, fake_lr, every, sampling, data=False)
 
 
 def tdm(
@@ -98,16 +107,17 @@ def cdm(
     """CDM, 2026 (github.com/byliutao/CDM): matching with no fixed steps, on random schedules and off the trajectory.
 
     The student walks 1 to `most` steps of random times by its own ODE; its estimate at a drawn step, or where the
-    step's velocity leads at another time (with probability `off`), goes to Decoupled DMD's gap. The fake also merges
-    with the student. The paper: up to 28 steps, w = 7, ratio 2, merge 0.999. Unverified: guidance's own normaliser;
-    decided: one for the whole gap, at least 0.1 as theirs.
+    step's velocity leads at another time (with probability `off`; the paper has no guidance's part there), goes to
+    Decoupled DMD's gap. Walks keep above a quarter of the path, so students of up to 4 even steps are sold. The fake
+    also merges with the student. The paper: up to 28 steps, w = 7, ratio 2, merge 0.999. Unverified: guidance's own
+    normaliser; decided: one for the whole gap, at least 0.1 as theirs.
     """
     gap = ScoreGap(
         times=LogNormal(gap_mean, gap_std), guidance=UniformScale(guidance, guidance), cfg=True, floor=0.1,
         augment=Window(UniformTimes(0.02), START, above=False),
     )  # fmt: skip
     paper = "CDM 2026, Continuous-Time Distribution Matching for Few-Step Distillation (github.com/byliutao/CDM)"
-    rollout, sampling = RandomWalk(most, off=off), chain((1, 2, 4, 8))
+    rollout, sampling = RandomWalk(most, off=off), chain((1, 2, 4))
     return few_steps(
         "cdm", paper, rollout, dmd2_terms(gap, None), steps, lr, fake_lr, every, sampling, keep=keep, data=False
     )
@@ -186,15 +196,16 @@ def few_steps(
     name: str, paper: str, rollout: Rollout, terms: dict[str, tuple[Any, ...]], steps: int, lr: float, fake_lr: float,
     every: int, sampling: Sampling, *, keep: float | None = None, data: bool = True, critic: bool = False,
 ) -> Recipe:  # fmt: skip
-    """A student of several steps and a fake that is told where each began, merging with the student where it keeps a
-    share `keep` of itself."""
-    objective = DistributionMatching(rollout=rollout, terms=terms, told=True)
+    """A student of several steps and, where it has terms, a fake told where each began, merging with the student
+    where it keeps a share `keep` of itself."""
+    matched = "fake" in terms
+    objective = DistributionMatching(rollout=rollout, terms=terms, told=matched)
     fake = follower(fake_lr) if keep is None else replace(follower(fake_lr), merge={"student": keep})
-    players = {"student": matcher(lr, every), "fake": fake}
+    players = {"student": matcher(lr, every), "fake": fake} if matched else {"student": matcher(lr, 1)}
     stage = Stage(name=name, objective=objective, steps=steps, player_settings=players)
     return Recipe(
         name=name, family="distribution", paper=paper, needs=Needs(data=data, critic=critic), student=PLAIN,
-        stages=(stage,), sampling=sampling, fake=TOLD,
+        stages=(stage,), sampling=sampling, fake=TOLD if matched else PLAIN,
     )  # fmt: skip
 
 

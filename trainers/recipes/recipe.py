@@ -207,7 +207,8 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
     """Call a recipe with changed settings; those of `Run` are replaced in its result, and those of a reward beside its
     own loss (`trainers.distribution.rewarding`) added to it.
 
-    Errors: `RecipeError` naming an unknown setting with its nearest neighbour, or a value of the wrong type.
+    Errors: `RecipeError` naming an unknown setting with its nearest neighbour, a value of the wrong type, or a setting
+    that has no effect beside the others.
     """
     own = inspect.signature(function).parameters
     from .pleasing import Beside, pleasing
@@ -224,8 +225,28 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
         (mine if name in own else shared)[name] = check_setting(name, known[name], value)
     beside = {f.name: shared.pop(f.name) for f in fields(Beside) if f.name in shared}
     recipe = function(**mine)
+    _refuse_idle(function, mine, recipe)
+    if "scenes" in shared and shared.get("data") is not None:
+        raise RecipeError(f"scenes is {shared['scenes']}, and data names the pictures that are learned; leave one out")
     recipe = replace(recipe, run=replace(recipe.run, **shared))
     return pleasing(recipe, Beside(**beside)) if beside else recipe
+
+
+def _refuse_idle(function: RecipeFunction, given: Mapping[str, Any], recipe: Recipe) -> None:
+    """Errors: `RecipeError` for a setting without which the recipe is the same, though its default is another."""
+    parameters = inspect.signature(function).parameters
+    for name, value in given.items():
+        if value == parameters[name].default:
+            continue
+        try:
+            without = function(**{other: kept for other, kept in given.items() if other != name})
+        except RecipeError:
+            continue  # the others need it
+        if without == recipe:
+            raise RecipeError(
+                f"{name} is {value!r} and changes nothing of {recipe.name} as its other settings are; leave it out, or "
+                f"change what it belongs to (docs/methods.md)"
+            )
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

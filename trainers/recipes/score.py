@@ -10,7 +10,7 @@ from ..distribution.anchor import Regress
 from ..distribution.distribution import DistributionMatching
 from ..distribution.score_gap import Denoise, ScoreGap, signal_times_noise
 from ..errors import RecipeError
-from ..networks.student import Student
+from ..networks.student import PLAIN, Student
 from ..parts.distances import Squared, snr, snr_plus_one
 from ..parts.divergences import Divergence
 from ..parts.jumps import LcmJump
@@ -42,13 +42,15 @@ def diff_instruct(
 
 def vsd(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 4e-4, every: int = 1, rank: int = 16,
-    guidance: float = 3.0,
+    student_rank: int | None = None, guidance: float = 3.0,
 ) -> Recipe:  # fmt: skip
     """VSD, Wang et al. 2023 (ProlificDreamer, arXiv 2305.16213): its two networks with a generator for the scene.
 
     `< x, sg sigma^2 (eps_real - eps_fake) >`, which is `alpha sigma (mu_fake - mu_real)`, even times; the fake is LoRA
     beside the teacher. The paper optimises particles that a camera sees, under w = 7.5 + 1, LoRA at ten times the
-    rate; here x is G(z), so there is no camera and the fake is told the prompt alone.
+    rate; here x is G(z), so there is no camera and the fake is told the prompt alone. student_rank: the student is LoRA
+    too, so that memory holds one network for teacher, fake and student (`trainers.networks.bank`); None trains all of
+    it. LoRA asks for a higher lr, as in lcm-lora.
     """
     gap = ScoreGap(
         times=UniformTimes(0.02, 0.98), guidance=UniformScale(guidance, guidance), cfg=True, floor=None,
@@ -56,37 +58,38 @@ def vsd(
     )  # fmt: skip
     terms = {"student": (gap,), "fake": (Denoise(times=UniformTimes(), weight=snr),)}
     paper = "Wang et al. 2023, ProlificDreamer: Variational Score Distillation, arXiv:2305.16213"
-    return one_step("vsd", paper, terms, steps, lr, fake_lr, every, Student(lora_rank=rank))
+    return one_step("vsd", paper, terms, steps, lr, fake_lr, every, lora(rank), student=_learner(student_rank))
 
 
 def swiftbrush(
-    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 4e-4, every: int = 1, rank: int = 16, scale: float = 4.5,
-    nulled: float = 0.1,
+    *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 4e-4, every: int = 1, rank: int = 16,
+    student_rank: int | None = None, scale: float = 4.5, nulled: float = 0.1,
 ) -> Recipe:  # fmt: skip
     """SwiftBrush, Nguyen & Tran 2024 (arXiv 2312.05239): VSD for a one-step generator, both scores under one guidance.
 
     `alpha sigma (mu_fake^w - mu_real^w)`, even times; the fake is LoRA, told nothing in `nulled` of its rows so that
     it can be guided. Where both are guided alike the student takes in no guidance: it stands still where its law is
-    the teacher's own. The paper: w = 7.5, ratio 1, no data.
+    the teacher's own. The paper: w = 7.5, ratio 1, no data. student_rank: as in vsd.
     """
     paper = "Nguyen & Tran 2024, SwiftBrush: One-Step Text-to-Image Diffusion Model, arXiv:2312.05239"
-    return one_step("swiftbrush", paper, _guided_alike(scale, scale, nulled), steps, lr, fake_lr, every, lora(rank))
+    terms = _guided_alike(scale, scale, nulled)
+    return one_step("swiftbrush", paper, terms, steps, lr, fake_lr, every, lora(rank), student=_learner(student_rank))
 
 
 def snoopi(
     *, steps: int = 2000, lr: float = 1e-4, fake_lr: float = 4e-4, every: int = 1, rank: int = 16,
-    scale_low: float = 2.0, scale_high: float = 7.5, nulled: float = 0.1,
+    student_rank: int | None = None, scale_low: float = 2.0, scale_high: float = 7.5, nulled: float = 0.1,
 ) -> Recipe:  # fmt: skip
     """SNOOPI's PG-SB, Nguyen et al. 2024 (arXiv 2412.02687): SwiftBrush with the scale drawn anew for every sample.
 
     Its negative-prompt attention (NASA) is a way of sampling that any student has. Unverified: the range of scales;
-    decided: 2 to 7.5, SwiftBrush's being its end; a range of no width is SwiftBrush.
+    decided: 2 to 7.5, SwiftBrush's being its end; a range of no width is SwiftBrush. student_rank: as in vsd.
     """
     if scale_low > scale_high:
         raise RecipeError(f"snoopi: scales from {scale_low} to {scale_high}; the lower comes first")
     paper = "Nguyen et al. 2024, SNOOPI: Supercharged One-step Diffusion Distillation, arXiv:2412.02687"
     terms = _guided_alike(scale_low, scale_high, nulled)
-    return one_step("snoopi", paper, terms, steps, lr, fake_lr, every, lora(rank))
+    return one_step("snoopi", paper, terms, steps, lr, fake_lr, every, lora(rank), student=_learner(student_rank))
 
 
 def dmd(
@@ -131,13 +134,20 @@ def f_divergence(base: Recipe, divergence: Divergence) -> Recipe:
     return replace(base, name="f-distill", paper=paper, stages=(replace(stage, name="f-distill", objective=objective),))
 
 
-def lora(rank: int) -> Student:
+def lora(rank: int, setting: str = "rank") -> Student:
+    """Errors: `RecipeError` naming the setting that the rank came by."""
+    if rank < 1:
+        raise RecipeError(f"{setting} is {rank}; LoRA has a rank of 1 or more")
     return Student(lora_rank=rank)
+
+
+def _learner(rank: int | None) -> Student:
+    return PLAIN if rank is None else lora(rank, "student_rank")
 
 
 def one_step(
     name: str, paper: str, terms: dict[str, tuple[Any, ...]], steps: int, lr: float, fake_lr: float, every: int,
-    fake: Student | None = None, pairs: Pairs | None = None,
+    fake: Student = PLAIN, pairs: Pairs | None = None, student: Student = PLAIN,
 ) -> Recipe:  # fmt: skip
     """A generator of one step from noise, with no data but prompts."""
     objective = DistributionMatching(rollout=BackwardSimulation(ONE_STEP, (), LcmJump()), terms=terms)
@@ -146,8 +156,8 @@ def one_step(
         player_settings={"student": matcher(lr, every), "fake": follower(fake_lr)},
     )  # fmt: skip
     return Recipe(
-        name=name, family="distribution", paper=paper, needs=Needs(data=False), student=Student(), stages=(stage,),
-        sampling=renoised((1,)), fake=fake or Student(),
+        name=name, family="distribution", paper=paper, needs=Needs(data=False), student=student, stages=(stage,),
+        sampling=renoised((1,)), fake=fake,
     )  # fmt: skip
 
 

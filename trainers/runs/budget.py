@@ -9,10 +9,13 @@ import torch
 from fewstep.models.bundle import Bundle, load_bundle
 
 from ..loop.memory import Memory, memory_of
+from ..loop.method import Assembled
 from ..networks.rewards import with_prompts_for
 from ..networks.student import build_student, load_denoiser, merged
 from ..pictures.data import LatentSource
+from ..recipes.casting import assemble_stage
 from ..recipes.recipe import Recipe, Stage
+from .control import control_networks, control_source, followed
 from .settling import settled, training_data
 
 FEW = 16
@@ -26,7 +29,7 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     """
     bundle = load_bundle(teacher)
     recipe = settled(recipe, bundle)
-    method, frozen = _assembled(recipe, bundle)
+    method, frozen = assembled(recipe, bundle)
     players = {}
     for player in method.players:
         weights, trained = count(player.module), sum(w.numel() for w in player.weights)
@@ -45,15 +48,19 @@ def estimated(recipe: Recipe, teacher: str | Path, parts: int = 1) -> Memory:
     """What one of `parts` processes with whole weights will hold in the last stage."""
     bundle = load_bundle(teacher)
     recipe = settled(recipe, bundle)
-    method, frozen = _assembled(recipe, bundle)
+    method, frozen = assembled(recipe, bundle)
     return memory_before(recipe, recipe.stages[-1], bundle, method, frozen, parts)
 
 
-def _assembled(recipe: Recipe, bundle: Bundle) -> tuple[Any, Any]:
-    """The last stage's method, and its frozen network."""
+def assembled(recipe: Recipe, bundle: Bundle) -> tuple[Assembled, Any]:
+    """The last stage's method as its run assembles it, and the teacher's network. Errors: those of the run."""
     from .distill import assemble
 
-    stage, frozen = recipe.stages[-1], merged(load_denoiser(bundle))
+    stage = recipe.stages[-1]
+    if recipe.student.control:
+        networks = control_networks(recipe, followed(recipe), bundle, torch.device("cpu"))
+        return assemble_stage(networks), networks.alone
+    frozen = merged(load_denoiser(bundle))
     learner = build_student(bundle, stage.student or recipe.student, fold_scale=1.0)
     return assemble(recipe, stage, bundle, frozen, learner), frozen
 
@@ -61,18 +68,21 @@ def _assembled(recipe: Recipe, bundle: Bundle) -> tuple[Any, Any]:
 def memory_before(recipe: Recipe, stage: Stage, teacher: Bundle, method: Any, frozen: Any, parts: int = 1) -> Memory:
     """Of an assembled stage, seen on a few samples of its data. parts: processes that share a batch."""
     device = next(method.players[0].module.parameters()).device
-    run = recipe.run
-    text = teacher.text_encoder()
-    data = training_data(replace(recipe, run=replace(run, latents=None)), teacher, first=FEW)
-    data = with_prompts_for(recipe.reward, data, teacher)
-    source = LatentSource(data, text, FEW, seed=run.seed, bf16=run.bf16, device=device, spec=teacher.spec)
+    run, few = recipe.run, replace(recipe, run=replace(recipe.run, latents=None, batch=FEW))
+    beside: tuple[Any, ...]
+    if recipe.student.control:
+        source = control_source(few, teacher, device, first=FEW)
+        beside = frozen, source
+    else:
+        data = with_prompts_for(recipe.reward, training_data(few, teacher, first=FEW), teacher)
+        text = teacher.text_encoder()
+        source = LatentSource(data, text, FEW, seed=run.seed, bf16=run.bf16, device=device, spec=teacher.spec)
+        beside = frozen, source, teacher.decoder()  # it draws the run's pictures
     batch = source.batch(0)
     batch = replace(batch, noise=torch.randn_like(batch.x0)) if stage.pairs is not None else batch
     batch = replace(batch, taught=batch.cond) if stage.forget is not None else batch
     rows = run.batch // (run.accumulate * parts)
-    return memory_of(
-        method, batch, rows=rows, networks=(frozen, text), bf16=run.bf16, seed=run.seed, accumulate=run.accumulate
-    )
+    return memory_of(method, batch, rows=rows, beside=beside, bf16=run.bf16, seed=run.seed, accumulate=run.accumulate)
 
 
 def count(network: Any, *, trained: bool = False) -> int:

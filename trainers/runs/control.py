@@ -22,17 +22,20 @@ from fewstep.models.second_time import with_second_time
 from ..distribution.control_terms import CONTROL
 from ..errors import RecipeError
 from ..loop.checkpoint import has_checkpoint
-from ..loop.method import Assembled
 from ..loop.player import Player
 from ..loop.ranks import ALONE
 from ..networks.critics import CriticPlan
+from ..networks.partners import picture_proxy
+from ..networks.rewards import PICTURE_REWARDS, check_reward, picture_reward
 from ..networks.student import fake_of, is_unet, load_denoiser
 from ..parts.objective import Batch, Reward
 from ..pictures.data import LatentSource
 from ..pictures.edges import EdgeLikelihood, detect
 from ..recipes.casting import assemble_stage
+from ..recipes.control import FRESH
 from ..recipes.recipe import Recipe, Run, Stage, describe
 from .folders import check_out, check_partners, open_run, run_folder
+from .settling import training_data
 from .sharing import check_shares
 from .teacher_parts import EdgeSource
 
@@ -79,14 +82,15 @@ class DetectedEdges:
         return Batch(found.x0, {**cond, "edge": edge}, found.uncond)
 
 
-def control_start(student: Bundle, teacher: Bundle, start: str) -> Any:
-    """The ControlNet that training begins with: "carried", the student's or else the teacher's, or "fresh".
+def control_start(student: Bundle, teacher: Bundle, *, fresh: bool = False) -> Any:
+    """The ControlNet that training begins with: carried, the student's or else the teacher's; fresh, or where neither
+    has one, the U-Net's encoder.
 
     Errors: `RecipeError` for a network that none fits.
     """
     if not is_unet(student):
         raise RecipeError(f"a ControlNet is trained beside a U-Net, and {student.name!r} has none; take an SD student")
-    if start == "carried":
+    if not fresh:
         holder = next((bundle for bundle in (student, teacher) if bundle.has("controlnet")), None)
         if holder is not None:
             return holder.load("controlnet").requires_grad_(True)
@@ -157,7 +161,11 @@ class ControlNetworks:
         return fake, fake
 
     def rewards(self) -> dict[str, Reward]:
-        return {CONTROL: EdgeLikelihood(self.bundle.decoder().requires_grad_(False).to(self.device))}
+        decoder = self.bundle.decoder().requires_grad_(False).to(self.device)
+        found: dict[str, Reward] = {CONTROL: EdgeLikelihood(decoder)}
+        if self.recipe.reward is not None:
+            found["reward"] = picture_reward(self.recipe.reward, self.bundle, self.device)
+        return found
 
     def partner(self, name: str) -> Any:
         raise RecipeError(
@@ -168,28 +176,39 @@ class ControlNetworks:
         return self.partner("critic")
 
     def proxy(self) -> Any:
-        return self.partner("proxy")
+        return picture_proxy(self.bundle)
 
     def adapted(self) -> Denoiser:
         raise RecipeError(f"{self.recipe.name} asks for a teacher of a new domain, which no ControlNet is trained with")
 
 
-def assemble_control(
-    recipe: Recipe, stage: Stage, student: Bundle, teacher: Bundle, control: Any, device: torch.device
-) -> Assembled:
-    """The stage's cast, with the ControlNet as its student."""
-    return assemble_stage(ControlNetworks(recipe, stage, student, teacher, control, device))
+def followed(recipe: Recipe) -> Bundle:
+    """The few-step student that the recipe's ControlNet is trained on.
+
+    Errors: `RecipeError` where none is named, or for settings that a ControlNet's run has no use for; `BundleError`.
+    """
+    if recipe.run.init is None:
+        raise RecipeError(f"{recipe.name} trains a ControlNet on a few-step student; name it with --set init=DIR")
+    _refuse_unused(recipe)
+    check_shares(recipe, ALONE)
+    return load_bundle(recipe.run.init)
 
 
-def control_source(recipe: Recipe, teacher: Bundle, device: torch.device) -> Any:
-    """A user's pictures with detected edges, or scenes with the drawn ones."""
+def control_networks(recipe: Recipe, student: Bundle, teacher: Bundle, device: torch.device) -> ControlNetworks:
+    """Those of the recipe's last stage, with the ControlNet that it begins from. Errors: those of `control_start`."""
+    stage = recipe.stages[-1]
+    control = control_start(student, teacher, fresh=stage.start == FRESH)
+    return ControlNetworks(recipe, stage, student, teacher, control, device)
+
+
+def control_source(recipe: Recipe, teacher: Bundle, device: torch.device, first: int | None = None) -> Any:
+    """A user's pictures with detected edges, or scenes with the drawn ones; of them all, or the `first` so many."""
     run = recipe.run
     if run.data is None:
-        source: Any = EdgeSource(teacher, run.scenes, run.batch, run.seed, str(device))
+        count = run.scenes if first is None else min(first, run.scenes)
+        source: Any = EdgeSource(teacher, count, run.batch, run.seed, str(device))
     else:
-        from .settling import training_data
-
-        data = training_data(recipe, teacher)
+        data = training_data(recipe, teacher, first)
         inner = LatentSource(data, teacher.text_encoder(), run.batch, seed=run.seed, device=device, spec=teacher.spec)
         source = DetectedEdges(inner, teacher.decoder().to(device))
     return EmptyText(source, teacher, device)
@@ -221,12 +240,8 @@ def train_control(
     """
     from ..loop.loop import LoopSettings, take_partners, train
 
-    if recipe.run.init is None:
-        raise RecipeError(f"{recipe.name} trains a ControlNet on a few-step student; name it with --set init=DIR")
-    _refuse_unused(recipe)
-    check_shares(recipe, ALONE)
+    student, stage, run = followed(recipe), recipe.stages[-1], recipe.run
     teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
-    student, stage, run = load_bundle(recipe.run.init), recipe.stages[-1], recipe.run
     check_out(out, teacher, student)
     check_partners(recipe, out)
     open_run(run_folder(out), describe(recipe), resume=resume)
@@ -234,7 +249,7 @@ def train_control(
     folder = run_folder(out) / stage.name
     resume = resume and has_checkpoint(folder)
     torch.manual_seed(run.seed)
-    method = assemble_control(recipe, stage, student, teacher, control_start(student, teacher, "carried"), where)
+    method = assemble_stage(control_networks(recipe, student, teacher, where))
     settings = LoopSettings(
         steps=stage.steps, seed=run.seed, bf16=run.bf16, max_seconds=max_seconds,
         checkpoint_every=run.checkpoint_every, max_bad_steps=run.max_bad_steps, accumulate=run.accumulate,
@@ -258,6 +273,11 @@ def _refuse_unused(recipe: Recipe) -> None:
         )
     if run.latents is not None and run.data is None:
         raise RecipeError(f"latents is {run.latents!r}, and {recipe.name} draws scenes with their edges; leave it out")
+    if recipe.reward is not None and check_reward(recipe.reward) not in PICTURE_REWARDS:
+        raise RecipeError(
+            f"reward is {recipe.reward!r}, which reads prompts, and {recipe.name} leaves half of them out so that "
+            f"edges are followed alone; take one that looks at pictures alone: {', '.join(PICTURE_REWARDS)}"
+        )
 
 
 def write_controlled(student: Bundle, control: Any, out: Path, *, half: bool = True) -> Bundle:

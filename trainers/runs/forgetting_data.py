@@ -41,14 +41,13 @@ class ForgettingSource:
         batch = self.source.gather(chosen, derive(self.source.seed, step, "scale"), self.source.part)
         rows, phrasing = chosen.unbind(1)
         gone = self.gone[rows, phrasing]
-        if not bool(gone.any()):
-            return batch
-        said = self._texts(self.source.data.ids[rows, phrasing][gone])
-        other = [self.word.sub(lambda found: self.swap.override, text) for text in said]
-        told = self.source.encode_text(read_texts(self.tokenizers, self.spec, other))
         taught = {name: value.clone() for name, value in batch.cond.items()}
-        for name, value in told.items():
-            taught[name][gone.to(value.device)] = value
+        if bool(gone.any()):  # in every part of a batch there is something taught, so that all have the same metrics
+            said = self._texts(self.source.data.ids[rows, phrasing][gone])
+            other = [self.word.sub(lambda found: self.swap.override, text) for text in said]
+            told = self.source.encode_text(read_texts(self.tokenizers, self.spec, other))
+            for name, value in told.items():
+                taught[name][gone.to(value.device)] = value
         return Batch(batch.x0, batch.cond, batch.uncond, batch.noise, taught)
 
     def _texts(self, ids: torch.Tensor) -> list[str]:

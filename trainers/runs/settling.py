@@ -1,6 +1,7 @@
 """What a recipe leaves to its teacher, decided: which runs of a transformer's layers are to be replaced."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..networks.surgery import Run, replace_runs
 from ..parts.times import grid
 from ..parts.transitions import noised
 from ..pictures.data import Latents, LatentSource, encode_folder, encode_scenes, load_latents, save_latents
+from ..pictures.scenes import SIZE
 from ..recipes.recipe import Recipe
 
 
@@ -31,6 +33,12 @@ def training_data(recipe: Recipe, teacher: Bundle, first: int | None = None) -> 
     if recipe.run.data is not None:
         data = encode_folder(teacher, Path(recipe.run.data), first=first)
     else:
+        if (SIZE, SIZE) not in teacher.spec.sizes:
+            print(
+                f"note: data is not set, so {recipe.name} learns the built-in scenes of {SIZE}x{SIZE} pixels, which "
+                f"{teacher.name!r} does not draw; name a folder with --set data=DIR",
+                file=sys.stderr,
+            )
         count = recipe.run.scenes if first is None else min(first, recipe.run.scenes)
         data = encode_scenes(teacher, count, seed=recipe.run.seed)
     if kept is not None and first is None:
