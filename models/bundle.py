@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BundleError, SpecError
 from .files import PARTIAL, sha256_of, write_whole
 from .pipeline_folder import SECOND_TIME, read_config
-from .roles import CONTROLNET, DECODER, DECODER_TINY, DENOISER, ENCODER, NEEDS, ROLES, TEXT, picture_role, picture_steps
+from .roles import CONTROLNET, DECODER, DENOISER, ENCODER, NEEDS, ROLES, TEXT, picture_role, picture_steps
 from .spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ class Bundle:
             return self.family.network(role, load)
         from .net_picture import TextToPixels
 
-        decoder = DECODER_TINY if steps in self.spec.tiny_decoder else DECODER
-        parts = [self.family.network(part, load) for part in (TEXT, DENOISER, decoder)]
+        parts = [self.family.network(part, load) for part in (TEXT, DENOISER, self.spec.decoder_role(steps))]
         return TextToPixels(*parts, steps=steps).eval()
 
     def denoiser_net(self) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import SpecError
 from .paths import Path, path_from_json, path_to_json
 from .predictions import check_prediction
+from .roles import DECODER, DECODER_TINY
 
 SPEC_VERSION = 1
 SAMPLERS = ("lcm", "ddim", "tcd", "euler", "euler-ancestral", "dpmpp-2m", "trig", "edm", "phased")
@@ -242,6 +243,10 @@ class SamplerSpec:
 
     def allows(self, steps: int) -> bool:
         return steps in self.grids or (self.spacing is not None and 1 <= steps <= self.spacing.max_steps)
+
+    def decoder_role(self, steps: int | None) -> str:
+        """What decodes pictures of so many steps, where an engine has it, and in graphs of whole requests."""
+        return DECODER_TINY if steps in self.tiny_decoder else DECODER
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "path"}

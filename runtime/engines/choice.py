@@ -141,8 +141,8 @@ def picture_cost_s(costs: Mapping[str, Any], spec: SamplerSpec, steps: int) -> f
     roles = costs.get("roles", {})
     if (whole := roles.get(picture_role(steps))) is not None:
         return float(whole["1"])
-    rows, decoder = str(rows_per_step(spec)), DECODER_TINY if steps in spec.tiny_decoder else DECODER
-    decoding = roles.get(decoder) or roles.get(DECODER, {})
+    rows = str(rows_per_step(spec))
+    decoding = roles.get(spec.decoder_role(steps)) or roles.get(DECODER, {})
     parts = (roles.get(TEXT, {}).get("1"), roles.get(DENOISER, {}).get(rows), decoding.get("1"))
     if not all(isinstance(part, int | float) for part in parts):
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.models.roles import IMAGE_PROMPT
 
-from ..engine import DECODER, DECODER_TINY, ENCODER
+from ..engine import DECODER, ENCODER
 from ..schedule.jobs import DECODE, DENOISE, ENCODE, TEXT, Prepare, RowCall
 from .edits import Source
 from .events import Picture
@@ -114,8 +114,8 @@ class Live:
     @property
     def decoder(self) -> str:
         """The role that decodes its pictures: the tiny decoder at the step counts that the spec gives it."""
-        tiny = self.request.steps in self.model.spec.tiny_decoder
-        return DECODER_TINY if tiny and DECODER_TINY in self.model.engine.capabilities.roles else DECODER
+        role = self.model.spec.decoder_role(self.request.steps)
+        return role if role in self.model.engine.capabilities.roles else DECODER
 
 
 def row_state(live: Live, canvas: Canvas) -> RowState:

@@ -160,7 +160,7 @@ def fits_one_call(live: Live) -> bool:
     if picture_role(len(rows)) not in live.model.engine.capabilities.roles or live.source is not None:
         return False
     plain = (r.role == DENOISER and not (r.pair or r.d or r.model or r.hooks) and r.w == first.w for r in rows)
-    return all(plain) and not rows[-1].c and live.decoder == DECODER
+    return all(plain) and not rows[-1].c and live.decoder == live.model.spec.decoder_role(len(rows))
 
 
 def _keep_pictures(
