@@ -245,6 +245,7 @@ def test_the_command_trains_and_says_whether_all_hold(tiny_lcm, tiny_teacher, fo
     found = json.loads(report.read_text())
     assert passed and found["passed"] and not found["drawn"] and found["target"] == str(folders[0])
     assert all(row["diversity"] > 0 for row in found["rows"]) and found["rows"][-1]["varied"] > 0
-    assert "| model | steps |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| model | steps |" in said.out and "memory per process: " in said.err
     assert command([*words, "--style=-1e9", "--kept=0", "--diversity=1e9"]) == 1
     assert "the gate failed: mine in 1 steps, diversity: " in capsys.readouterr().err

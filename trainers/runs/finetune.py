@@ -29,8 +29,9 @@ from fewstep.models.spec import SamplerSpec
 from ..errors import RecipeError
 from ..networks.student import is_unet
 from ..pictures import quality
-from ..recipes.recipe import configure, parse_setting
+from ..recipes.recipe import Recipe, configure, parse_setting
 from ..recipes.registry import RECIPES, find_recipe
+from .budget import estimated
 from .distill import distill
 from .finetune_gate import GateRow, Limits, draw_folder, judge, report_rows, shown, table
 from .folders import check_out, check_partners, open_run, run_folder
@@ -146,13 +147,18 @@ def tuned_teacher(
     where = out.with_name(out.name + "-teacher")
     if lora is not None:
         return with_lora(teacher, lora, where, resume=resume)
-    recipe = configure(find_recipe("finetune-student"), settings_of(student, pictures, changes))
+    alone = tuning(settings_of(student, pictures, changes))
+    return distill(alone, teacher, where, resume=resume, max_seconds=max_seconds, device=device)
+
+
+def tuning(settings: dict[str, Any]) -> Recipe:
+    """The first stage of `finetune-student` alone, where the teacher learns. Errors: those of `configure`."""
+    recipe = configure(find_recipe("finetune-student"), settings)
     tune = recipe.stages[0]
-    alone = replace(
+    return replace(
         recipe, name="finetune-teacher", stages=(tune,), student=tune.student or recipe.student, sampling=None,
         needs=replace(recipe.needs, student=False), run=replace(recipe.run, init=None, partners=None),
     )  # fmt: skip
-    return distill(alone, teacher, where, resume=resume, max_seconds=max_seconds, device=device)
 
 
 def with_lora(teacher: Bundle, lora: Path, out: Path, *, resume: bool = False) -> Bundle:
@@ -263,6 +269,8 @@ def command(argv: Sequence[str]) -> int:
         prompts = quality.draw_prompts(args.prompts)
         held_out = None if args.held_out is None else shown(args.held_out, size)
         own = None if given is None else shown(Path(given), size)
+    if args.pictures is not None and args.lora is None and not args.resume:
+        print(estimated(tuning(settings_of(student, args.pictures, changes)), teacher.root, 1), file=sys.stderr)
     seconds = None if args.minutes is None else 60.0 * args.minutes
     made, tuned = WAYS[args.way](
         student, args.pictures, teacher, args.out, changes, lora=args.lora, resume=args.resume, max_seconds=seconds,
