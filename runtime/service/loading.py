@@ -145,10 +145,14 @@ class Loading:
 
         Errors: `InvalidRequest` where one of them is not served any more.
         """
+        self.check(names)
+        self.use(names)
+
+    def check(self, names: frozenset[str]) -> None:
+        """Errors: `InvalidRequest` where one of them takes no requests any more. The lock is held by the caller."""
         for name in sorted(names):
             if name not in self.served or name in self.leaving:
                 raise InvalidRequest("model", f"model {name!r} is not served here any more; use another one")
-        self.use(names)
 
     def use(self, names: frozenset[str]) -> None:
         """A request needs these models: those that are out of memory come back. The lock is held by the caller."""

@@ -120,9 +120,7 @@ class Runtime:
         with serving.changed:
             if serving.closing:
                 raise Closed("the runtime is shutting down; send the request to another one")
-            for name in job.models:
-                if name not in self._loading.served or name in self._loading.leaving:
-                    raise InvalidRequest("model", f"model {name!r} is not served here any more; use another one")
+            self._loading.check(job.models)
             decision = serving.enter(visit, job)
             if decision is not None:
                 serving.recorder.rejected["queue" if decision.reason == "queue" else "deadline"] += 1
