@@ -199,6 +199,11 @@ def load_component(root: Path, component: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def as_bundle(found: "str | Path | Bundle") -> Bundle:
+    """A bundle that is open already, or the one at a path or of a shipped name. Errors: those of `load_bundle`."""
+    return found if isinstance(found, Bundle) else load_bundle(found)
+
+
 def load_bundle(where: str | Path, *, check_digests: bool = True) -> Bundle:
     """Open a bundle folder, or a shipped bundle by its short name (`scenes-lcm`).
 

@@ -93,6 +93,7 @@ def test_what_it_changes_in_the_text_encoder_is_carried_too(loras, tiny_lcm, tin
     made, _ = by_carrying(tiny_lcm, None, tiny_teacher, tmp_path / "mine", lora=file)
     found = apart(made, tiny_lcm, "text_encoder")
     inner = {name.removeprefix("text_model."): value for name, value in said.items()}
+    assert found and inner, "it changes the text encoder"
     is_change({name.removeprefix("text_model."): value for name, value in found.items()}, inner)
 
 

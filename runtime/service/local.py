@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.bundle import Bundle, as_bundle
 from fewstep.models.roles import picture_role
 from fewstep.models.spec import SamplerSpec
 
@@ -87,7 +87,7 @@ class Runtime:
         self._maps: dict[str, Tensor | None] = {}
         self.models: Mapping[str, Model] = {}
         given = dict(engines or {})
-        opened = [found if isinstance(found, Bundle) else load_bundle(found) for found in bundles]
+        opened = [as_bundle(found) for found in bundles]
         names = [bundle.name for bundle in opened]
         if not opened:
             raise BundleError("no bundle to serve; name at least one")
@@ -150,7 +150,7 @@ class Runtime:
 
         Errors: `BundleError` where its name is taken or it cannot fit; those of opening and warming its engine.
         """
-        found = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        found = as_bundle(bundle)
         if found.name in self._groups:
             raise BundleError(f"a group is named {found.name!r}; a bundle needs another name")
         self._loading.load(found, engine)

@@ -26,8 +26,12 @@ def distill(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the whole configuration and its memory, and stop")
     args = parser.parse_args(argv)
 
+    from fewstep.models.bundle import load_bundle
+
     from ..recipes.recipe import configure, describe, parse_setting
     from ..recipes.registry import find_recipe
+    from ..runs.budget import estimate, estimated
+    from ..runs.distill import distill as run
 
     settings = dict(parse_setting(text) for text in args.set)
     if args.steps is not None:
@@ -36,21 +40,16 @@ def distill(argv: list[str]) -> int:
         settings.setdefault("steps", UNBOUNDED_STEPS)
     recipe = configure(find_recipe(args.recipe), settings)
     if args.dry_run:
-        from ..runs.budget import estimate
-
         print(json.dumps({"recipe": describe(recipe), "estimate": estimate(recipe, args.teacher)}, indent=1))
         return 0
     if args.out is None:
         parser.error("--out is needed, unless --dry-run")
-    from ..runs.distill import distill as run
-
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    teacher = load_bundle(args.teacher)
     if first and not args.resume:
-        from ..runs.budget import estimated
-
-        print(estimated(recipe, args.teacher, int(os.environ.get("WORLD_SIZE", "1"))), file=sys.stderr)
+        print(estimated(recipe, teacher, int(os.environ.get("WORLD_SIZE", "1"))), file=sys.stderr)
     seconds = None if args.minutes is None else args.minutes * 60
-    bundle = run(recipe, args.teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
+    bundle = run(recipe, teacher, args.out, resume=args.resume, max_seconds=seconds, device=args.device)
     if not first:
         return 0
     steps, spacing = ", ".join(map(str, bundle.spec.steps)), bundle.spec.spacing

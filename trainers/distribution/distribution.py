@@ -33,6 +33,11 @@ class Term(Protocol):
     def loss(self, made: Made, cast: Cast, batch: Batch, turn: Turn) -> tuple[Tensor, Metrics]: ...
 
 
+def _of_term(name: str, *, otherwise: bool = False) -> Any:
+    """What the term inside says of itself, `otherwise` where it says nothing."""
+    return property(lambda self: bool(getattr(self.term, name, otherwise)))
+
+
 class Around:
     """A term around another one, `term`: what that one says of itself holds for both."""
 
@@ -48,28 +53,14 @@ class Around:
         return getattr(self.term, "guidance", None)
 
     @property
-    def fake_cfg(self) -> bool:
-        return bool(getattr(self.term, "fake_cfg", False))
-
-    @property
     def adversary(self) -> Any:
         return self.term.adversary  # no attribute where the term has none
 
-    @property
-    def reads_ratio(self) -> bool:
-        return bool(getattr(self.term, "reads_ratio", False))
-
-    @property
-    def two_times(self) -> bool:
-        return bool(getattr(self.term, "two_times", False))
-
-    @property
-    def through_networks(self) -> bool:
-        return bool(getattr(self.term, "through_networks", False))
-
-    @property
-    def of_samples(self) -> bool:
-        return bool(getattr(self.term, "of_samples", True))
+    fake_cfg = _of_term("fake_cfg")
+    reads_ratio = _of_term("reads_ratio")
+    two_times = _of_term("two_times")
+    through_networks = _of_term("through_networks")
+    of_samples = _of_term("of_samples", otherwise=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ open has the style, what it says stays true. The built-in autoencoder can draw t
 textures it cannot.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..parts.objective import derive
 from . import scenes
+from .data import write_pictures
 
 ANGLE_DEGREES = 10.0
 GROUND = "tan"
@@ -43,10 +43,4 @@ def cut_outs(count: int, seed: int) -> Iterator[tuple[Image.Image, str]]:
 
 def write_folder(folder: Path, count: int, seed: int) -> Path:
     """A folder of such pictures with `metadata.jsonl`, as a user's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for k, (picture, text) in enumerate(cut_outs(count, seed)):
-        picture.save(folder / f"{k:03d}.png")
-        rows.append(json.dumps({"file_name": f"{k:03d}.png", "text": text}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows))
-    return folder
+    return write_pictures(folder, cut_outs(count, seed))

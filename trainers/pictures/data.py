@@ -218,6 +218,17 @@ def _empty_name(name: str) -> str:
     return "empty" if name == "ids" else f"empty.{name}"
 
 
+def write_pictures(folder: Path, pictures: Iterable[tuple[Image.Image, str]]) -> Path:
+    """A folder as a user's, of pictures and their texts. `metadata.jsonl` comes last: where it is, the pictures are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for k, (picture, text) in enumerate(pictures):
+        picture.save(folder / f"{k:03d}.png")
+        rows.append(json.dumps({"file_name": f"{k:03d}.png", "text": text}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    return folder
+
+
 def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     """(picture, text) of each line of `metadata.jsonl`.
 

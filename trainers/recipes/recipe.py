@@ -225,16 +225,17 @@ def configure(function: RecipeFunction, settings: Mapping[str, Any]) -> Recipe:
         (mine if name in own else shared)[name] = check_setting(name, known[name], value)
     beside = {f.name: shared.pop(f.name) for f in fields(Beside) if f.name in shared}
     recipe = function(**mine)
-    _refuse_idle(function, mine, recipe)
+    _refuse_idle(function, mine, own, recipe)
     if "scenes" in shared and shared.get("data") is not None:
         raise RecipeError(f"scenes is {shared['scenes']}, and data names the pictures that are learned; leave one out")
     recipe = replace(recipe, run=replace(recipe.run, **shared))
     return pleasing(recipe, Beside(**beside)) if beside else recipe
 
 
-def _refuse_idle(function: RecipeFunction, given: Mapping[str, Any], recipe: Recipe) -> None:
+def _refuse_idle(
+    function: RecipeFunction, given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], recipe: Recipe
+) -> None:
     """Errors: `RecipeError` for a setting without which the recipe is the same, though its default is another."""
-    parameters = inspect.signature(function).parameters
     for name, value in given.items():
         if value == parameters[name].default:
             continue

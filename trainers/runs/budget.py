@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.bundle import Bundle, as_bundle
 
 from ..loop.memory import Memory, memory_of
 from ..loop.method import Assembled
@@ -22,12 +22,12 @@ FEW = 16
 """Samples that are encoded to look at."""
 
 
-def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
+def estimate(recipe: Recipe, teacher: str | Path | Bundle) -> dict[str, Any]:
     """Of the last stage: parameters and bytes per player, what a step adds at its peak, and the sum of all, in bytes.
 
     Errors: `BundleError` where the teacher cannot be opened; `RecipeError` as when it is trained.
     """
-    bundle = load_bundle(teacher)
+    bundle = as_bundle(teacher)
     recipe = settled(recipe, bundle)
     method, frozen = assembled(recipe, bundle)
     players = {}
@@ -44,9 +44,9 @@ def estimate(recipe: Recipe, teacher: str | Path) -> dict[str, Any]:
     return told | ({"runs": [str(run) for run in recipe.student.runs]} if recipe.student.runs else {})
 
 
-def estimated(recipe: Recipe, teacher: str | Path, parts: int = 1) -> Memory:
+def estimated(recipe: Recipe, teacher: str | Path | Bundle, parts: int = 1) -> Memory:
     """What one of `parts` processes with whole weights will hold in the last stage."""
-    bundle = load_bundle(teacher)
+    bundle = as_bundle(teacher)
     recipe = settled(recipe, bundle)
     method, frozen = assembled(recipe, bundle)
     return memory_before(recipe, recipe.stages[-1], bundle, method, frozen, parts)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.bundle import Bundle, load_bundle, seal_bundle
+from fewstep.models.bundle import Bundle, as_bundle, load_bundle, seal_bundle
 from fewstep.models.denoiser import Condition, Denoiser
 from fewstep.models.networks import ControlNet, DenoiserNet, as_network
 from fewstep.models.second_time import with_second_time
@@ -34,7 +34,7 @@ from ..pictures.edges import EdgeLikelihood, detect
 from ..recipes.casting import assemble_stage
 from ..recipes.control import FRESH
 from ..recipes.recipe import Recipe, Run, Stage, describe
-from .folders import check_out, check_partners, open_run, run_folder
+from .folders import check_out, check_partners, in_place_of, open_run, run_folder
 from .settling import training_data
 from .sharing import check_shares
 from .teacher_parts import EdgeSource
@@ -241,7 +241,7 @@ def train_control(
     from ..loop.loop import LoopSettings, take_partners, train
 
     student, stage, run = followed(recipe), recipe.stages[-1], recipe.run
-    teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
+    teacher = as_bundle(teacher)
     check_out(out, teacher, student)
     check_partners(recipe, out)
     open_run(run_folder(out), describe(recipe), resume=resume)
@@ -282,12 +282,10 @@ def _refuse_unused(recipe: Recipe) -> None:
 
 def write_controlled(student: Bundle, control: Any, out: Path, *, half: bool = True) -> Bundle:
     """The student with this ControlNet; engines and golden cases were of another and are left out."""
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(student.root, beside, ignore=shutil.ignore_patterns("engines", "golden", "controlnet"))
+    left = shutil.ignore_patterns("engines", "golden", "controlnet")
     control = control.eval().to(device="cpu", memory_format=torch.contiguous_format)
-    (control.half() if half else control.float()).save_pretrained(beside / "controlnet")
-    sealed = seal_bundle(beside, out.name, replace(student.spec, golden=(), control_kinds=()))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with in_place_of(out) as beside:
+        shutil.copytree(student.root, beside, ignore=left, dirs_exist_ok=True)
+        (control.half() if half else control.float()).save_pretrained(beside / "controlnet")
+        sealed = seal_bundle(beside, out.name, replace(student.spec, golden=(), control_kinds=()))
     return Bundle(out, sealed.name, sealed.spec)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.models.bundle import Bundle, load_bundle
+from fewstep.models.bundle import Bundle, as_bundle, load_bundle
 from fewstep.models.networks import as_network
 
 from ..errors import RecipeError
@@ -85,7 +85,7 @@ def _distill(
     data: Latents | None,
 ) -> Bundle:  # fmt: skip
     check_shares(recipe, ranks)
-    teacher = teacher if isinstance(teacher, Bundle) else load_bundle(teacher)
+    teacher = as_bundle(teacher)
     check_contract(recipe, teacher)
     init = teacher if recipe.run.init is None else load_bundle(recipe.run.init)
     if recipe.needs.student and init is not teacher:

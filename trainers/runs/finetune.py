@@ -34,7 +34,7 @@ from ..recipes.registry import RECIPES, find_recipe
 from .budget import estimated
 from .distill import distill
 from .finetune_gate import GateRow, Limits, draw_folder, judge, report_rows, shown, table
-from .folders import check_out, check_partners, open_run, run_folder
+from .folders import check_out, check_partners, in_place_of, open_run, run_folder
 
 LORA = "pytorch_lora_weights.safetensors"
 DRAWN = 64
@@ -169,21 +169,16 @@ def with_lora(teacher: Bundle, lora: Path, out: Path, *, resume: bool = False) -
     where the run to resume had another LoRA.
     """
     check_out(out, teacher)
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        _copy(teacher, beside)
-        sources = merge_loras(beside, [(lora, 1.0)])
-        shutil.copyfile(lora, beside / LORA)
-        told = {"name": "lora", "teacher": teacher.weights_digest, "lora": sha256_of(lora)}
-        open_run(run_folder(out), told, resume=resume)
-        sealed = seal_bundle(beside, out.name, _unmeasured(teacher.spec), sources=sources)
-        shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
+        with in_place_of(out) as beside:
+            _copy(teacher, beside)
+            sources = merge_loras(beside, [(lora, 1.0)])
+            shutil.copyfile(lora, beside / LORA)
+            told = {"name": "lora", "teacher": teacher.weights_digest, "lora": sha256_of(lora)}
+            open_run(run_folder(out), told, resume=resume)
+            sealed = seal_bundle(beside, out.name, _unmeasured(teacher.spec), sources=sources)
     except BundleError as error:
         raise RecipeError(f"lora is {str(lora)!r}, and the teacher {teacher.name!r} cannot take it: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return Bundle(out, sealed.name, sealed.spec)
 
 
@@ -243,7 +238,7 @@ def with_networks(bundle: Bundle, networks: dict[str, Any], out: Path) -> Bundle
 
 def _copy(bundle: Bundle, out: Path) -> None:
     """The bundle's files but those that were made of its weights."""
-    shutil.copytree(bundle.root, out, ignore=shutil.ignore_patterns("engines", "golden", LORA))
+    shutil.copytree(bundle.root, out, ignore=shutil.ignore_patterns("engines", "golden", LORA), dirs_exist_ok=True)
 
 
 def _unmeasured(spec: SamplerSpec) -> SamplerSpec:
@@ -270,7 +265,7 @@ def command(argv: Sequence[str]) -> int:
         held_out = None if args.held_out is None else shown(args.held_out, size)
         own = None if given is None else shown(Path(given), size)
     if args.pictures is not None and args.lora is None and not args.resume:
-        print(estimated(tuning(settings_of(student, args.pictures, changes)), teacher.root, 1), file=sys.stderr)
+        print(estimated(tuning(settings_of(student, args.pictures, changes)), teacher), file=sys.stderr)
     seconds = None if args.minutes is None else 60.0 * args.minutes
     made, tuned = WAYS[args.way](
         student, args.pictures, teacher, args.out, changes, lora=args.lora, resume=args.resume, max_seconds=seconds,

@@ -9,7 +9,6 @@ own before. Diversity: how much the seeds of a prompt differ (`trainers.pictures
 student that draws every seed alike may well have the style and comply.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from fewstep.models.bundle import Bundle
 
 from ..errors import DataError
-from ..pictures.data import read_metadata, read_picture
+from ..pictures.data import read_metadata, read_picture, write_pictures
 from ..pictures.features import extract, load_features
 from ..pictures.quality import PromptSet, measure_bundle, sample_pictures
 
@@ -100,19 +99,12 @@ def draw_folder(bundle: Bundle, texts: Sequence[str], folder: Path) -> Path:
 
     Errors: `InvalidRequest` for a text that the bundle does not take.
     """
-    table = folder / "metadata.jsonl"
-    if table.is_file():
+    if (folder / "metadata.jsonl").is_file():
         return folder
     # no seed that `model_gap` draws these texts by: a model's gap to itself is then between independent samples
     seeds = range(SEEDS * len(texts), (SEEDS + 1) * len(texts))
     drawn = sample_pictures(bundle, texts, seeds, _many(bundle), progress=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for k, (picture, text) in enumerate(zip(drawn, texts, strict=True)):
-        Image.fromarray(picture).save(folder / f"{k:03d}.png")
-        rows.append(json.dumps({"file_name": f"{k:03d}.png", "text": text}) + "\n")
-    table.write_text("".join(rows), encoding="utf-8")  # last: where it is, the pictures are
-    return folder
+    return write_pictures(folder, zip(map(Image.fromarray, drawn), texts, strict=True))
 
 
 def gap(made: Tensor, real: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def check_out(out: Path, *sources: Bundle) -> None:
     for folder, mark in ((out, "bundle.json"), (run_folder(out), "config.json")):
         if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
             raise RecipeError(f"{folder} exists and holds no {mark}; choose another --out, or empty it")
+
+
+@contextmanager
+def in_place_of(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which takes its place when all went well and is gone when not."""
+    beside = out.with_name(out.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        shutil.rmtree(out, ignore_errors=True)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_partners(recipe: Recipe, out: Path) -> None:

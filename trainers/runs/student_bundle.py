@@ -19,6 +19,7 @@ from fewstep.models.spec import Guidance, SamplerSpec
 from ..errors import RecipeError
 from ..networks.student import merged, save_lora
 from ..recipes.recipe import Recipe, Sampling
+from .folders import in_place_of
 
 
 def student_spec(recipe: Recipe, teacher: Bundle) -> SamplerSpec:
@@ -97,9 +98,6 @@ def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> B
 
     A ControlNet whose outputs no longer fit a smaller U-Net is left out.
     """
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     folder, spec = teacher.family.folder, student_spec(recipe, teacher)
     index = read_index(teacher.root)
     parts = [name for name in index if name.startswith(KEPT)]
@@ -107,21 +105,20 @@ def write_student(recipe: Recipe, teacher: Bundle, network: Any, out: Path) -> B
         parts.append("controlnet")
     else:
         spec = replace(spec, control_kinds=())
-    for part in parts:
-        if (teacher.root / part).is_dir():
-            shutil.copytree(teacher.root / part, beside / part)
-    if recipe.student.lora_rank is not None:
-        save_lora(network, beside, folder)
-        network = merged(network)
-    network = network.eval().to(memory_format=torch.contiguous_format)
-    (network.half() if recipe.run.fp16_weights else network.float()).save_pretrained(beside / folder)
-    index |= {name: [None, None] for name in ADDED if name in index}
-    if recipe.student.negative:
-        adopt_negative(beside, Negative(method="sun"))
-    _write_pipeline(recipe, teacher, beside, index, library=library_of(network.config))
-    sealed = seal_bundle(beside, out.name, spec)
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with in_place_of(out) as beside:
+        for part in parts:
+            if (teacher.root / part).is_dir():
+                shutil.copytree(teacher.root / part, beside / part)
+        if recipe.student.lora_rank is not None:
+            save_lora(network, beside, folder)
+            network = merged(network)
+        network = network.eval().to(memory_format=torch.contiguous_format)
+        (network.half() if recipe.run.fp16_weights else network.float()).save_pretrained(beside / folder)
+        index |= {name: [None, None] for name in ADDED if name in index}
+        if recipe.student.negative:
+            adopt_negative(beside, Negative(method="sun"))
+        _write_pipeline(recipe, teacher, beside, index, library=library_of(network.config))
+        sealed = seal_bundle(beside, out.name, spec)
     return Bundle(out, sealed.name, sealed.spec)
 
 

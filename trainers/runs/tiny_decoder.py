@@ -25,7 +25,7 @@ from ..parts.objective import Batch, Metrics, Turn, derive
 from ..pictures.data import Latents, LatentSource, encode_scenes, load_latents
 from ..pictures.features import FeatureNet, as_input, load_features
 from ..pictures.preview import sample, save_grid
-from .folders import check_out, open_run, run_folder
+from .folders import check_out, in_place_of, open_run, run_folder
 
 COMPONENT = "tiny_decoder"
 CHUNK = 64
@@ -187,13 +187,11 @@ def training_latents(bundle: Bundle, data: Latents, count: int, seed: int) -> Te
 
 def write_decoder(bundle: Bundle, tiny: Any, out: Path, use_at: Sequence[int] = ()) -> Bundle:
     """The bundle without its engines, with `tiny_decoder/` in it for the step counts `use_at`, sealed."""
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(bundle.root, beside, ignore=shutil.ignore_patterns("engines", "bundle.json", COMPONENT))
-    tiny.to(memory_format=torch.contiguous_format).half().save_pretrained(beside / COMPONENT)
-    seal_bundle(beside, bundle.name, replace(bundle.spec, tiny_decoder=tuple(use_at)))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    left = shutil.ignore_patterns("engines", "bundle.json", COMPONENT)
+    with in_place_of(out) as beside:
+        shutil.copytree(bundle.root, beside, ignore=left, dirs_exist_ok=True)
+        tiny.to(memory_format=torch.contiguous_format).half().save_pretrained(beside / COMPONENT)
+        seal_bundle(beside, bundle.name, replace(bundle.spec, tiny_decoder=tuple(use_at)))
     return load_bundle(out)
 
 
